@@ -1,0 +1,162 @@
+"""The asyncio client: Client with await in front."""
+
+# ruff: noqa: ASYNC109 - timeout is the deadline that gRPC sends to the server; asyncio.timeout would only stop waiting.
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Literal, Self, Unpack, overload
+
+from graftwork import requests
+from graftwork.async_transport import AsyncTransport
+from graftwork.calls import Streaming
+from graftwork.requests import Messages, Prompt, SamplingOptions
+from graftwork.resources.adapters import AsyncAdapters
+from graftwork.resources.datasets import AsyncDatasets
+from graftwork.resources.strategies import AsyncStrategies
+from graftwork.resources.tuning import AsyncTuning
+from graftwork.streams import AsyncGenerationStream
+from graftwork.transport import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, Settings
+from graftwork.types import Generation, GenerationChunk, Score, Tokenization
+
+
+class AsyncClient:
+    """As Client, for asyncio; arguments, return values and errors are the same. Belongs to one event loop.
+
+    Lists are for async for: async for adapter in client.adapters.list().
+    """
+
+    adapters: AsyncAdapters
+    datasets: AsyncDatasets
+    strategies: AsyncStrategies
+    tuning: AsyncTuning
+
+    def __init__(
+        self,
+        *,
+        address: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        max_retries: int = DEFAULT_MAX_RETRIES,
+    ) -> None:
+        self._transport = AsyncTransport(Settings.of(address, timeout, max_retries))
+        self.adapters = AsyncAdapters(self._transport)
+        self.datasets = AsyncDatasets(self._transport)
+        self.strategies = AsyncStrategies(self._transport)
+        self.tuning = AsyncTuning(self._transport)
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of the server."""
+        return self._transport.settings.address
+
+    @overload
+    async def generate(
+        self,
+        model: str,
+        prompt: Prompt,
+        *,
+        stream: Literal[False] = False,
+        timeout: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation: ...
+    @overload
+    async def generate(
+        self,
+        model: str,
+        prompt: Prompt,
+        *,
+        stream: Literal[True],
+        timeout: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> AsyncGenerationStream: ...
+    @overload
+    async def generate(
+        self,
+        model: str,
+        prompt: Prompt,
+        *,
+        stream: bool,
+        timeout: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation | AsyncGenerationStream: ...
+    async def generate(
+        self,
+        model: str,
+        prompt: Prompt,
+        *,
+        stream: bool = False,
+        timeout: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation | AsyncGenerationStream:
+        """As Client.generate; with stream=True, await it for an iterator for async for."""
+        return await self._answer(requests.generate(model, prompt, options), stream, timeout, options)
+
+    @overload
+    async def chat(
+        self,
+        model: str,
+        messages: Messages,
+        *,
+        stream: Literal[False] = False,
+        timeout: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation: ...
+    @overload
+    async def chat(
+        self,
+        model: str,
+        messages: Messages,
+        *,
+        stream: Literal[True],
+        timeout: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> AsyncGenerationStream: ...
+    @overload
+    async def chat(
+        self,
+        model: str,
+        messages: Messages,
+        *,
+        stream: bool,
+        timeout: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation | AsyncGenerationStream: ...
+    async def chat(
+        self,
+        model: str,
+        messages: Messages,
+        *,
+        stream: bool = False,
+        timeout: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation | AsyncGenerationStream:
+        """As Client.chat; with stream=True, await it for an iterator for async for."""
+        return await self._answer(requests.chat(model, messages, options), stream, timeout, options)
+
+    async def _answer(
+        self, call: Streaming[Any, GenerationChunk], stream: bool, timeout: float | None, options: SamplingOptions
+    ) -> Generation | AsyncGenerationStream:
+        running = AsyncGenerationStream(
+            self._transport, call, timeout=timeout, logprobs=options.get("logprobs") is not None
+        )
+        return running if stream else await running.result()
+
+    async def score(self, model: str, text: Prompt, *, top_logprobs: int = 0, timeout: float | None = None) -> Score:
+        """As Client.score."""
+        return await self._transport.unary(requests.score(model, text, top_logprobs), timeout)
+
+    async def tokenize(self, text: str | Messages, *, timeout: float | None = None) -> Tokenization:
+        """As Client.tokenize."""
+        return await self._transport.unary(requests.tokenize(text), timeout)
+
+    async def close(self) -> None:
+        """Closes the connection; calls in flight are cancelled."""
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

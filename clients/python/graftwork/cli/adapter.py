@@ -1,0 +1,132 @@
+"""graftwork adapter: upload, look at, load, unload and delete adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graftwork.cli import output
+from graftwork.cli.options import AdapterRef, Address, AsJson, subgroup
+from graftwork.cli.progress import upload_bar
+from graftwork.cli.session import session
+from graftwork.types import Adapter
+
+app = subgroup("Adapters: everything servable by name beside the base model.")
+
+
+@app.command()
+def create(
+    ctx: typer.Context,
+    adapter_id: Annotated[str, typer.Argument(metavar="ID", help="The name to serve it by.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder such as PEFT's save_pretrained writes.")],
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", help="Who serves it; left out: recognised from the files.")
+    ] = None,
+    new_version: Annotated[
+        bool, typer.Option("--new-version", help="If the adapter exists, publish its next version.")
+    ] = False,
+    load: Annotated[bool, typer.Option("--load", help="Load it at once.")] = False,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """Upload a folder and publish it as an adapter."""
+    with session(ctx, address, as_json) as client:
+        with upload_bar(adapter_id, as_json) as on_progress:
+            adapter = client.adapters.create(
+                adapter_id, directory, strategy=strategy, new_version=new_version, load=load, on_progress=on_progress
+            )
+        _show(adapter, as_json, f"published {adapter.adapter_id}@{adapter.version}")
+
+
+@app.command("list")
+def list_(ctx: typer.Context, as_json: AsJson = False, address: Address = None) -> None:
+    """List all adapters."""
+    with session(ctx, address, as_json) as client:
+        adapters = list(client.adapters.list())
+        if as_json:
+            output.emit(adapters)
+            return
+        output.table(
+            ("ADAPTER", "VERSION", "STRATEGY", "LOADED", "RANK", "SIZE", "CREATED"),
+            (
+                (
+                    a.adapter_id,
+                    a.version,
+                    a.strategy,
+                    a.loaded,
+                    a.rank or None,
+                    output.size(a.size_bytes),
+                    a.create_time,
+                )
+                for a in adapters
+            ),
+        )
+
+
+@app.command()
+def show(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, address: Address = None) -> None:
+    """Show an adapter."""
+    with session(ctx, address, as_json) as client:
+        _show(client.adapters.get(adapter), as_json)
+
+
+@app.command()
+def load(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, address: Address = None) -> None:
+    """Load an adapter beside the base now, so that its first request need not wait."""
+    with session(ctx, address, as_json) as client:
+        loaded = client.adapters.load(adapter)
+        _show(loaded, as_json, f"loaded {loaded.adapter_id}@{loaded.version}")
+
+
+@app.command()
+def unload(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, address: Address = None) -> None:
+    """Take an adapter off the device; its next request loads it again."""
+    with session(ctx, address, as_json) as client:
+        unloaded = client.adapters.unload(adapter)
+        if as_json:
+            output.emit(unloaded)
+        else:
+            print(f"unloaded {unloaded.adapter_id}@{unloaded.version}")
+
+
+@app.command()
+def delete(
+    ctx: typer.Context,
+    adapter_id: Annotated[str, typer.Argument(metavar="ID", help="The adapter.")],
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """Delete an adapter with all its versions."""
+    with session(ctx, address, as_json) as client:
+        count = client.adapters.delete(adapter_id)
+        if as_json:
+            output.emit({"adapter_id": adapter_id, "deleted_versions": count})
+        else:
+            print(f"deleted {adapter_id} ({count} version{'' if count == 1 else 's'})")
+
+
+def _show(adapter: Adapter, as_json: bool, headline: str = "") -> None:
+    if as_json:
+        output.emit(adapter)
+        return
+    if headline:
+        print(headline)
+    pairs = [
+        ("adapter", f"{adapter.adapter_id}@{adapter.version}"),
+        ("strategy", adapter.strategy),
+        ("digest", adapter.digest),
+        ("base", adapter.base_fingerprint),
+        ("parameters", f"{adapter.parameter_count:,}"),
+        ("rank", adapter.rank or None),
+        ("size", output.size(adapter.size_bytes)),
+        ("loaded", adapter.loaded),
+        ("created", adapter.create_time),
+        ("tuning job", adapter.tuning_job),
+    ]
+    report = adapter.load_report
+    if report is not None:
+        took = "was loaded already" if report.already_loaded else f"in {report.load_ms:.1f} ms"
+        pairs.append(("load", f"{report.modules_bound} modules, {output.size(report.device_bytes)}, {took}"))
+    output.fields(pairs)

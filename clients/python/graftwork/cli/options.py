@@ -1,0 +1,31 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+import typer
+
+Address: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--address", metavar="HOST:PORT", help="The server. [env: GRAFTWORK_ADDRESS]", show_default=False),
+]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Model: TypeAlias = Annotated[str, typer.Argument(metavar="MODEL", help="base, an adapter id, or ID@VERSION.")]
+AdapterRef: TypeAlias = Annotated[str, typer.Argument(metavar="ID[@VERSION]", help="The adapter.")]
+JobId: TypeAlias = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
+MaxTokens: TypeAlias = Annotated[int | None, typer.Option("--max-tokens", help="Most tokens to generate.")]
+Temperature: TypeAlias = Annotated[
+    float | None, typer.Option("--temperature", help="0 (the default) takes the most likely token.")
+]
+TopP: TypeAlias = Annotated[float | None, typer.Option("--top-p", help="Nucleus mass in (0, 1].")]
+TopK: TypeAlias = Annotated[int | None, typer.Option("--top-k", help="Sample among so many tokens.")]
+Seed: TypeAlias = Annotated[int | None, typer.Option("--seed", help="Seed of this request.")]
+Stop: TypeAlias = Annotated[
+    list[str] | None, typer.Option("--stop", help="Text that ends the generation; may be repeated.")
+]
+
+
+def subgroup(help_text: str) -> typer.Typer:
+    """A command group that looks and fails like the others."""
+    return typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help=help_text)

@@ -1,0 +1,86 @@
+"""What commands print: JSON, aligned columns, text from a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: dataclasses as objects, times as ISO 8601, NaN and infinities as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, datetime):
+        return value.isoformat().replace("+00:00", "Z")
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def emit(value: Any) -> None:
+    """Prints a value as JSON on one line of stdout, at once."""
+    print(json.dumps(plain(value), ensure_ascii=False), flush=True)
+
+
+def readable(text: str) -> str:
+    """Text for stdout. On a terminal without control characters: a model's answer must not be able to steer it."""
+    return _CONTROL.sub("\ufffd", text) if sys.stdout.isatty() else text
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Prints aligned columns with a header; the header alone where there are no rows."""
+    lines = [tuple(header), *(tuple(_cell(cell) for cell in row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    for line in lines:
+        print(readable("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()))
+
+
+def fields(pairs: Iterable[tuple[str, Any]]) -> None:
+    """Prints a name and a value on each line, aligned."""
+    items = [(name, _cell(value)) for name, value in pairs]
+    width = max(len(name) for name, _ in items)
+    for name, value in items:
+        print(readable(f"{name.ljust(width)}  {value}".rstrip()))
+
+
+def _cell(value: Any) -> str:
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, datetime):
+        return value.strftime("%Y-%m-%d %H:%M:%SZ")
+    return re.sub(r"\s+", " ", str(value))
+
+
+def size(count: int) -> str:
+    """Bytes for people, in powers of 1000."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(amount) < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"
+
+
+def duration(milliseconds: float) -> str:
+    """A time span for people: 3.2s, 2m05s, 1h02m."""
+    seconds = milliseconds / 1000
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"

@@ -1,0 +1,76 @@
+"""The connection of one command, and what its errors become: a line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from graftwork.cli.output import plain
+from graftwork.client import Client
+from graftwork.errors import APIError, GraftworkError, JobFailedError, NotFoundError, UnavailableError, UploadError
+
+FAILED, USAGE, UNREACHABLE, NOT_FOUND, JOB_FAILED, INTERRUPTED, PIPE_CLOSED = 1, 2, 3, 4, 5, 130, 141
+
+
+@contextmanager
+def session(ctx: typer.Context, address: str | None, as_json: bool) -> Iterator[Client]:
+    """A client for the body of a command; its errors end the command.
+
+    address: of the command's own option; None: that given before the command. as_json: errors as JSON on stderr, too.
+    """
+    try:
+        with Client(address=address or ctx.obj) as client:
+            yield client
+        sys.stdout.flush()  # here, where a closed pipe still has a name
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(PIPE_CLOSED) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    except (GraftworkError, ValueError, OverflowError) as error:
+        # ValueError: an argument that fits no request, such as an adapter "x@y" or a token id below 0.
+        _report(error, as_json, address or ctx.obj)
+        raise typer.Exit(_exit_code(error)) from None
+
+
+def _exit_code(error: Exception) -> int:
+    match error:
+        case NotFoundError():
+            return NOT_FOUND
+        case UnavailableError():
+            return UNREACHABLE
+        case JobFailedError():
+            return JOB_FAILED
+        case UploadError() | ValueError() | OverflowError():
+            return USAGE
+        case _:
+            return FAILED
+
+
+def _report(error: Exception, as_json: bool, address: str) -> None:
+    if as_json:
+        print(json.dumps({"error": _error_object(error)}, ensure_ascii=False), file=sys.stderr)
+        return
+    if not isinstance(error, APIError):
+        print(f"error: {error}", file=sys.stderr)
+        return
+    where = f"no answer from {address}: " if isinstance(error, UnavailableError) else ""
+    print(f"error: {where}{error.summary}", file=sys.stderr)
+    for violation in error.unsaid_violations:
+        print(f"  {violation.field}: {violation.description}", file=sys.stderr)
+
+
+def _error_object(error: Exception) -> dict[str, Any]:
+    if isinstance(error, APIError):
+        names = ("code", "message", "reason", "metadata", "field_violations", "request_id", "retry_after_ms")
+        return {name: plain(getattr(error, name)) for name in names}
+    if isinstance(error, JobFailedError):
+        return {"code": f"JOB_{error.job.state.upper()}", "message": str(error), "job": plain(error.job)}
+    return {"code": "BAD_USAGE", "message": str(error)}

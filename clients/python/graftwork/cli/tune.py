@@ -1,0 +1,198 @@
+"""graftwork tune: start, follow and cancel tuning jobs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graftwork.cli import output
+from graftwork.cli.options import Address, AsJson, JobId, subgroup
+from graftwork.cli.progress import follow, upload_bar
+from graftwork.cli.session import session
+from graftwork.client import Client
+from graftwork.jobs import TuningJob
+from graftwork.types import Dataset, TuningJobInfo
+
+app = subgroup("Tuning jobs: a data set becomes a new version of an adapter.")
+
+
+@app.command()
+def create(
+    ctx: typer.Context,
+    strategy: Annotated[str, typer.Option("--strategy", help="How to tune: lora, full, ... (graftwork strategy list)")],
+    data: Annotated[Path, typer.Option("--data", metavar="F.jsonl", help="Rows to train on.")],
+    adapter: Annotated[str, typer.Option("--adapter", metavar="ID", help="The adapter to publish to.")],
+    validation: Annotated[
+        Path | None, typer.Option("--validation", metavar="F.jsonl", help="Rows to measure held-out loss on.")
+    ] = None,
+    validation_fraction: Annotated[
+        float, typer.Option("--validation-fraction", help="Fraction of the rows to keep out of training, 0 to 0.5.")
+    ] = 0.0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the strategy, as JSON or text; may be repeated."),
+    ] = None,
+    load: Annotated[bool, typer.Option("--load/--no-load", help="Load the version once it is published.")] = False,
+    follow_it: Annotated[bool, typer.Option("--follow", help="Wait for the end and show how it goes.")] = False,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """Upload data and start a job. With --follow and --json: one event per line, the job on the last."""
+    config = _config(settings or [])
+    with session(ctx, address, as_json) as client:
+        dataset = _upload(client, data, as_json)
+        held_out = _upload(client, validation, as_json) if validation is not None else None
+        job = client.tuning.create(
+            strategy=strategy,
+            dataset=dataset,
+            adapter=adapter,
+            config=config,
+            validation=held_out,
+            validation_fraction=validation_fraction,
+            load=load,
+        )
+        if follow_it:
+            if not as_json:
+                print(f"job {job.id}", flush=True)
+            _follow(job, 0, as_json)
+        else:
+            _show(job.info, as_json)
+
+
+@app.command("list")
+def list_(ctx: typer.Context, as_json: AsJson = False, address: Address = None) -> None:
+    """List all jobs, newest first."""
+    with session(ctx, address, as_json) as client:
+        jobs = [job.info for job in client.tuning.list()]
+        if as_json:
+            output.emit(jobs)
+            return
+        output.table(
+            ("JOB", "STATE", "STRATEGY", "ADAPTER", "STEP", "LOSS", "CREATED"),
+            (
+                (
+                    job.job_id,
+                    job.state,
+                    job.spec.strategy,
+                    job.spec.adapter_id,
+                    f"{job.progress.step}/{job.progress.total_steps}" if job.progress else None,
+                    f"{job.progress.loss:.4f}" if job.progress else None,
+                    job.create_time,
+                )
+                for job in jobs
+            ),
+        )
+
+
+@app.command()
+def show(ctx: typer.Context, job: JobId, as_json: AsJson = False, address: Address = None) -> None:
+    """Show a job."""
+    with session(ctx, address, as_json) as client:
+        _show(client.tuning.get(job).info, as_json)
+
+
+@app.command()
+def watch(
+    ctx: typer.Context,
+    job: JobId,
+    after_sequence: Annotated[
+        int, typer.Option("--after-sequence", help="Only events with a higher number; 0: all of them.")
+    ] = 0,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """Show a job's events until it has ended. With --json: one event per line, the job on the last."""
+    with session(ctx, address, as_json) as client:
+        _follow(client.tuning.get(job), after_sequence, as_json)
+
+
+@app.command()
+def cancel(ctx: typer.Context, job: JobId, as_json: AsJson = False, address: Address = None) -> None:
+    """Cancel a job; it publishes nothing."""
+    with session(ctx, address, as_json) as client:
+        handle = client.tuning.get(job).cancel()
+        if as_json:
+            output.emit(handle.info)
+        else:
+            print(f"job {handle.id} {handle.state}")
+
+
+def _config(settings: list[str]) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"--set {setting!r}: expected KEY=VALUE")
+        if key in config:
+            raise typer.BadParameter(f"--set {key} is given twice")
+        try:
+            config[key] = json.loads(value)
+        except ValueError:
+            config[key] = value
+    return config
+
+
+def _upload(client: Client, file: Path, as_json: bool) -> Dataset:
+    with upload_bar(file.name, as_json) as on_progress:
+        return client.datasets.upload(file, on_progress=on_progress)
+
+
+def _follow(job: TuningJob, after_sequence: int, as_json: bool) -> None:
+    """Shows the events and then the result. Raises JobFailedError unless the job succeeded."""
+    try:
+        follow(job, after_sequence, as_json)
+        job.wait()
+    except KeyboardInterrupt:
+        if not as_json:
+            print(f"job {job.id} goes on; see: graftwork tune watch {job.id}", file=sys.stderr)
+        raise
+    finally:
+        if as_json and job.done:
+            output.emit(job.info)
+    if not as_json:
+        _show(job.info, as_json)
+
+
+def _show(job: TuningJobInfo, as_json: bool) -> None:
+    if as_json:
+        output.emit(job)
+        return
+    settings = " ".join(f"{key}={json.dumps(value)}" for key, value in job.spec.config.items())
+    pairs: list[tuple[str, Any]] = [
+        ("job", job.job_id),
+        ("state", job.state),
+        ("strategy", job.spec.strategy),
+        ("adapter", job.spec.adapter_id),
+        ("data", job.spec.dataset),
+        ("settings", settings),
+        ("created", job.create_time),
+    ]
+    if job.error:
+        pairs.append(("error", job.error))
+    if job.progress is not None and not job.done:
+        pairs.append(("step", f"{job.progress.step}/{job.progress.total_steps}"))
+        pairs.append(("loss", f"{job.progress.loss:.4f}"))
+    if job.result is not None:
+        pairs += _result(job)
+    elif job.estimate is not None:
+        estimate = job.estimate
+        pairs.append(("estimate", f"{estimate.total_steps} steps, {output.size(estimate.memory_bytes)} more memory"))
+    output.fields(pairs)
+
+
+def _result(job: TuningJobInfo) -> list[tuple[str, Any]]:
+    result = job.result
+    assert result is not None
+    held_out = result.validation_loss
+    return [
+        ("version", result.adapter_version),
+        ("loss", f"{result.final_loss:.4f}"),
+        ("held-out loss", None if held_out is None else f"{held_out:.4f}"),
+        ("trained", f"{result.trained_parameters:,} parameters in {output.duration(result.train_ms)}"),
+        ("peak memory", output.size(result.peak_memory_bytes)),
+        ("artifact", output.size(result.artifact_bytes)),
+    ]

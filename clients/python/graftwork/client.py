@@ -1,0 +1,174 @@
+"""The synchronous client."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Literal, Self, Unpack, overload
+
+from graftwork import requests
+from graftwork.calls import Streaming
+from graftwork.requests import Messages, Prompt, SamplingOptions
+from graftwork.resources.adapters import Adapters
+from graftwork.resources.datasets import Datasets
+from graftwork.resources.strategies import Strategies
+from graftwork.resources.tuning import Tuning
+from graftwork.streams import GenerationStream
+from graftwork.transport import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, Settings, Transport
+from graftwork.types import Generation, GenerationChunk, Score, Tokenization
+
+
+class Client:
+    """A connection to a Graftwork server; safe to use from several threads. Close it, or use it in a with block.
+
+    address: HOST:PORT; None: the environment variable GRAFTWORK_ADDRESS, else 127.0.0.1:8470. timeout: seconds for each
+    call unless it says otherwise, retries included. max_retries: how often a call is sent again, with exponential
+    back-off, when the server is away or says when to come back; only calls that may safely be sent twice are.
+    Connects with the first call. Raises ValueError for a bad timeout or max_retries.
+
+    model, in every method: "base", an adapter id (its newest version), or "id@version".
+    """
+
+    adapters: Adapters
+    datasets: Datasets
+    strategies: Strategies
+    tuning: Tuning
+
+    def __init__(
+        self,
+        *,
+        address: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        max_retries: int = DEFAULT_MAX_RETRIES,
+    ) -> None:
+        self._transport = Transport(Settings.of(address, timeout, max_retries))
+        self.adapters = Adapters(self._transport)
+        self.datasets = Datasets(self._transport)
+        self.strategies = Strategies(self._transport)
+        self.tuning = Tuning(self._transport)
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of the server."""
+        return self._transport.settings.address
+
+    @overload
+    def generate(
+        self,
+        model: str,
+        prompt: Prompt,
+        *,
+        stream: Literal[False] = False,
+        timeout: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self,
+        model: str,
+        prompt: Prompt,
+        *,
+        stream: Literal[True],
+        timeout: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> GenerationStream: ...
+    @overload
+    def generate(
+        self,
+        model: str,
+        prompt: Prompt,
+        *,
+        stream: bool,
+        timeout: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation | GenerationStream: ...
+    def generate(
+        self,
+        model: str,
+        prompt: Prompt,
+        *,
+        stream: bool = False,
+        timeout: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation | GenerationStream:
+        """Continues a prompt, a text or token ids.
+
+        Options: max_tokens, temperature, top_p, top_k, seed, stop, logprobs, ignore_eos; see SamplingOptions.
+        Returns the whole generation, or with stream=True an iterator of its chunks that can be closed.
+        Raises NotFoundError for an unknown model, InvalidArgumentError with the wrong field, and APIError.
+        """
+        return self._answer(requests.generate(model, prompt, options), stream, timeout, options)
+
+    @overload
+    def chat(
+        self,
+        model: str,
+        messages: Messages,
+        *,
+        stream: Literal[False] = False,
+        timeout: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation: ...
+    @overload
+    def chat(
+        self,
+        model: str,
+        messages: Messages,
+        *,
+        stream: Literal[True],
+        timeout: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> GenerationStream: ...
+    @overload
+    def chat(
+        self,
+        model: str,
+        messages: Messages,
+        *,
+        stream: bool,
+        timeout: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation | GenerationStream: ...
+    def chat(
+        self,
+        model: str,
+        messages: Messages,
+        *,
+        stream: bool = False,
+        timeout: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation | GenerationStream:
+        """Answers a conversation: messages are mappings with role and content, oldest first.
+
+        Options, return value and errors are those of generate; FailedPreconditionError: the base model has no chat
+        template.
+        """
+        return self._answer(requests.chat(model, messages, options), stream, timeout, options)
+
+    def _answer(
+        self, call: Streaming[Any, GenerationChunk], stream: bool, timeout: float | None, options: SamplingOptions
+    ) -> Generation | GenerationStream:
+        running = GenerationStream(self._transport, call, timeout=timeout, logprobs=options.get("logprobs") is not None)
+        return running if stream else running.result()
+
+    def score(self, model: str, text: Prompt, *, top_logprobs: int = 0, timeout: float | None = None) -> Score:
+        """Returns the log probability of every token of a text or of token ids, without sampling.
+
+        top_logprobs: alternatives to return at each position, 0 to 20. Raises NotFoundError, InvalidArgumentError.
+        """
+        return self._transport.unary(requests.score(model, text, top_logprobs), timeout)
+
+    def tokenize(self, text: str | Messages, *, timeout: float | None = None) -> Tokenization:
+        """Returns the token ids that the server makes of a text, or of a conversation with its chat template."""
+        return self._transport.unary(requests.tokenize(text), timeout)
+
+    def close(self) -> None:
+        """Closes the connection; calls in flight end with CancelledError."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,273 @@
+"""Arguments to calls. Both clients build every request here.
+
+Retried are reads, calls that do the same when repeated, and creates, whose request_id is made once and sent with each
+attempt. Not retried are deleting and cancelling: a second attempt could report what the first one did as an error.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias, TypedDict
+
+from graftwork import responses, types
+from graftwork.calls import Message, Page, Streaming, Unary, Upload
+from graftwork.uploads import AdapterFiles
+from graftwork.v1 import adapters_pb2, generation_pb2, strategies_pb2
+
+Prompt: TypeAlias = str | Sequence[int]
+Messages: TypeAlias = Sequence[types.Message | Mapping[str, str]]
+
+_GENERATION = "/graftwork.v1.GenerationService/"
+_ADAPTERS = "/graftwork.v1.AdapterService/"
+_STRATEGIES = "/graftwork.v1.StrategyService/"
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How tokens are chosen and when to stop; None or left out: the server's default.
+
+    max_tokens: most tokens to generate. temperature: 0 (the default) takes the most likely token. top_p: nucleus mass
+    in (0, 1]. top_k: sample among so many tokens. seed: of this request's own random stream. stop: a text or texts that
+    end the generation and are not returned. logprobs: how many alternatives to return with each token, 0 for the
+    chosen token's log probability alone. ignore_eos: go on after an end-of-sequence token.
+    """
+
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    logprobs: int | None
+    ignore_eos: bool
+
+
+def new_request_id() -> str:
+    """A fresh id: 32 hexadecimal characters."""
+    return uuid.uuid4().hex
+
+
+def sampling(
+    *,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    logprobs: int | None = None,
+    ignore_eos: bool = False,
+) -> generation_pb2.SamplingParameters:
+    """SamplingParameters of SamplingOptions; what is None stays unset, so that the server's default holds."""
+    return generation_pb2.SamplingParameters(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=[stop] if isinstance(stop, str) else list(stop or ()),
+        logprobs=logprobs,
+        ignore_eos=ignore_eos,
+    )
+
+
+def generate(
+    model: str, prompt: Prompt, options: SamplingOptions
+) -> Streaming[generation_pb2.GenerateResponse, types.GenerationChunk]:
+    """Generate."""
+    request = generation_pb2.GenerateRequest(model=model, sampling=sampling(**options))
+    if isinstance(prompt, str):
+        request.text = prompt
+    else:
+        request.token_ids.ids.extend(prompt)
+        request.token_ids.SetInParent()  # an empty list is still the choice of token ids
+    return Streaming(
+        path=_GENERATION + "Generate", request=request, response=generation_pb2.GenerateResponse, parse=responses.chunk
+    )
+
+
+def chat(
+    model: str, messages: Messages, options: SamplingOptions
+) -> Streaming[generation_pb2.ChatResponse, types.GenerationChunk]:
+    """Chat."""
+    return Streaming(
+        path=_GENERATION + "Chat",
+        request=generation_pb2.ChatRequest(model=model, messages=_messages(messages), sampling=sampling(**options)),
+        response=generation_pb2.ChatResponse,
+        parse=responses.chunk,
+    )
+
+
+def score(model: str, text: Prompt, top_logprobs: int) -> Unary[generation_pb2.ScoreResponse, types.Score]:
+    """Score."""
+    request = generation_pb2.ScoreRequest(model=model, top_logprobs=top_logprobs)
+    if isinstance(text, str):
+        request.text = text
+    else:
+        request.token_ids.ids.extend(text)
+        request.token_ids.SetInParent()
+    return Unary(
+        path=_GENERATION + "Score",
+        request=request,
+        response=generation_pb2.ScoreResponse,
+        parse=responses.score,
+        retry=True,
+    )
+
+
+def tokenize(text: str | Messages) -> Unary[generation_pb2.TokenizeResponse, types.Tokenization]:
+    """Tokenize, of a text or of a conversation."""
+    if isinstance(text, str):
+        request = generation_pb2.TokenizeRequest(text=text)
+    else:
+        request = generation_pb2.TokenizeRequest(messages=_messages(text))
+    return Unary(
+        path=_GENERATION + "Tokenize",
+        request=request,
+        response=generation_pb2.TokenizeResponse,
+        parse=responses.tokenization,
+        retry=True,
+    )
+
+
+def _messages(messages: Messages) -> list[generation_pb2.ChatMessage]:
+    return [generation_pb2.ChatMessage(role=message["role"], content=message["content"]) for message in messages]
+
+
+def adapter_name(adapter: str | types.Adapter) -> str:
+    """The resource name of "id", "id@version", a resource name, or an Adapter (then of its version).
+
+    Raises ValueError where the part after "@" is not a number.
+    """
+    if isinstance(adapter, types.Adapter):
+        return f"adapters/{adapter.adapter_id}/versions/{adapter.version}"
+    if adapter.startswith("adapters/"):
+        return adapter
+    adapter_id, at, version = adapter.partition("@")
+    if not at:
+        return f"adapters/{adapter_id}"
+    if not re.fullmatch(r"[0-9]{1,9}", version):
+        raise ValueError(f"{adapter!r}: expected ID or ID@VERSION, where VERSION is a number")
+    return f"adapters/{adapter_id}/versions/{int(version)}"
+
+
+def create_adapter(
+    files: AdapterFiles,
+    *,
+    adapter_id: str,
+    strategy: str | None,
+    new_version: bool,
+    load: bool,
+    request_id: str | None,
+) -> Upload[adapters_pb2.CreateAdapterResponse, types.Adapter]:
+    """CreateAdapter. The request_id is made here, once, so that a retry cannot publish a second version."""
+    upload = adapters_pb2.AdapterUpload(
+        adapter_id=adapter_id,
+        strategy=strategy or "",
+        files=[
+            adapters_pb2.FileInfo(name=file.name, size_bytes=file.size_bytes, sha256=file.sha256)
+            for file in files.files
+        ],
+        new_version=new_version,
+        load=load,
+        request_id=request_id or new_request_id(),
+    )
+
+    def messages() -> Iterator[Message]:
+        yield adapters_pb2.CreateAdapterRequest(upload=upload)
+        for name, data in files.chunks():
+            yield adapters_pb2.CreateAdapterRequest(chunk=adapters_pb2.FileChunk(name=name, data=data))
+
+    return Upload(
+        path=_ADAPTERS + "CreateAdapter",
+        messages=messages,
+        response=adapters_pb2.CreateAdapterResponse,
+        parse=responses.loaded_adapter,
+    )
+
+
+def get_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.GetAdapterResponse, types.Adapter]:
+    """GetAdapter."""
+    return Unary(
+        path=_ADAPTERS + "GetAdapter",
+        request=adapters_pb2.GetAdapterRequest(name=adapter_name(adapter)),
+        response=adapters_pb2.GetAdapterResponse,
+        parse=responses.adapter,
+        retry=True,
+    )
+
+
+def list_adapters(page_size: int, token: str) -> Unary[adapters_pb2.ListAdaptersResponse, Page[types.Adapter]]:
+    """ListAdapters, one page."""
+    return Unary(
+        path=_ADAPTERS + "ListAdapters",
+        request=adapters_pb2.ListAdaptersRequest(page_size=page_size, page_token=token),
+        response=adapters_pb2.ListAdaptersResponse,
+        parse=responses.adapter_page,
+        retry=True,
+    )
+
+
+def delete_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.DeleteAdapterResponse, int]:
+    """DeleteAdapter. Raises ValueError for a version: whoever names one does not mean all of them."""
+    if isinstance(adapter, types.Adapter):
+        adapter = adapter.adapter_id
+    if "@" in adapter or "/versions/" in adapter:
+        raise ValueError(f"{adapter!r}: an adapter is deleted with all its versions; give its id without a version")
+    return Unary(
+        path=_ADAPTERS + "DeleteAdapter",
+        request=adapters_pb2.DeleteAdapterRequest(name=adapter_name(adapter)),
+        response=adapters_pb2.DeleteAdapterResponse,
+        parse=lambda message: message.deleted_versions,
+        retry=False,
+    )
+
+
+def load_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.LoadAdapterResponse, types.Adapter]:
+    """LoadAdapter."""
+    return Unary(
+        path=_ADAPTERS + "LoadAdapter",
+        request=adapters_pb2.LoadAdapterRequest(name=adapter_name(adapter)),
+        response=adapters_pb2.LoadAdapterResponse,
+        parse=responses.loaded_adapter,
+        retry=True,
+    )
+
+
+def unload_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.UnloadAdapterResponse, types.Adapter]:
+    """UnloadAdapter."""
+    return Unary(
+        path=_ADAPTERS + "UnloadAdapter",
+        request=adapters_pb2.UnloadAdapterRequest(name=adapter_name(adapter)),
+        response=adapters_pb2.UnloadAdapterResponse,
+        parse=responses.adapter,
+        retry=True,
+    )
+
+
+def list_strategies(page_size: int, token: str) -> Unary[strategies_pb2.ListStrategiesResponse, Page[types.Strategy]]:
+    """ListStrategies, one page."""
+    return Unary(
+        path=_STRATEGIES + "ListStrategies",
+        request=strategies_pb2.ListStrategiesRequest(page_size=page_size, page_token=token),
+        response=strategies_pb2.ListStrategiesResponse,
+        parse=responses.strategy_page,
+        retry=True,
+    )
+
+
+def get_strategy(strategy: str) -> Unary[strategies_pb2.GetStrategyResponse, types.Strategy]:
+    """GetStrategy, by id or resource name."""
+    return Unary(
+        path=_STRATEGIES + "GetStrategy",
+        request=strategies_pb2.GetStrategyRequest(name=resource_name("strategies", strategy)),
+        response=strategies_pb2.GetStrategyResponse,
+        parse=responses.strategy,
+        retry=True,
+    )
+
+
+def resource_name(collection: str, resource: str) -> str:
+    """The resource name "collection/{id}" of an id; a name stays as it is."""
+    return resource if resource.startswith(f"{collection}/") else f"{collection}/{resource}"

@@ -1,0 +1,88 @@
+"""client.datasets: the JSONL files that jobs are trained on."""
+
+# ruff: noqa: ASYNC109 - timeout is the deadline that gRPC sends to the server; asyncio.timeout would only stop waiting.
+
+from __future__ import annotations
+
+import asyncio
+
+from graftwork import tuning_requests
+from graftwork.async_transport import AsyncTransport
+from graftwork.transport import Transport
+from graftwork.types import Dataset, DatasetReport
+from graftwork.uploads import DatasetSource, Progress, Source
+
+
+class Datasets:
+    """Data sets. A source is the path of a JSONL file, its bytes, or an iterable of rows (held in memory)."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def upload(
+        self,
+        source: Source,
+        *,
+        display_name: str | None = None,
+        on_progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> Dataset:
+        """Stores a data set and returns it; the same bytes are stored once.
+
+        display_name: a name for people, None: the file's. on_progress: called with bytes sent and bytes in all.
+        timeout: seconds, None: the client's. Raises InvalidArgumentError with every bad line among its
+        field_violations, UploadError if the file cannot be read, and APIError.
+        """
+        return self._transport.upload(
+            tuning_requests.upload_dataset(DatasetSource(source, on_progress), display_name), timeout
+        )
+
+    def validate(
+        self,
+        source: Source | None = None,
+        *,
+        dataset: str | Dataset | None = None,
+        max_sequence_tokens: int = 0,
+        on_progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> DatasetReport:
+        """Checks a source, or the stored data set named by dataset=, and returns what was found. Stores nothing.
+
+        max_sequence_tokens: where rows are cut, 0: the base model's context. timeout: seconds, None: the client's.
+        Bad lines are reported, not raised. Raises ValueError unless exactly one of the two is given, and APIError.
+        """
+        sent = None if source is None else DatasetSource(source, on_progress)
+        return self._transport.upload(tuning_requests.validate_dataset(sent, dataset, max_sequence_tokens), timeout)
+
+
+class AsyncDatasets:
+    """As Datasets, for asyncio."""
+
+    def __init__(self, transport: AsyncTransport) -> None:
+        self._transport = transport
+
+    async def upload(
+        self,
+        source: Source,
+        *,
+        display_name: str | None = None,
+        on_progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> Dataset:
+        """As Datasets.upload. Files are read and on_progress is called in a thread."""
+        sent = await asyncio.to_thread(DatasetSource, source, on_progress)
+        return await self._transport.upload(tuning_requests.upload_dataset(sent, display_name), timeout)
+
+    async def validate(
+        self,
+        source: Source | None = None,
+        *,
+        dataset: str | Dataset | None = None,
+        max_sequence_tokens: int = 0,
+        on_progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> DatasetReport:
+        """As Datasets.validate."""
+        sent = None if source is None else await asyncio.to_thread(DatasetSource, source, on_progress)
+        call = tuning_requests.validate_dataset(sent, dataset, max_sequence_tokens)
+        return await self._transport.upload(call, timeout)

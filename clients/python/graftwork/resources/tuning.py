@@ -1,0 +1,106 @@
+"""client.tuning: jobs that turn a data set into a new version of an adapter."""
+
+# ruff: noqa: ASYNC109 - timeout is the deadline that gRPC sends to the server; asyncio.timeout would only stop waiting.
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any
+
+from graftwork import tuning_requests
+from graftwork.async_transport import AsyncTransport
+from graftwork.jobs import AsyncTuningJob, TuningJob
+from graftwork.resources.paging import async_pages, pages
+from graftwork.transport import Transport
+from graftwork.types import Dataset
+
+
+class Tuning:
+    """Tuning jobs. Every method raises APIError; timeout is in seconds (None: the client's)."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def create(
+        self,
+        *,
+        strategy: str,
+        dataset: str | Dataset,
+        adapter: str,
+        config: Mapping[str, Any] | None = None,
+        validation: str | Dataset | None = None,
+        validation_fraction: float = 0.0,
+        load: bool = False,
+        request_id: str | None = None,
+        timeout: float | None = None,
+    ) -> TuningJob:
+        """Starts a job and returns its handle; job.wait() returns the result.
+
+        dataset, validation: a Dataset or its id. adapter: the id to publish to; if it exists, its next version is
+        published. config: the strategy's settings, as client.strategies.get(strategy).config_schema says.
+        validation_fraction: fraction of the rows in [0, 0.5] kept out to measure held-out loss, not together with
+        validation. load: load the version once it is published. request_id: an id of your own, so that a repeated call
+        returns the first one's job. Raises InvalidArgumentError with the wrong settings, NotFoundError.
+        """
+        call = tuning_requests.create_job(
+            strategy=strategy,
+            dataset=dataset,
+            adapter=adapter,
+            config=config,
+            validation=validation,
+            validation_fraction=validation_fraction,
+            load=load,
+            request_id=request_id,
+        )
+        return TuningJob(self._transport, self._transport.unary(call, timeout))
+
+    def get(self, job: str, *, timeout: float | None = None) -> TuningJob:
+        """Returns the handle of a job, by id. Raises NotFoundError."""
+        return TuningJob(self._transport, self._transport.unary(tuning_requests.get_job(job), timeout))
+
+    def list(self, *, page_size: int = 0, timeout: float | None = None) -> Iterator[TuningJob]:
+        """Yields the handles of all jobs, newest first, fetching page after page. page_size: 0: the server's."""
+        infos = pages(self._transport, lambda token: tuning_requests.list_jobs(page_size, token), timeout)
+        return (TuningJob(self._transport, info) for info in infos)
+
+
+class AsyncTuning:
+    """As Tuning, for asyncio."""
+
+    def __init__(self, transport: AsyncTransport) -> None:
+        self._transport = transport
+
+    async def create(
+        self,
+        *,
+        strategy: str,
+        dataset: str | Dataset,
+        adapter: str,
+        config: Mapping[str, Any] | None = None,
+        validation: str | Dataset | None = None,
+        validation_fraction: float = 0.0,
+        load: bool = False,
+        request_id: str | None = None,
+        timeout: float | None = None,
+    ) -> AsyncTuningJob:
+        """As Tuning.create."""
+        call = tuning_requests.create_job(
+            strategy=strategy,
+            dataset=dataset,
+            adapter=adapter,
+            config=config,
+            validation=validation,
+            validation_fraction=validation_fraction,
+            load=load,
+            request_id=request_id,
+        )
+        return AsyncTuningJob(self._transport, await self._transport.unary(call, timeout))
+
+    async def get(self, job: str, *, timeout: float | None = None) -> AsyncTuningJob:
+        """As Tuning.get."""
+        return AsyncTuningJob(self._transport, await self._transport.unary(tuning_requests.get_job(job), timeout))
+
+    def list(self, *, page_size: int = 0, timeout: float | None = None) -> AsyncIterator[AsyncTuningJob]:
+        """As Tuning.list, for async for."""
+        infos = async_pages(self._transport, lambda token: tuning_requests.list_jobs(page_size, token), timeout)
+        return (AsyncTuningJob(self._transport, info) async for info in infos)

@@ -1,0 +1,146 @@
+"""Generations as they come: iterators of chunks that end the sequence on the server when they are closed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+from graftwork.async_transport import AsyncServerStream, AsyncTransport
+from graftwork.calls import Streaming
+from graftwork.errors import APIError
+from graftwork.responses import Collector
+from graftwork.transport import ServerStream, Transport
+from graftwork.types import Generation, GenerationChunk
+
+
+class GenerationStream:
+    """The chunks of one generation.
+
+    Iterate over it; closing it, or leaving its with block, cancels the call, and the server ends the sequence. The call
+    starts with the first chunk asked for, and is sent again after a transient failure only before that chunk came.
+    Iterating raises APIError, InternalError among them if the answer was cut short.
+    """
+
+    def __init__(
+        self, transport: Transport, call: Streaming[Any, GenerationChunk], *, timeout: float | None, logprobs: bool
+    ) -> None:
+        self._transport = transport
+        self._call = call
+        self._attempts = transport.settings.attempts(retry=True, timeout=timeout)
+        self._collector = Collector(wants_logprobs=logprobs)
+        self._stream: ServerStream[GenerationChunk] | None = None
+        self._request_id = ""
+        self._closed = False
+
+    def __iter__(self) -> Iterator[GenerationChunk]:
+        return self
+
+    def __next__(self) -> GenerationChunk:
+        while not self._closed:
+            if self._stream is None:
+                self._stream = self._transport.stream(self._call, self._attempts.remaining_s())
+                self._request_id = self._stream.request_id
+            try:
+                return self._collector.add(next(self._stream))
+            except StopIteration:
+                self.close()
+                self._collector.check_whole(self._request_id)
+            except APIError as error:
+                if self._closed:  # closed by another thread while this one waited
+                    break
+                if self._collector.started:
+                    self.close()
+                    raise
+                self._stream = None
+                time.sleep(self._attempts.delay_after(error))
+            except BaseException:
+                self.close()  # Ctrl-C while waiting must end the sequence, not leave it running
+                raise
+        raise StopIteration
+
+    def result(self) -> Generation:
+        """Reads what is left and returns the whole generation. Raises APIError."""
+        for _ in self:
+            pass
+        return self._collector.result(self._request_id)
+
+    def close(self) -> None:
+        """Ends the generation on the server; does nothing if it has ended."""
+        self._closed = True
+        if self._stream is not None:
+            self._stream.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncGenerationStream:
+    """The chunks of one generation, as GenerationStream, for async for and async with."""
+
+    def __init__(
+        self, transport: AsyncTransport, call: Streaming[Any, GenerationChunk], *, timeout: float | None, logprobs: bool
+    ) -> None:
+        self._transport = transport
+        self._call = call
+        self._attempts = transport.settings.attempts(retry=True, timeout=timeout)
+        self._collector = Collector(wants_logprobs=logprobs)
+        self._stream: AsyncServerStream[GenerationChunk] | None = None
+        self._request_id = ""
+        self._closed = False
+
+    def __aiter__(self) -> AsyncIterator[GenerationChunk]:
+        return self
+
+    async def __anext__(self) -> GenerationChunk:
+        while not self._closed:
+            if self._stream is None:
+                self._stream = self._transport.stream(self._call, self._attempts.remaining_s())
+                self._request_id = self._stream.request_id
+            try:
+                return self._collector.add(await anext(self._stream))
+            except StopAsyncIteration:
+                await self.close()
+                self._collector.check_whole(self._request_id)
+            except APIError as error:
+                if self._closed:
+                    break
+                if self._collector.started:
+                    await self.close()
+                    raise
+                self._stream = None
+                await asyncio.sleep(self._attempts.delay_after(error))
+            except BaseException:
+                closed = self._closed
+                await self.close()
+                if closed:  # closed by another task: gRPC cancels the read, not this task
+                    break
+                raise
+        raise StopAsyncIteration
+
+    async def result(self) -> Generation:
+        """Reads what is left and returns the whole generation. Raises APIError."""
+        async for _ in self:
+            pass
+        return self._collector.result(self._request_id)
+
+    async def close(self) -> None:
+        """Ends the generation on the server; does nothing if it has ended."""
+        self._closed = True
+        if self._stream is not None:
+            self._stream.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

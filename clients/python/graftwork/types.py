@@ -1,0 +1,291 @@
+"""What the client returns: frozen, plain values without protobuf in them. Times are UTC; logarithms are natural."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal, TypeAlias, TypedDict
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+JobState: TypeAlias = Literal["unspecified", "pending", "running", "succeeded", "failed", "cancelled"]
+DatasetForm: TypeAlias = Literal["unspecified", "chat", "prompt_completion", "instruction", "text"]
+EventKind: TypeAlias = Literal["state", "progress", "evaluation", "checkpoint", "message", "unknown"]
+
+
+class Message(TypedDict):
+    """One message of a conversation: role is "system", "user" or "assistant", or another that the template knows."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class TopLogprob:
+    """One alternative at a position; logprob is the natural logarithm of its probability."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and its log probability under the model's own distribution (temperature 1).
+
+    logprob is None for the first token of a scored text, which nothing precedes. top holds the most likely tokens at
+    this position, best first, as many as were asked for.
+    """
+
+    token_id: int
+    text: str
+    logprob: float | None
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of one request; completion_tokens includes the end-of-sequence token."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class GenerationChunk:
+    """One piece of a streamed generation.
+
+    text is what became certain with this piece; the concatenation over the stream is the whole text. logprobs has one
+    entry per token of this piece if asked for. finish_reason and usage are set on the last piece only. model and
+    version say who answers (version 0: the base model).
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+    usage: Usage | None
+    model: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A whole generation.
+
+    finish_reason: "stop" (end-of-sequence token or stop text) or "length" (max_tokens). logprobs: one entry per token,
+    None if not asked for. model and version: who answered (version 0: the base model).
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None
+    usage: Usage
+    model: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log probability of every token of a text, and their sum."""
+
+    tokens: tuple[TokenLogprob, ...]
+    total_logprob: float
+    model: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """Token ids of a text or conversation, each token as text, and how many tokens the base model's context holds."""
+
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    context_tokens: int
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load bound: base modules that got a delta, highest rank (0: none), bytes on the device, milliseconds."""
+
+    modules_bound: int
+    rank: int
+    device_bytes: int
+    load_ms: float
+    already_loaded: bool
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter and its newest version, or the version that was asked for.
+
+    tuning_job is "" for an uploaded one. load_report is set by create(load=True) and load() only.
+    """
+
+    name: str
+    adapter_id: str
+    version: int
+    digest: str
+    strategy: str
+    base_fingerprint: str
+    size_bytes: int
+    parameter_count: int
+    loaded: bool
+    create_time: datetime | None
+    tuning_job: str
+    rank: int
+    load_report: LoadReport | None = None
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A strategy. config_schema is the JSON schema of its settings; load_error is "" unless it could not be loaded."""
+
+    name: str
+    strategy_id: str
+    version: str
+    api_version: int
+    distribution: str
+    description: str
+    capabilities: tuple[str, ...]
+    config_schema: Mapping[str, Any]
+    load_error: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A stored data set. The same bytes have the same dataset_id."""
+
+    name: str
+    dataset_id: str
+    display_name: str
+    format: DatasetForm
+    row_count: int
+    size_bytes: int
+    create_time: datetime | None
+
+
+@dataclass(frozen=True)
+class LineError:
+    """A line (from 1) that cannot be used, and what would be accepted."""
+
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What a check of a data set found.
+
+    errors holds the first 100 bad lines, error_count counts them all. total_tokens and loss_tokens count after rows
+    were cut to the sequence length, longest_row_tokens before.
+    """
+
+    valid: bool
+    format: DatasetForm
+    row_count: int
+    errors: tuple[LineError, ...]
+    error_count: int
+    total_tokens: int
+    loss_tokens: int
+    longest_row_tokens: int
+    cut_rows: int
+
+
+@dataclass(frozen=True)
+class TuningSpec:
+    """What a job tunes, with the strategy's defaults filled in."""
+
+    strategy: str
+    dataset: str
+    validation_dataset: str
+    validation_fraction: float
+    adapter_id: str
+    config: Mapping[str, Any]
+    load: bool
+
+
+@dataclass(frozen=True)
+class TuningProgress:
+    """How far a job is: optimizer steps, mean loss per token of the last step, learning rate, training tokens/s."""
+
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    tokens_per_second: float
+    eta_ms: int
+    seen_tokens: int
+
+
+@dataclass(frozen=True)
+class TuningEvaluation:
+    """Mean held-out loss per token after a step."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class TuningEstimate:
+    """What a job is expected to take; memory_bytes comes on top of the resident base weights."""
+
+    trained_parameters: int
+    memory_bytes: int
+    artifact_bytes: int
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """What a job left behind.
+
+    adapter_version is "adapters/{id}/versions/{n}". final_loss is the mean training loss of the last tenth of the
+    steps; validation_loss is None without a validation set.
+    """
+
+    adapter_version: str
+    trained_parameters: int
+    peak_memory_bytes: int
+    artifact_bytes: int
+    train_ms: int
+    final_loss: float
+    validation_loss: float | None
+
+
+@dataclass(frozen=True)
+class TuningEvent:
+    """Something that happened to a job. sequence counts from 1 without gaps; kind names the one field that is set."""
+
+    sequence: int
+    time: datetime | None
+    kind: EventKind
+    state: JobState | None = None
+    progress: TuningProgress | None = None
+    evaluation: TuningEvaluation | None = None
+    checkpoint_step: int | None = None
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class TuningJobInfo:
+    """A tuning job at one moment. result is set once it succeeded, error ("" otherwise) once it failed."""
+
+    name: str
+    job_id: str
+    spec: TuningSpec
+    state: JobState
+    progress: TuningProgress | None
+    result: TuningResult | None
+    error: str
+    estimate: TuningEstimate | None
+    create_time: datetime | None
+    start_time: datetime | None
+    end_time: datetime | None
+    validation_loss: float | None
+
+    @property
+    def done(self) -> bool:
+        """True once the job has ended, however it did."""
+        return self.state in ("succeeded", "failed", "cancelled")

@@ -1,0 +1,161 @@
+"""Linear layers of the base, wrapped in place: they compute the base's output and add the deltas of the tokens' adapters.
+
+Layers that take the same input (q/k/v, gate/up) form one LinearGroup. The first of them that is called computes for
+all of them: one GEMM over their weights, which lie side by side (weights.py), and one shrink over all their LoRA-A.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from graftwork_server.engine.routing import Routing
+from graftwork_server.engine.weights import FUSED_SIBLINGS
+
+
+@dataclass
+class StepRouting:
+    """The routing of the forward that runs now, one object shared by all layers of a model. None: base only."""
+
+    tokens: Routing | None = None
+    """rows of the packed input"""
+    outputs: Routing | None = None
+    """rows that reach the output layer"""
+
+
+class LinearGroup:
+    """One or more linear layers with the same input."""
+
+    def __init__(self, index: int, members: list[tuple[str, torch.nn.Module]], is_output: bool) -> None:
+        self.index = index
+        self.names = [name for name, _ in members]
+        self.modules = [module for _, module in members]
+        self.is_output = is_output
+        self.in_features = _features(self.modules[0])[0]
+        self.out_features = [_features(module)[1] for module in self.modules]
+        self.weight = fused_view([module.weight for module in self.modules]) if len(members) > 1 else None
+        biases = [module.bias for module in self.modules if module.bias is not None]
+        self.bias = fused_view(biases) if len(members) > 1 and biases else None
+        self._input: torch.Tensor | None = None
+        self._outputs: tuple[torch.Tensor, ...] = ()
+        self._pending = 0
+
+    @property
+    def fused(self) -> bool:
+        """True if one GEMM serves all members."""
+        return self.weight is not None
+
+    def output(self, position: int, x: torch.Tensor, routing: Routing | None) -> torch.Tensor:
+        """Output of member `position` for x [..., in_features], adapters included."""
+        if self._input is not x:
+            self._outputs = self._compute(x, routing)
+            if len(self.modules) > 1:
+                self._input, self._pending = x, len(self.modules)
+            else:
+                return self._outputs[0]
+        result = self._outputs[position]
+        self._pending -= 1
+        if self._pending == 0:
+            self._input, self._outputs = None, ()
+        return result
+
+    def forget(self) -> None:
+        """Drops what is left of a forward that did not finish."""
+        self._input, self._outputs, self._pending = None, (), 0
+
+    def _compute(self, x: torch.Tensor, routing: Routing | None) -> tuple[torch.Tensor, ...]:
+        if self.weight is not None:
+            y = torch.nn.functional.linear(x, self.weight, self.bias)
+        elif len(self.modules) == 1:
+            y = self.modules[0](x)
+        else:
+            y = torch.cat([module(x) for module in self.modules], dim=-1)
+        if routing is not None:
+            routing.add_deltas(self.index, x.view(-1, self.in_features), y.view(-1, y.shape[-1]))
+        return (y,) if len(self.modules) == 1 else y.split(self.out_features, dim=-1)
+
+
+class AdaptedLinear(torch.nn.Module):
+    """Stands where a Linear or Conv1D of the base stood."""
+
+    def __init__(self, group: LinearGroup, position: int, step: StepRouting) -> None:
+        super().__init__()
+        self.base = group.modules[position]
+        self.in_features, self.out_features = _features(self.base)
+        self._group = group
+        self._position = position
+        self._step = step
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's weight; transformers' code reads its dtype."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base's bias."""
+        return self.base.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] -> [..., out_features]"""
+        routing = self._step.outputs if self._group.is_output else self._step.tokens
+        return self._group.output(self._position, x, routing)
+
+
+def wrap_linears(model: torch.nn.Module, step: StepRouting) -> list[LinearGroup]:
+    """Replaces every Linear and Conv1D of `model` by an AdaptedLinear and returns their groups, in order."""
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    groups: list[LinearGroup] = []
+    taken: set[str] = set()
+    for name in linears:
+        if name in taken:
+            continue
+        names = _siblings(name, linears)
+        group = LinearGroup(len(groups), [(n, linears[n]) for n in names], linears[name] is output)
+        if len(names) > 1 and not group.fused:  # not side by side in memory: nothing is gained by computing them together
+            names = [name]
+            group = LinearGroup(len(groups), [(name, linears[name])], linears[name] is output)
+        taken.update(names)
+        groups.append(group)
+        for position, member in enumerate(names):
+            parent_name, _, leaf = member.rpartition(".")
+            setattr(model.get_submodule(parent_name), leaf, AdaptedLinear(group, position, step))
+    return groups
+
+
+def fused_view(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    """One tensor over `tensors` stacked along their first dimension if they lie side by side in memory, else None."""
+    first = tensors[0]
+    end = first.data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != end or tensor.dtype != first.dtype or not tensor.is_contiguous():
+            return None
+        if tensor.shape[1:] != first.shape[1:]:
+            return None
+        end += tensor.nbytes
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def _siblings(name: str, linears: dict[str, torch.nn.Module]) -> list[str]:
+    """Names of the linear layers that are computed together with `name`, itself included."""
+    parent, _, leaf = name.rpartition(".")
+    prefix = f"{parent}." if parent else ""
+    for siblings in FUSED_SIBLINGS:
+        members = [prefix + sibling for sibling in siblings]
+        if leaf in siblings and all(isinstance(linears.get(member), torch.nn.Linear) for member in members):
+            modules = [linears[member] for member in members]
+            same_input = len({_features(module)[0] for module in modules}) == 1
+            same_bias = len({module.bias is None for module in modules}) == 1
+            if same_input and same_bias:
+                return members
+    return [name]
+
+
+def _features(module: torch.nn.Module) -> tuple[int, int]:
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return module.in_features, module.out_features  # type: ignore[return-value]

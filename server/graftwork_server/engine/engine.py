@@ -1,0 +1,186 @@
+"""The engine's step: schedule, run, sample, publish. Knows nothing of sockets, files or processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from graftwork_server.engine.kv_cache import BLOCK_TOKENS, BlockPool, KVCache
+from graftwork_server.engine.model import BaseModel
+from graftwork_server.engine.runner import ChunkLogits, Runner
+from graftwork_server.engine.sampling import sample, token_logprobs
+from graftwork_server.engine.scheduler import Scheduler
+from graftwork_server.engine.sequence import Sequence
+from graftwork_server.engine.slots import AdapterPool
+from graftwork_server.errors import ErrorBody
+from graftwork_server.messages import Generate, SequenceOutput, TokenLogprobs
+from graftwork_server.types import AdapterRef
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLimits:
+    """Sizes of the engine. Bytes 0: chosen from the device's memory."""
+
+    max_sequences: int = 64
+    max_step_tokens: int = 1024
+    kv_memory_bytes: int = 0
+    adapter_memory_bytes: int = 0
+
+
+class Engine:
+    """The base model, its adapters, and the sequences they answer."""
+
+    def __init__(self, base: BaseModel, limits: EngineLimits, request_load: Callable[[AdapterRef], None]) -> None:
+        """`request_load` starts loading an adapter off the step loop; called again, it does nothing new."""
+        self.base = base
+        num_blocks = _num_blocks(base, limits)
+        self.kv_tokens = num_blocks * BLOCK_TOKENS
+        self.blocks = BlockPool(num_blocks)
+        self.adapters = AdapterPool(
+            limits.adapter_memory_bytes or _default_adapter_bytes(base.device),
+            base.engine_model.groups,
+            base.dtype,
+            base.device,
+        )
+        self._runner = Runner(
+            base.engine_model, KVCache(base.layer_shapes, num_blocks, base.dtype, base.device), base.device
+        )
+        self._scheduler = Scheduler(
+            self.blocks,
+            self.adapters,
+            lambda sequence: request_load(sequence.request.adapter) if sequence.request.adapter else None,
+            max_sequences=limits.max_sequences,
+            max_step_tokens=limits.max_step_tokens,
+        )
+        self._sequences: dict[int, Sequence] = {}
+        self._eos = frozenset(base.info.eos_token_ids)
+
+    @property
+    def active(self) -> int:
+        """Sequences that run or wait."""
+        return len(self._sequences)
+
+    def add(self, request: Generate) -> SequenceOutput | None:
+        """Queues a sequence. Returns an output with an error if it can never run."""
+        needed = len(request.prompt_ids) + request.sampling.max_tokens
+        if needed > self.kv_tokens:
+            message = f"prompt and max_tokens are {needed} tokens; the KV cache holds {self.kv_tokens}"
+            error = ErrorBody(code="INVALID_ARGUMENT", reason="KV_CACHE_TOO_SMALL", message=message)
+            return SequenceOutput(request.id, [], "error", error=error)
+        sequence = Sequence.of(request)
+        self._sequences[request.id] = sequence
+        self._scheduler.add(sequence)
+        return None
+
+    def cancel(self, sequence_id: int) -> None:
+        """Ends a sequence without an answer; unknown ids are ignored."""
+        sequence = self._sequences.pop(sequence_id, None)
+        if sequence is not None:
+            self._scheduler.finish(sequence)
+
+    def fail_waiting(self, digest: str, error: ErrorBody) -> list[SequenceOutput]:
+        """Ends the waiting sequences of an adapter that could not be loaded."""
+        failed = [sequence for sequence in self._scheduler.waiting if sequence.digest == digest]
+        return [self._end(sequence, SequenceOutput(sequence.id, [], "error", error=error)) for sequence in failed]
+
+    def step(self) -> list[SequenceOutput]:
+        """Runs one step; what it produced, empty if nothing could run."""
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            return []
+        results = self._runner.run(chunks)
+        for result in results:
+            result.chunk.sequence.computed += result.chunk.count
+        outputs = self._prompt_outputs(results)
+        sampling = [result for result in results if result.chunk.samples and not self._only_scored(result)]
+        if sampling:
+            outputs.extend(self._sample(sampling))
+        return outputs
+
+    def _only_scored(self, result: ChunkLogits) -> bool:
+        return result.chunk.sequence.request.sampling.max_tokens == 0
+
+    def _prompt_outputs(self, results: list[ChunkLogits]) -> list[SequenceOutput]:
+        """Collects log probabilities of prompts; ends the sequences that want nothing else."""
+        outputs = []
+        for result in results:
+            sequence = result.chunk.sequence
+            if sequence.wants_prompt_logprobs:
+                _collect_prompt_logprobs(result)
+            if result.chunk.samples and self._only_scored(result):
+                scored = list(sequence.prompt_logprobs) if sequence.request.prompt_logprobs is not None else None
+                outputs.append(self._end(sequence, SequenceOutput(sequence.id, [], "length", prompt_logprobs=scored)))
+        return outputs
+
+    def _sample(self, results: list[ChunkLogits]) -> list[SequenceOutput]:
+        sequences = [result.chunk.sequence for result in results]
+        logits = torch.stack([result.logits[-1] for result in results])  # [sequences, vocabulary]
+        finite = torch.isfinite(logits).all(-1).tolist()
+        tokens = sample(logits.nan_to_num(), sequences)
+        outputs = []
+        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+            if not finite[row]:
+                self._runner.discard(sequence)
+                outputs.append(self._end(sequence, _not_finite(sequence)))
+                continue
+            logprobs = self._logprobs(sequence, logits[row : row + 1], token)
+            first = sequence.generated == 0
+            prompt_logprobs = list(sequence.prompt_logprobs) if first and sequence.wants_prompt_logprobs else None
+            sequence.tokens.append(token)
+            finish = self._finish_reason(sequence, token)
+            output = SequenceOutput(sequence.id, [token], finish, logprobs, prompt_logprobs)
+            outputs.append(self._end(sequence, output) if finish else output)
+        return outputs
+
+    def _logprobs(self, sequence: Sequence, logits: torch.Tensor, token: int) -> list[TokenLogprobs] | None:
+        top = sequence.request.sampling.logprobs
+        return None if top is None else token_logprobs(logits, [token], top)
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> str:
+        if token in self._eos and not sequence.request.sampling.ignore_eos:
+            return "stop"
+        return "length" if sequence.generated >= sequence.request.sampling.max_tokens else ""
+
+    def _end(self, sequence: Sequence, output: SequenceOutput) -> SequenceOutput:
+        del self._sequences[sequence.id]
+        self._scheduler.finish(sequence)
+        return output
+
+
+def _collect_prompt_logprobs(result: ChunkLogits) -> None:
+    """Row i of a chunk predicts the token after it; the prompt's first token is predicted by nothing."""
+    sequence, start = result.chunk.sequence, result.chunk.start
+    if start == 0:
+        sequence.prompt_logprobs.append(TokenLogprobs(sequence.tokens[0], None))
+    targets = sequence.tokens[start + 1 : start + 1 + result.chunk.count]
+    if targets:
+        top = sequence.request.prompt_logprobs or 0
+        sequence.prompt_logprobs.extend(token_logprobs(result.logits[: len(targets)], targets, top))
+
+
+def _not_finite(sequence: Sequence) -> SequenceOutput:
+    who = "the base model" if sequence.digest is None else "the adapter"
+    message = f"{who} gave logits that are NaN or infinite; its weights overflow in this dtype"
+    error = ErrorBody(code="FAILED_PRECONDITION", reason="LOGITS_NOT_FINITE", message=message)
+    return SequenceOutput(sequence.id, [], "error", error=error)
+
+
+def _num_blocks(base: BaseModel, limits: EngineLimits) -> int:
+    per_block = BLOCK_TOKENS * sum(shape.bytes_per_token(base.dtype) for shape in base.layer_shapes)
+    wanted = limits.max_sequences * -(-base.info.context_tokens // BLOCK_TOKENS)
+    available = limits.kv_memory_bytes or _default_kv_bytes(base.device)
+    return max(1, min(wanted, available // per_block))
+
+
+def _default_kv_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.6)
+    return 2 * 1024**3
+
+
+def _default_adapter_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.2)
+    return 2 * 1024**3

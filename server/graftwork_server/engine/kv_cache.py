@@ -1,0 +1,88 @@
+"""The KV cache: keys and values of all sequences in blocks of tokens, and the pool that hands blocks out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Key and value of one attention layer."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes that one token takes in this layer."""
+        return self.kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
+
+
+class BlockPool:
+    """Free blocks by number."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+
+    @property
+    def free_blocks(self) -> int:
+        """How many blocks can be handed out."""
+        return len(self._free)
+
+    def extend(self, block_table: list[int], tokens: int) -> bool:
+        """Appends blocks until `tokens` tokens fit the table. Takes none and returns False if there are too few."""
+        missing = -(-tokens // BLOCK_TOKENS) - len(block_table)
+        if missing > len(self._free):
+            return False
+        for _ in range(missing):
+            block_table.append(self._free.pop())
+        return True
+
+    def release(self, block_table: list[int]) -> None:
+        """Takes all blocks of a table back."""
+        self._free.extend(reversed(block_table))
+        block_table.clear()
+
+
+class KVCache:
+    """Key and value tensors of each layer, [kv_heads, block slots, dim].
+
+    Heads come first so that gathering the rows of several sequences gives [kv_heads, sequences, tokens, dim], on which
+    attention is a plain batched GEMM. On CPU the memory is taken page by page as blocks are first written. Rows start
+    as zeros and must stay finite: masked positions are read, and NaN times zero is NaN.
+    """
+
+    def __init__(
+        self, shapes: Sequence[LayerShape], num_blocks: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        rows = num_blocks * BLOCK_TOKENS
+        self.keys = [torch.zeros(s.kv_heads, rows, s.key_dim, dtype=dtype, device=device) for s in shapes]
+        self.values = [torch.zeros(s.kv_heads, rows, s.value_dim, dtype=dtype, device=device) for s in shapes]
+
+    def write(self, layer: int, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Stores key and value [kv_heads, tokens, dim] in cache rows `rows` [tokens]."""
+        self.keys[layer].index_copy_(1, rows, key)
+        self.values[layer].index_copy_(1, rows, value)
+
+    def clear(self, rows: torch.Tensor) -> None:
+        """Zeroes cache rows `rows` [n] in all layers, after a sequence whose values were not finite."""
+        for tensor in (*self.keys, *self.values):
+            tensor.index_fill_(1, rows, 0)
+
+    def gather(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value [kv_heads, n, dim] of cache rows `rows` [n]."""
+        return self.keys[layer].index_select(1, rows), self.values[layer].index_select(1, rows)
+
+
+def rows_of(block_table: Sequence[int], start: int, end: int) -> list[int]:
+    """Cache rows of a sequence's tokens [start, end)."""
+    return [
+        block_table[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
+        for position in range(start, end)
+    ]

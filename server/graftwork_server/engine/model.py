@@ -1,0 +1,293 @@
+"""Loading the base model and making it ready for packed forwards; building whole tuned checkpoints beside it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from graftwork_server.engine.adapted_linear import LinearGroup, StepRouting, wrap_linears
+from graftwork_server.engine.attention import packed, paged
+from graftwork_server.engine.attention.paged import AttentionPlan
+from graftwork_server.engine.describe import fingerprint
+from graftwork_server.engine.kv_cache import LayerShape
+from graftwork_server.engine.routing import Routing
+from graftwork_server.engine.weights import SharedWeights, assign_tensors, empty_model
+from graftwork_server.errors import FailedPrecondition
+from graftwork_server.types import ModelInfo
+
+_PROBE_TOLERANCE = 2e-3
+"""Largest difference of a probe's log probabilities, packed against one by one in float32; other dtypes: 50 times it."""
+
+
+class EngineModel:
+    """A transformers model whose linears are wrapped and whose attention is the paged one."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.step = StepRouting()
+        self.groups: list[LinearGroup] = wrap_linears(model, self.step)
+        model.set_attn_implementation(paged.NAME)  # type: ignore[operator]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        keep: torch.Tensor,
+        plan: AttentionPlan,
+        tokens: Routing | None,
+        outputs: Routing | None,
+    ) -> torch.Tensor:
+        """input_ids and position_ids [tokens], keep [kept] rows to make logits of -> logits [kept, vocabulary].
+
+        `tokens` routes the packed rows and `outputs` the kept ones; None where no row has an adapter.
+        """
+        self.step.tokens = tokens or None
+        self.step.outputs = outputs or None
+        paged.set_plan(plan)
+        try:
+            output = self.model(
+                input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=keep
+            )
+        finally:
+            paged.set_plan(None)
+            for group in self.groups:
+                group.forget()
+        return output.logits[0]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The resident base: ready to run, and what is to be known of it."""
+
+    engine_model: EngineModel
+    weights: SharedWeights
+    info: ModelInfo
+    layer_shapes: list[LayerShape]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.weights.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        dtype: torch.dtype = getattr(torch, self.info.dtype)
+        return dtype
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: cuda if there is one. Raises FailedPrecondition if cuda is asked for and missing."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise FailedPrecondition("--device cuda: torch sees no CUDA device; use cpu or auto", reason="DEVICE_MISSING")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the hardware multiplies it natively, else float32."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_base(source: str, device: torch.device, dtype: torch.dtype, cache_dir: Path) -> BaseModel:
+    """Loads a directory or hub id. Raises FailedPrecondition, saying what is wrong, if it cannot be served."""
+    model = _from_pretrained(source, device, dtype)
+    shapes = _probe_layers(model)
+    expected = _probe_logprobs(model)
+    tensors = {name: tensor for name, tensor in model.state_dict().items()}
+    print_of_base = fingerprint(model.config.to_dict(), tensors)
+    del tensors
+    weights = SharedWeights(model, device)
+    engine_model = EngineModel(model)
+    _check_probe(engine_model, expected, device)
+    config = model.config.get_text_config()
+    info = ModelInfo(
+        fingerprint=print_of_base,
+        source=source,
+        architecture=type(model).__name__,
+        model_type=config.model_type,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        vocab_size=int(config.vocab_size),
+        context_tokens=int(config.max_position_embeddings),
+        parameter_count=sum(parameter.numel() for parameter in model.parameters()),
+        weight_bytes=weights.size_bytes,
+        eos_token_ids=_eos_token_ids(model),
+        tokenizer_dir=_fast_tokenizer(source, cache_dir, print_of_base),
+        kv_tokens=0,
+        max_sequences=0,
+    )
+    return BaseModel(engine_model, weights, info, shapes)
+
+
+def tuned_model(base: BaseModel, tensors: dict[str, torch.Tensor]) -> tuple[EngineModel, int]:
+    """A model of the base's class over `tensors` and what it takes on the device in bytes; tensors equal to the base's
+    are the base's own. Names and shapes must be those of the base (checked by the caller)."""
+    config_model = empty_model(base.engine_model.model.config)
+    resident = {entry.name: entry for entry in base.weights.layout}
+    base_state = {_unwrapped(name): tensor for name, tensor in base.engine_model.model.state_dict().items()}
+    own_bytes = 0
+    chosen: dict[str, torch.Tensor] = {}
+    for name in resident:
+        mine = tensors[name].to(base.device, base_state[name].dtype)
+        if torch.equal(mine, base_state[name]):
+            chosen[name] = base_state[name]
+        else:
+            own_bytes += mine.nbytes
+            chosen[name] = mine
+    assign_tensors(config_model, chosen)
+    return EngineModel(config_model.eval().requires_grad_(False).to(base.device)), own_bytes
+
+
+def _unwrapped(name: str) -> str:
+    """A state_dict name without the wrapper's level: "q_proj.base.weight" -> "q_proj.weight"."""
+    head, _, leaf = name.rpartition(".")
+    return f"{head.removesuffix('.base')}.{leaf}"
+
+
+def unwrapped_state(base: BaseModel) -> dict[str, torch.Tensor]:
+    """The base's tensors by their names in the plain transformers model."""
+    return {_unwrapped(name): tensor for name, tensor in base.engine_model.model.state_dict().items()}
+
+
+def _from_pretrained(source: str, device: torch.device, dtype: torch.dtype) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if config.is_encoder_decoder or getattr(config.get_text_config(), "use_bidirectional_attention", False):
+            raise FailedPrecondition(
+                f"{source} is a {config.model_type} model; decoder-only causal models are served",
+                reason="MODEL_UNSUPPORTED",
+            )
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=packed.NAME, trust_remote_code=False, use_safetensors=True
+        )
+    except FailedPrecondition:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and safetensors' own, as it happens
+        text = " ".join(str(error).split())[:300]
+        raise FailedPrecondition(
+            f"cannot load the model {source!r}: {text}. It must be a directory or hub id with config.json and "
+            "safetensors weights of a causal language model",
+            reason="MODEL_UNUSABLE",
+        ) from None
+    return model.to(device).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _attention(model: Any, name: str, function: Any) -> Iterator[None]:
+    AttentionInterface.register(name, function)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _probe_layers(model: Any) -> list[LayerShape]:
+    """Runs two tokens and records each attention layer's key and value shapes. Raises FailedPrecondition if the model does
+    not send all its attention through transformers' attention interface."""
+    seen: dict[int, LayerShape] = {}
+    unknown: set[str] = set()
+
+    def record(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        known = {"scaling", "dropout", "sliding_window", "softcap", "is_causal", "position_ids", "use_cache"}
+        unknown.update(name for name, given in kwargs.items() if name not in known and _matters(name, given))
+        seen[module.layer_idx] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        return packed.packed_attention(module, query, key, value, mask, **kwargs)
+
+    ids = torch.tensor([[1, 0]], device=model.device)
+    with torch.inference_mode(), _attention(model, "graftwork_probe", record):
+        model(input_ids=ids, use_cache=False)
+    layers = model.config.get_text_config().num_hidden_layers
+    if sorted(seen) != list(range(layers)) or unknown:
+        why = f"its attention takes {', '.join(sorted(unknown))}" if unknown else "not every layer has plain attention"
+        raise FailedPrecondition(
+            f"{type(model).__name__} cannot be served: {why}; served are causal models whose layers all use "
+            "transformers' attention interface",
+            reason="MODEL_UNSUPPORTED",
+        )
+    return [seen[index] for index in range(layers)]
+
+
+def _matters(name: str, given: Any) -> bool:
+    """Attention sinks and the like change the result; tensors and flags that only inform do not."""
+    return name in {"s_aux", "sinks", "position_bias", "alibi"} and given is not None
+
+
+_PROBE_ROWS = ([3, 1, 4, 1, 5], [2, 7, 1, 8, 2, 8, 1])
+
+
+def _probe_logprobs(model: Any) -> torch.Tensor:
+    """Log probabilities of two short rows run one by one with torch's own attention: [tokens, vocabulary]."""
+    vocab = model.config.get_text_config().vocab_size
+    before = model.config._attn_implementation
+    with torch.inference_mode():
+        model.set_attn_implementation("eager")
+        try:
+            logits = [
+                model(input_ids=torch.tensor([row], device=model.device) % vocab, use_cache=False).logits[0]
+                for row in _PROBE_ROWS
+            ]
+        finally:
+            model.set_attn_implementation(before)
+    return torch.cat(logits).float().log_softmax(-1)
+
+
+def _check_probe(engine_model: EngineModel, expected: torch.Tensor, device: torch.device) -> None:
+    """Runs the probe rows packed into one forward and refuses a model whose answers change by that: it would be served
+    wrong answers (a layer that mixes tokens outside attention, say)."""
+    model: Any = engine_model.model
+    vocab = model.config.get_text_config().vocab_size
+    ids = torch.tensor([token for row in _PROBE_ROWS for token in row], device=device) % vocab
+    positions = torch.tensor([position for row in _PROBE_ROWS for position in range(len(row))], device=device)
+    model.set_attn_implementation(packed.NAME)
+    with torch.inference_mode(), packed.packed_rows([0, len(_PROBE_ROWS[0]), len(ids)]):
+        output = model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+    model.set_attn_implementation(paged.NAME)
+    for group in engine_model.groups:
+        group.forget()
+    difference = (output.logits[0].float().log_softmax(-1) - expected).abs().max().item()
+    limit = _PROBE_TOLERANCE if model.dtype == torch.float32 else 50 * _PROBE_TOLERANCE
+    if not difference <= limit:
+        raise FailedPrecondition(
+            f"{type(model).__name__} cannot be served: packing sequences into one forward changes its log "
+            f"probabilities by {difference:.2g}",
+            reason="MODEL_UNSUPPORTED",
+        )
+
+
+def _eos_token_ids(model: Any) -> list[int]:
+    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return [int(i) for i in ids] if isinstance(ids, list | tuple) else [int(ids)]
+    return []
+
+
+def _fast_tokenizer(source: str, cache_dir: Path, name: str) -> str | None:
+    """A directory with the model's tokenizer as tokenizer.json, converted if need be; None if the model has none."""
+    if (Path(source) / "tokenizer.json").is_file():
+        return str(Path(source).resolve())
+    target = cache_dir / "tokenizers" / name.removeprefix("sha256:")[:32]
+    if not (target / "tokenizer.json").is_file():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except Exception:
+            # No tokenizer files at all: the model still answers token ids, and the front says so for text.
+            return None
+        tokenizer.save_pretrained(target)
+    return str(target) if (target / "tokenizer.json").is_file() else None

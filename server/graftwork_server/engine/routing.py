@@ -1,0 +1,93 @@
+"""Which adapter each packed row belongs to, worked out once per forward and used by every layer.
+
+Rows of one adapter that stand together form a span. Long spans are computed one by one (a GEMM with the adapter's own
+A and B); spans of the same length over slots of one block are computed together (batched GEMM). Rows of the base are
+not touched.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from graftwork_server.engine.slots import LoadedAdapter, SlotBlock
+
+_LONG_SPAN = 32
+"""Rows from which a span is worth its own GEMMs."""
+
+
+@dataclass(frozen=True)
+class RowSpan:
+    """Rows [start, end) of one adapter."""
+
+    adapter: LoadedAdapter
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Spans of equal length over slots of one block."""
+
+    block: SlotBlock
+    slots: slice | torch.Tensor
+    count: int
+    length: int
+    rows: slice | torch.Tensor
+
+
+class Routing:
+    """The spans of one forward, grouped for computation."""
+
+    def __init__(self, spans: Sequence[RowSpan], device: torch.device) -> None:
+        self._batches: list[_Batch] = []
+        short: dict[tuple[int, int], list[RowSpan]] = defaultdict(list)
+        for span in spans:
+            if span.adapter.block is None:
+                continue
+            length = span.end - span.start
+            if length >= _LONG_SPAN:
+                self._batches.append(self._batch([span], device))
+            else:
+                short[id(span.adapter.block), length].append(span)
+        for together in short.values():
+            self._batches.append(self._batch(sorted(together, key=lambda span: span.adapter.slot), device))
+
+    def __bool__(self) -> bool:
+        return bool(self._batches)
+
+    def add_deltas(self, group: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Adds the deltas of linear group `group`: x [rows, in], y [rows, out of all members], y in place."""
+        for batch in self._batches:
+            lora = batch.block.groups[group]
+            if lora is None:
+                continue
+            # [count, length, in] @ [count, in, sum of ranks]
+            hidden = x[batch.rows].view(batch.count, batch.length, -1) @ lora.a[batch.slots].transpose(1, 2)
+            for member in lora.members:
+                # [count, length, rank] @ [count, rank, out]
+                delta = torch.bmm(hidden[:, :, member.ranks], member.b[batch.slots]).view(-1, member.b.shape[2])
+                if isinstance(batch.rows, slice):
+                    y[batch.rows, member.columns] += delta
+                else:
+                    y[:, member.columns].index_add_(0, batch.rows, delta)
+
+    @staticmethod
+    def _batch(spans: list[RowSpan], device: torch.device) -> _Batch:
+        block = spans[0].adapter.block
+        assert block is not None  # spans without low-rank deltas never come here
+        length = spans[0].end - spans[0].start
+        starts = [span.start for span in spans]
+        slots = [span.adapter.slot for span in spans]
+        contiguous_rows = starts == list(range(starts[0], starts[0] + len(spans) * length, length))
+        rows: slice | torch.Tensor = slice(starts[0], starts[0] + len(spans) * length)
+        if not contiguous_rows:
+            rows = torch.tensor([row for start in starts for row in range(start, start + length)], device=device)
+        contiguous_slots = slots == list(range(slots[0], slots[0] + len(slots)))
+        slot_index: slice | torch.Tensor = slice(slots[0], slots[0] + len(slots))
+        if not contiguous_slots:
+            slot_index = torch.tensor(slots, device=device)
+        return _Batch(block, slot_index, len(spans), length, rows)

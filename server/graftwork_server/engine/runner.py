@@ -1,0 +1,101 @@
+"""One forward over the chunks of a step: packing, routing, attention plan, logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+
+from graftwork_server.engine.attention.paged import Chunk, plan_attention
+from graftwork_server.engine.kv_cache import KVCache, rows_of
+from graftwork_server.engine.model import EngineModel
+from graftwork_server.engine.routing import Routing, RowSpan
+from graftwork_server.engine.sequence import ScheduledChunk, Sequence
+
+
+@dataclass(frozen=True)
+class ChunkLogits:
+    """Logits [rows, vocabulary] float32 of a chunk: of all its tokens if the prompt's log probabilities are wanted, else
+    of its last token if the chunk samples, else none."""
+
+    chunk: ScheduledChunk
+    logits: torch.Tensor
+
+
+class Runner:
+    """Runs chunks on the base, with any mix of low-rank adapters, and on tuned checkpoints, one forward for each."""
+
+    def __init__(self, base: EngineModel, cache: KVCache, device: torch.device) -> None:
+        self._base = base
+        self._cache = cache
+        self._device = device
+
+    def run(self, chunks: SequenceOf[ScheduledChunk]) -> list[ChunkLogits]:
+        """Logits of every chunk. Marks nothing as computed: the caller does once it has the results."""
+        by_model: dict[int, tuple[EngineModel, list[ScheduledChunk]]] = {}
+        for chunk in chunks:
+            model = chunk.sequence.adapter.model if chunk.sequence.adapter else None
+            model = model or self._base
+            by_model.setdefault(id(model), (model, []))[1].append(chunk)
+        results: list[ChunkLogits] = []
+        with torch.inference_mode():
+            for model, members in by_model.values():
+                results.extend(self._forward(model, sorted(members, key=_packing_order)))
+        return results
+
+    def discard(self, sequence: Sequence) -> None:
+        """Zeroes what a sequence with non-finite logits left in the cache, before its blocks go to others."""
+        with torch.inference_mode():
+            rows = rows_of(sequence.block_table, 0, min(len(sequence.tokens), 16 * len(sequence.block_table)))
+            self._cache.clear(torch.tensor(rows, device=self._device))
+
+    def _forward(self, model: EngineModel, chunks: list[ScheduledChunk]) -> list[ChunkLogits]:
+        input_ids: list[int] = []
+        positions: list[int] = []
+        keep: list[int] = []
+        kept_counts: list[int] = []
+        for chunk in chunks:
+            start, end = chunk.start, chunk.start + chunk.count
+            row = len(input_ids)
+            input_ids.extend(chunk.sequence.tokens[start:end])
+            positions.extend(range(start, end))
+            if chunk.sequence.wants_prompt_logprobs:
+                kept = range(row, row + chunk.count)
+            else:
+                kept = range(row + chunk.count - 1, row + chunk.count) if chunk.samples else range(0)
+            keep.extend(kept)
+            kept_counts.append(len(kept))
+        logits = model.forward(
+            torch.tensor(input_ids, device=self._device),
+            torch.tensor(positions, device=self._device),
+            torch.tensor(keep, dtype=torch.int64, device=self._device),
+            plan_attention(self._cache, [Chunk(c.sequence.block_table, c.start, c.count) for c in chunks], self._device),
+            Routing(_spans(chunks, [chunk.count for chunk in chunks]), self._device),
+            Routing(_spans(chunks, kept_counts), self._device),
+        )
+        parts = logits.float().split(kept_counts)
+        return [ChunkLogits(chunk, part) for chunk, part in zip(chunks, parts, strict=True)]
+
+
+def _packing_order(chunk: ScheduledChunk) -> tuple[int, int, int]:
+    """Decodes before prefills, then by slot, so that the rows of neighbouring slots stand together."""
+    adapter = chunk.sequence.adapter
+    if adapter is None or adapter.block is None:
+        return (chunk.count > 1, 0, 0)
+    return (chunk.count > 1, id(adapter.block), adapter.slot)
+
+
+def _spans(chunks: SequenceOf[ScheduledChunk], counts: SequenceOf[int]) -> list[RowSpan]:
+    """Rows of each adapter when every chunk has `counts` rows; neighbours of one adapter become one span."""
+    spans: list[RowSpan] = []
+    row = 0
+    for chunk, count in zip(chunks, counts, strict=True):
+        adapter = chunk.sequence.adapter
+        if adapter is not None and count:
+            if spans and spans[-1].adapter is adapter and spans[-1].end == row:
+                spans[-1] = RowSpan(adapter, spans[-1].start, row + count)
+            else:
+                spans.append(RowSpan(adapter, row, row + count))
+        row += count
+    return spans

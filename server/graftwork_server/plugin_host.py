@@ -1,0 +1,215 @@
+"""Strategies as the engine worker and the tuner use them: every call into a plugin is guarded here.
+
+What a plugin raises about its input (ArtifactError, ConfigError) becomes an error that names the key; anything else
+becomes PLUGIN_FAILED, naming the plugin. The front never imports a plugin, and none is called in the token loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from graftwork_plugins import (
+    Artifact,
+    ArtifactError,
+    BaseInfo,
+    ConfigError,
+    DatasetInfo,
+    Delta,
+    DeviceInfo,
+    FullWeights,
+    LowRank,
+    Strategy,
+    TrainingConfig,
+)
+from graftwork_plugins.manager import LoadedStrategy, PluginManager
+from pydantic import ValidationError
+
+from graftwork_server.errors import (
+    FailedPrecondition,
+    GraftworkServerError,
+    InvalidArgument,
+    NotFound,
+    Violation,
+)
+from graftwork_server.messages import PreparedJob
+from graftwork_server.tuning.schedule import total_steps
+from graftwork_server.types import StrategyInfo, TuningEstimate
+
+TUNER_PROCESS_BYTES = 700 * 1024 * 1024
+"""What a tuner process takes before it trains anything: the interpreter, torch, transformers, peft and their threads."""
+
+_log = logging.getLogger(__name__)
+
+
+class PluginHost:
+    """The plugins of this process."""
+
+    def __init__(self, manager: PluginManager | None = None) -> None:
+        """Loads every installed plugin unless `manager` brings its own."""
+        self._manager = manager or PluginManager.load()
+
+    def infos(self) -> list[StrategyInfo]:
+        """Every strategy, and every plugin that failed to load, by id."""
+        usable = [_info(id, loaded) for id, loaded in self._manager.strategies.items()]
+        failed = [
+            StrategyInfo(id=failure.id, distribution=failure.distribution, load_error=failure.error)
+            for failure in self._manager.failures
+        ]
+        return sorted(usable + failed, key=lambda info: (info.id, info.load_error, info.distribution))
+
+    def strategy(self, id: str) -> Strategy:
+        """The strategy `id`. Raises NotFound (STRATEGY_NOT_FOUND) or FailedPrecondition (STRATEGY_NOT_LOADED)."""
+        loaded = self._manager.strategies.get(id)
+        if loaded is not None:
+            return loaded.strategy
+        for failure in self._manager.failures:
+            if failure.id == id:
+                raise FailedPrecondition(
+                    f"strategy {id!r} of {failure.distribution} could not be loaded: {failure.error}",
+                    reason="STRATEGY_NOT_LOADED",
+                    field="strategy",
+                )
+        known = ", ".join(sorted(self._manager.strategies))
+        raise NotFound(
+            f"there is no strategy {id!r}; there are: {known}", reason="STRATEGY_NOT_FOUND", field="strategy"
+        )
+
+    def identify(self, path: Path) -> str:
+        """Id of the strategy that serves the files in `path`.
+
+        Raises FailedPrecondition: ARTIFACT_NOT_RECOGNISED, saying what would be, or ARTIFACT_REJECTED.
+        """
+        artifact = Artifact(path)
+        with guard("identify", "graftwork_identify_artifact"):
+            id = self._manager.identify(artifact)
+        if id is not None and id in self._manager.strategies:
+            return id
+        names = artifact.names()
+        found = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        known = "; ".join(
+            f"{id}: {loaded.strategy.artifact_files}"
+            for id, loaded in sorted(self._manager.strategies.items())
+            if loaded.strategy.artifact_files
+        )
+        raise FailedPrecondition(
+            f"no strategy recognises these files: {found or 'none'}. Recognised are: {known}",
+            reason="ARTIFACT_NOT_RECOGNISED",
+        )
+
+    def load_deltas(self, path: Path, strategy_id: str, base: BaseInfo) -> list[Delta]:
+        """The deltas of the artifact in `path`.
+
+        Raises FailedPrecondition: ARTIFACT_REJECTED, with the tensor or key as the violation's field, or PLUGIN_FAILED.
+        """
+        strategy = self.strategy(strategy_id)
+        with guard(strategy_id, "load"):
+            deltas = list(strategy.load(Artifact(path), base))
+            if not deltas:
+                raise ArtifactError("tensors", "the artifact changes nothing: it holds no tensors")
+            for delta in deltas:
+                if not isinstance(delta, LowRank | FullWeights):
+                    raise TypeError(f"load returned {type(delta).__name__}, which is no delta")
+            return deltas
+
+    def prepare_job(
+        self,
+        strategy: str,
+        config: dict[str, Any],
+        row_count: int,
+        total_tokens: int,
+        base: BaseInfo,
+        device: DeviceInfo,
+    ) -> PreparedJob:
+        """A job's settings with every default filled in, and what it will take.
+
+        `row_count` and `total_tokens` are of the rows trained on, held-out ones not counted. Raises InvalidArgument
+        (CONFIG_INVALID) with a violation `spec.config.<key>` for each wrong setting, FailedPrecondition
+        (NOT_TRAINABLE, PLUGIN_FAILED).
+        """
+        plugin = self.strategy(strategy)
+        if "train" not in plugin.capabilities:
+            raise FailedPrecondition(f"strategy {strategy!r} cannot train", reason="NOT_TRAINABLE", field="strategy")
+        settings = parse_config(plugin, config)
+        with guard(strategy, "validate"):
+            plugin.validate(settings, base)
+        with guard(strategy, "estimate"):
+            dataset = DatasetInfo(row_count=row_count, total_tokens=total_tokens)
+            estimate = plugin.estimate(settings, base, dataset, device)
+        return PreparedJob(
+            config=settings.model_dump(mode="json"),
+            estimate=TuningEstimate(
+                trained_parameters=estimate.trained_parameters,
+                memory_bytes=estimate.memory_bytes + TUNER_PROCESS_BYTES,
+                artifact_bytes=estimate.artifact_bytes,
+                total_steps=total_steps(settings, row_count),
+            ),
+        )
+
+
+def parse_config(strategy: Strategy, config: dict[str, Any]) -> TrainingConfig:
+    """`config` as the strategy's Config. Raises InvalidArgument (CONFIG_INVALID)."""
+    try:
+        return strategy.Config.model_validate(config)
+    except ValidationError as error:
+        accepted = ", ".join(sorted(strategy.Config.model_fields))
+        violations = [_violation(detail, accepted) for detail in error.errors(include_url=False)]
+        raise InvalidArgument(
+            "; ".join(violation.description for violation in violations[:5]),
+            reason="CONFIG_INVALID",
+            violations=violations,
+        ) from None
+
+
+@contextlib.contextmanager
+def guard(strategy_id: str, call: str) -> Iterator[None]:
+    """Around a call into a plugin: its exceptions become ours. Memory errors pass, for the caller to explain."""
+    try:
+        yield
+    except (GraftworkServerError, KeyboardInterrupt, MemoryError):
+        raise
+    except ArtifactError as error:
+        raise FailedPrecondition(error.message, reason="ARTIFACT_REJECTED", field=error.key) from error
+    except ConfigError as error:
+        raise InvalidArgument(error.message, reason="CONFIG_INVALID", field=f"spec.config.{error.field}") from error
+    except BaseException as error:
+        if is_out_of_memory(error):
+            raise
+        _log.exception("plugin %s failed in %s", strategy_id, call)
+        raise FailedPrecondition(
+            f"plugin {strategy_id!r} failed in {call}: {type(error).__name__}: {error}", reason="PLUGIN_FAILED"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, of the host or of a device. torch has no type of its own for the host."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def _info(id: str, loaded: LoadedStrategy) -> StrategyInfo:
+    strategy = loaded.strategy
+    return StrategyInfo(
+        id=id,
+        version=strategy.version,
+        api_version=strategy.api,
+        distribution=loaded.distribution,
+        description=strategy.description,
+        capabilities=sorted(strategy.capabilities),
+        config_json_schema=json.dumps(strategy.Config.model_json_schema()),
+    )
+
+
+def _violation(detail: Any, accepted: str) -> Violation:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return Violation(f"spec.config.{key}", f"{key} is no setting of this strategy; its settings are: {accepted}")
+    shown = repr(detail["input"])
+    return Violation(f"spec.config.{key}", f"{key} = {shown[:80]}: {detail['msg']}")

@@ -1,0 +1,201 @@
+"""Around every call: a request id, the mapping of errors to gRPC statuses, the access log, and the refusal to start
+new work while the server drains."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from graftwork_server.errors import GraftworkServerError, Internal, Unavailable
+from graftwork_server.logs import request_id as current_request_id
+
+log = logging.getLogger("graftwork.rpc")
+access_log = logging.getLogger("graftwork.access")
+
+ERROR_DOMAIN = "graftwork"
+REQUEST_ID_KEY = "x-request-id"
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+DETAILS_BYTES = 5_000
+"""gRPC clients refuse trailers over 8 KiB by default, so the details, in base64, and the message stay below that."""
+MESSAGE_CHARACTERS = 600
+
+Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
+
+
+class Drain:
+    """Whether the server still takes new calls, and which ones run."""
+
+    def __init__(self) -> None:
+        self.started = asyncio.Event()
+        """Set when the server was told to end."""
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def enter(self) -> None:
+        """A call begins. Raises Unavailable (SHUTTING_DOWN) once the drain has started."""
+        if self.started.is_set():
+            raise Unavailable(
+                "the server is shutting down", reason="SHUTTING_DOWN", metadata={"retry_after_ms": "1000"}
+            )
+        self._running += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        """A call has ended."""
+        self._running -= 1
+        if self._running == 0:
+            self._idle.set()
+
+    async def wait_idle(self, seconds: float) -> bool:
+        """Waits for the running calls to end; false if some still run after `seconds`."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every method of graftwork's own services; health and reflection stay as they are."""
+
+    def __init__(self, drain: Drain) -> None:
+        self._drain = drain
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Called by gRPC once per call."""
+        handler: Any = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith("/graftwork."):
+            return handler
+        make, behaviour = _kind(handler)
+        request_id = _request_id(handler_call_details)
+        wrapped = self._wrap(behaviour, handler_call_details.method.rsplit("/", 1)[-1], request_id)
+        return make(
+            wrapped,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _wrap(self, behaviour: Behaviour, method: str, request_id: str) -> Behaviour:
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            token = current_request_id.set(request_id)
+            begun, outcome = time.monotonic(), "OK"
+            trailing = ((REQUEST_ID_KEY, request_id),)
+            entered = False
+            try:
+                await context.send_initial_metadata(trailing)
+                context.set_trailing_metadata(trailing)
+                self._drain.enter()
+                entered = True
+                return await behaviour(request, context)
+            except asyncio.CancelledError:
+                outcome = "CANCELLED"
+                raise
+            except Exception as raised:
+                error = _known(raised, request_id)
+                outcome = f"{error.code} {error.reason}"
+                await _abort(context, error, request_id)
+            finally:
+                if entered:
+                    self._drain.leave()
+                access_log.info("%s %s %.1f ms", method, outcome, (time.monotonic() - begun) * 1000)
+                current_request_id.reset(token)
+
+        return call
+
+
+def _kind(handler: Any) -> tuple[Callable[..., grpc.RpcMethodHandler], Behaviour]:
+    """The maker of handlers of this kind, and the behaviour: all of ours are coroutines of (request, context)."""
+    if handler.request_streaming:
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler, handler.stream_stream
+        return grpc.stream_unary_rpc_method_handler, handler.stream_unary
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler, handler.unary_stream
+    return grpc.unary_unary_rpc_method_handler, handler.unary_unary
+
+
+def _request_id(details: grpc.HandlerCallDetails) -> str:
+    """The caller's id where it is one, else a new one: what is logged and sent back holds no control characters."""
+    for key, value in details.invocation_metadata or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str) and REQUEST_ID.fullmatch(value):
+            return value
+    return secrets.token_hex(8)
+
+
+def _known(error: Exception, request_id: str) -> GraftworkServerError:
+    """`error`, or for what is not ours, an Internal that tells the client nothing but where to look it up."""
+    if isinstance(error, Internal):
+        log.error("%s: %s", error.reason, error.message)
+    if isinstance(error, GraftworkServerError):
+        return error
+    log.error("a call failed", exc_info=error)
+    return Internal(f"the server failed on this request; its log has the cause under {request_id}", reason="INTERNAL")
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: GraftworkServerError, request_id: str) -> None:
+    status = to_status(error)
+    await context.abort(
+        getattr(grpc.StatusCode, error.code, grpc.StatusCode.UNKNOWN),
+        status.message,
+        trailing_metadata=(
+            (REQUEST_ID_KEY, request_id),
+            ("grpc-status-details-bin", status.SerializeToString()),
+        ),
+    )
+
+
+def to_status(error: GraftworkServerError) -> status_pb2.Status:
+    """`error` as google.rpc.Status with ErrorInfo, and BadRequest and RetryInfo where they say something (AIP-193)."""
+    code: int = getattr(grpc.StatusCode, error.code, grpc.StatusCode.UNKNOWN).value[0]
+    metadata = {key: _cut(value, 200) for key, value in error.metadata.items()}
+    status = status_pb2.Status(code=code, message=_cut(error.message, MESSAGE_CHARACTERS))
+    _add(status, error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=metadata))
+    if "retry_after_ms" in error.metadata:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(int(error.metadata["retry_after_ms"]))
+        _add(status, error_details_pb2.RetryInfo(retry_delay=delay))
+    if error.violations:
+        _add(status, _bad_request(error, DETAILS_BYTES - status.ByteSize()))
+    return status
+
+
+def _bad_request(error: GraftworkServerError, budget: int) -> error_details_pb2.BadRequest:
+    """Every violation, each cut to its share of what the trailers have room for."""
+    share = max(budget // len(error.violations), 24)
+    details = error_details_pb2.BadRequest()
+    for violation in error.violations[: max(budget // 24, 1)]:
+        field = _cut(violation.field, share // 2)
+        details.field_violations.add(
+            field=field, description=_cut(violation.description, max(share - len(field.encode()) - 8, 8))
+        )
+    return details
+
+
+def _cut(text: str, size: int) -> str:
+    """`text` in at most `size` bytes of UTF-8, and without control characters, which no header may have."""
+    text = "".join(character if character.isprintable() else " " for character in text)
+    encoded = text.encode("utf-8", "replace")
+    if len(encoded) <= size:
+        return encoded.decode()
+    return encoded[: max(size - 3, 0)].decode("utf-8", "ignore") + "..."
+
+
+def _add(status: status_pb2.Status, detail: Message) -> None:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    status.details.append(packed)

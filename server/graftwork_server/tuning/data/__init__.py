@@ -1,0 +1,27 @@
+"""Training data: JSONL in four forms, checked line by line, turned into tokens with a label each. No torch here.
+
+    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}   CHAT
+    {"prompt": ..., "completion": ...}                                                              PROMPT_COMPLETION
+    {"instruction": ..., "input": ..., "output": ...}     input optional                            INSTRUCTION
+    {"text": ...}                                                                                   TEXT
+
+lines.py reads lines, rows.py tokenises them, report.py checks a whole file.
+"""
+
+from graftwork_server.tuning.data.lines import MAX_LINE_BYTES, Example, LineProblem, read_examples, read_lines
+from graftwork_server.tuning.data.report import DatasetReport, LineError, check_dataset
+from graftwork_server.tuning.data.rows import instruction_prompt, tokenize_example, tokenize_rows
+
+__all__ = [
+    "MAX_LINE_BYTES",
+    "DatasetReport",
+    "Example",
+    "LineError",
+    "LineProblem",
+    "check_dataset",
+    "instruction_prompt",
+    "read_examples",
+    "read_lines",
+    "tokenize_example",
+    "tokenize_rows",
+]

@@ -1,0 +1,136 @@
+"""The nouns that areas share. No torch, no gRPC, no database here, so every process can import them."""
+
+from __future__ import annotations
+
+import enum
+import re
+
+import msgspec
+
+BASE = "base"
+"""The name under which the base model itself answers."""
+
+ADAPTER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""Pattern (fullmatch) of adapter ids; BASE is reserved."""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The base model as the engine loaded it."""
+
+    fingerprint: str
+    """sha256 over the configuration and the weights' names, shapes, dtypes and bytes sampled; "sha256:..."."""
+    source: str
+    """What the operator named: a directory or a hub id."""
+    architecture: str
+    """transformers class name, such as LlamaForCausalLM."""
+    model_type: str
+    dtype: str
+    device: str
+    vocab_size: int
+    context_tokens: int
+    """Prompt and completion together."""
+    parameter_count: int
+    weight_bytes: int
+    eos_token_ids: list[int]
+    tokenizer_dir: str | None
+    """Directory with tokenizer.json, tokenizer_config.json and perhaps chat_template.jinja; None: only token ids work."""
+    kv_tokens: int
+    """Tokens that fit the KV cache at once."""
+    max_sequences: int
+    """Sequences that are decoded together."""
+
+
+class StrategyInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A strategy, or a plugin that failed to load (`load_error` not empty)."""
+
+    id: str
+    version: str = ""
+    api_version: int = 0
+    distribution: str = ""
+    description: str = ""
+    capabilities: list[str] = []
+    config_json_schema: str = ""
+    load_error: str = ""
+
+
+class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine needs to serve a version: its identity, where its files lie, and who reads them."""
+
+    digest: str
+    path: str
+    strategy: str
+
+
+class ArtifactInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine found when it read an artifact without loading it."""
+
+    strategy: str
+    parameter_count: int
+    rank: int
+    modules_bound: int
+
+
+class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a load bound; see adapters.proto."""
+
+    modules_bound: int
+    rank: int
+    device_bytes: int
+    load_ms: float
+    already_loaded: bool = False
+
+
+class JobState(enum.StrEnum):
+    """Life of a tuning job; the last three are final."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def final(self) -> bool:
+        """True if no further state follows."""
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+
+class DatasetFormat(enum.StrEnum):
+    """Form of a data set's rows; see tuning.proto."""
+
+    CHAT = "CHAT"
+    PROMPT_COMPLETION = "PROMPT_COMPLETION"
+    INSTRUCTION = "INSTRUCTION"
+    TEXT = "TEXT"
+
+
+class TuningEstimate(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job is expected to take, said before it starts. Bytes come on top of the resident base weights."""
+
+    trained_parameters: int
+    memory_bytes: int
+    artifact_bytes: int
+    total_steps: int
+
+
+class TuningProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """One optimizer step; see tuning.proto."""
+
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    tokens_per_second: float
+    eta_ms: int
+    seen_tokens: int
+
+
+class TuningResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What training left behind, as the tuner reports it; the front adds the published version."""
+
+    trained_parameters: int
+    peak_memory_bytes: int
+    artifact_bytes: int
+    train_ms: int
+    final_loss: float
+    validation_loss: float | None = None

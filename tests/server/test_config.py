@@ -1,0 +1,120 @@
+"""Settings: where they come from, which wins, and what is refused."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import tomllib
+
+import pytest
+from graftwork_server import config as config_module
+from graftwork_server.config import ConfigError, ServerConfig, load_config, parse_listen
+
+
+def load(*argv, environ=None):
+    return load_config(list(argv), environ or {})
+
+
+def test_flag_wins_over_environment_over_file_over_default(tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text('max_queue = 1\nmax_sequences = 1\nthreads = 1\nlog_level = "debug"\n')
+    environ = {"GRAFTWORK_CONFIG": str(file), "GRAFTWORK_MAX_QUEUE": "2", "GRAFTWORK_MAX_SEQUENCES": "2"}
+    loaded = load("--max-queue", "3", environ=environ)
+    config = loaded.config
+    assert (config.max_queue, config.max_sequences, config.threads, config.max_step_tokens) == (3, 2, 1, 1024)
+    assert loaded.sources["max_queue"] == "flag --max-queue"
+    assert loaded.sources["max_sequences"] == "environment GRAFTWORK_MAX_SEQUENCES"
+    assert loaded.sources["threads"] == f"file {file}"
+    assert loaded.sources["max_step_tokens"] == "default"
+
+
+def test_config_flag_wins_over_its_variable(tmp_path):
+    (tmp_path / "a.toml").write_text("threads = 1\n")
+    (tmp_path / "b.toml").write_text("threads = 2\n")
+    environ = {"GRAFTWORK_CONFIG": str(tmp_path / "a.toml")}
+    assert load("--config", str(tmp_path / "b.toml"), environ=environ).config.threads == 2
+
+
+def test_printed_settings_are_toml_that_gives_the_same_settings(tmp_path):
+    loaded = load("--model", 'a "quoted" \\ model é', "--insecure", "--drain-seconds", "2.5", "--print-config")
+    assert loaded.print_only
+    text = loaded.to_toml()
+    assert "# flag --insecure" in text
+    (tmp_path / "printed.toml").write_text(text)
+    assert load("--config", str(tmp_path / "printed.toml")).config == loaded.config
+    assert "model" not in tomllib.loads(load().to_toml())
+    assert "# model is not set" in load().to_toml()
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "file", "words"),
+    [
+        ([], {"GRAFTWORK_MAX_QUEU": "1"}, None, ["GRAFTWORK_MAX_QUEU", "no such setting"]),
+        ([], {"GRAFTWORK_max_queue": "1"}, None, ["GRAFTWORK_max_queue"]),
+        ([], {}, "max_queu = 1", ["max_queu", "no setting"]),
+        ([], {}, "[server]\nthreads = 1", ["server"]),
+        ([], {}, "max_queue = ", ["not TOML"]),
+        (["--max-queue", "0"], {}, None, ["flag --max-queue", "greater than or equal to 1"]),
+        (["--max-queue", "many"], {}, None, ["flag --max-queue", "integer"]),
+        ([], {"GRAFTWORK_DTYPE": "float16"}, None, ["GRAFTWORK_DTYPE", "float32"]),
+        (["--drain-seconds", "nan"], {}, None, ["drain_seconds"]),
+        (["--drain-seconds", "inf"], {}, None, ["drain_seconds"]),
+        (["--listen", "8470"], {}, None, ["HOST:PORT"]),
+        (["--listen", "::1:8470"], {}, None, ["brackets"]),
+        (["--listen", "localhost:99999"], {}, None, ["65535"]),
+        (["--model", ""], {}, None, ["model", "empty"]),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_line(argv, environ, file, words, tmp_path):
+    if file is not None:
+        (tmp_path / "settings.toml").write_text(file)
+        argv = [*argv, "--config", str(tmp_path / "settings.toml")]
+    with pytest.raises(ConfigError) as caught:
+        load(*argv, environ=environ)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert all(word in text for word in words), text
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        load("--config", str(tmp_path / "none.toml"))
+
+
+def test_unknown_flags_end_with_code_2(capsys):
+    for argv in (["--max-que", "1"], ["--nonsense"]):
+        with pytest.raises(SystemExit) as caught:
+            load(*argv)
+        assert caught.value.code == 2
+    assert "graftwork serve" in capsys.readouterr().err
+
+
+def test_client_variables_are_no_settings():
+    load(environ={"GRAFTWORK_ADDRESS": "x:1", "GRAFTWORK_FAILPOINT": "x", "PATH": "/bin"})
+
+
+def test_every_field_says_what_it_is_and_its_default():
+    for name, field in ServerConfig.model_fields.items():
+        assert field.description, name
+        assert "Default: " in field.description, name
+
+
+def test_docstrings_of_fields_are_read_from_the_source():
+    """use_attribute_docstrings needs a literal under each field."""
+    tree = ast.parse(inspect.getsource(config_module))
+    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "ServerConfig").body
+    fields = [i for i, node in enumerate(body) if isinstance(node, ast.AnnAssign)]
+    assert all(isinstance(body[i + 1], ast.Expr) for i in fields)
+
+
+@pytest.mark.parametrize(
+    ("listen", "expected"),
+    [("127.0.0.1:0", ("127.0.0.1", 0)), ("[::1]:8470", ("::1", 8470)), ("localhost:1", ("localhost", 1))],
+)
+def test_listen_addresses(listen, expected):
+    assert parse_listen(listen) == expected
+
+
+def test_data_dir_follows_xdg(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert load().config.data_dir == str(tmp_path / "graftwork")

@@ -1,0 +1,298 @@
+"""The engine client against a real process that speaks the real protocol (scripted_engine.py), without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import scripted_engine as script
+from graftwork_server.engine import client as client_module
+from graftwork_server.engine import output_stream
+from graftwork_server.engine.client import EngineClient
+from graftwork_server.errors import (
+    FailedPrecondition,
+    GraftworkServerError,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
+from graftwork_server.messages import Failed, JobEvent, JobSpec, Sampling
+from graftwork_server.types import AdapterRef
+
+COMMAND = (sys.executable, script.__file__)
+ADAPTER = AdapterRef(digest="sha256:aa", path="unused", strategy="lora")
+
+
+class Recorder:
+    """A listener that notes everything."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.events: list[JobEvent] = []
+
+    def on_engine_ready(self) -> None:
+        self.calls.append("ready")
+
+    def on_engine_lost(self) -> None:
+        self.calls.append("lost")
+
+    def on_job_event(self, event: JobEvent) -> None:
+        self.events.append(event)
+
+
+@pytest.fixture
+def options(tmp_path):
+    """Writes the script's options; returns the settings for an EngineClient. Call it again to change them."""
+
+    def write(**values) -> dict:
+        path = tmp_path / "options.json"
+        path.write_text(json.dumps({"log": str(tmp_path / "log"), **values}))
+        return {"model": str(path)}
+
+    return write
+
+
+@pytest.fixture
+async def engine(options):
+    client = EngineClient(options(), command=COMMAND)
+    client.add_listener(Recorder())
+    await client.start()
+    yield client
+    await client.stop()
+
+
+@pytest.fixture(autouse=True)
+def fast_restarts(monkeypatch):
+    monkeypatch.setattr(client_module, "FIRST_BACKOFF_SECONDS", 0.02)
+
+
+def heard(tmp_path: Path, kind: str) -> list[dict]:
+    """Messages of this kind that the engine got."""
+    with contextlib.suppress(FileNotFoundError):
+        return [e for e in map(json.loads, (tmp_path / "log").read_text().splitlines()) if e["type"] == kind]
+    return []
+
+
+async def until(condition, seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        await asyncio.sleep(0.005)
+
+
+async def collect(stream) -> list[int]:
+    return [token async for output in stream for token in output.token_ids]
+
+
+def sampling(max_tokens: int = 4, **fields) -> Sampling:
+    return Sampling(max_tokens=max_tokens, **fields)
+
+
+async def test_streams_tokens_until_the_finish(engine):
+    outputs = [output async for output in engine.generate([5], sampling(3, logprobs=2))]
+    assert [token for output in outputs for token in output.token_ids] == [6, 7, 8]
+    assert [output.finish for output in outputs][-1] == "length"
+    assert all(len(entry.top) == 2 for output in outputs for entry in output.logprobs)
+    assert engine.running == 0
+
+
+async def test_many_streams_do_not_mix(engine):
+    results = await asyncio.gather(*(collect(engine.generate([n], sampling(20))) for n in range(64)))
+    assert results == [list(range(n + 1, n + 21)) for n in range(64)]
+
+
+async def test_a_slow_reader_gets_the_rest_in_one_piece(engine):
+    stream = engine.generate([script.FLOOD, 1], sampling(50))
+    first = await anext(stream)
+    await asyncio.sleep(0.1)
+    rest = await anext(stream)
+    assert first.token_ids + rest.token_ids == list(range(2, 52))
+    assert rest.finish == "length"
+
+
+async def test_a_reader_who_never_reads_is_cut_off_and_cancelled(engine, monkeypatch, tmp_path):
+    monkeypatch.setattr(output_stream, "MAX_WAITING_ENTRIES", 30)
+    stream = engine.generate([9], sampling(100))
+    await anext(stream)
+    await until(lambda: engine._streams and next(iter(engine._streams.values()))._error is not None)
+    with pytest.raises(ResourceExhausted, match="too slowly"):
+        await anext(stream)
+    await until(lambda: heard(tmp_path, "Cancel"))
+
+
+async def test_closing_a_stream_sends_cancel(engine, tmp_path):
+    stream = engine.generate([1], sampling(100))
+    await anext(stream)
+    await stream.aclose()
+    await until(lambda: heard(tmp_path, "Cancel"))
+    assert heard(tmp_path, "Cancel")[0]["id"] == heard(tmp_path, "Generate")[0]["id"]
+    assert engine.running == 0
+
+
+async def test_cancelling_the_reader_sends_cancel(engine, tmp_path):
+    task = asyncio.create_task(collect(engine.generate([script.HANG, 1], sampling(100))))
+    await until(lambda: heard(tmp_path, "Generate"))
+    await asyncio.sleep(0.02)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: heard(tmp_path, "Cancel"))
+    assert engine.running == 0
+
+
+async def test_a_finished_stream_sends_no_cancel(engine, tmp_path):
+    await collect(engine.generate([1], sampling(2)))
+    await asyncio.sleep(0.05)
+    assert not heard(tmp_path, "Cancel")
+
+
+async def test_an_error_of_the_engine_is_raised_as_it_was(engine):
+    with pytest.raises(ResourceExhausted) as caught:
+        await collect(engine.generate([script.FAIL], sampling()))
+    assert caught.value.reason == "KV_FULL"
+
+
+async def test_a_crash_ends_streams_and_calls_and_a_new_engine_comes(engine):
+    recorder = engine._listeners[0]
+    first = engine.process_id
+    hanging = asyncio.create_task(collect(engine.generate([script.HANG, 1], sampling(9))))
+    await asyncio.sleep(0.05)
+    for task in (hanging, asyncio.create_task(collect(engine.generate([script.CRASH], sampling())))):
+        with pytest.raises(Unavailable) as caught:
+            await task
+        assert caught.value.reason == "ENGINE_RESTARTING"
+        assert int(caught.value.metadata["retry_after_ms"]) > 0
+    assert not engine.ready
+    with pytest.raises(Unavailable):
+        await collect(engine.generate([1], sampling()))
+    with pytest.raises(Unavailable):
+        await engine.load(ADAPTER)
+    await until(lambda: engine.ready)
+    assert engine.process_id != first
+    assert await collect(engine.generate([1], sampling(2))) == [2, 3]
+    assert recorder.calls == ["ready", "lost", "ready"]
+
+
+async def test_a_frame_that_cannot_be_read_leads_to_a_new_engine(engine):
+    first = engine.process_id
+    with pytest.raises(Unavailable):
+        await collect(engine.generate([script.GARBAGE], sampling()))
+    await until(lambda: engine.ready)
+    assert engine.process_id != first
+
+
+async def test_calls_get_their_own_answers(engine, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    report, again, info = await asyncio.gather(
+        engine.load(ADAPTER), engine.load(ADAPTER), engine.inspect(str(tmp_path), None)
+    )
+    assert (report.already_loaded, again.already_loaded, info.strategy) == (False, True, "lora")
+    await until(lambda: engine.loaded == {"sha256:aa"})
+    assert await engine.unload("sha256:aa") is True
+    assert await engine.unload("sha256:aa") is False
+    await until(lambda: engine.loaded == set())
+
+
+async def test_an_answer_with_an_error_keeps_its_fields(engine):
+    with pytest.raises(InvalidArgument) as caught:
+        await engine.prepare_job("lora", {"typo": 1}, 3, 30)
+    assert caught.value.violations[0].field == "spec.config.typo"
+    assert (await engine.prepare_job("lora", {}, 3, 30)).config["rank"] == 8
+
+
+async def test_job_events_come_in_order(engine, tmp_path):
+    job = JobSpec(
+        job_id="j1",
+        strategy="lora",
+        config={},
+        dataset_path="d",
+        job_dir=str(tmp_path),
+        artifact_dir=str(tmp_path / "artifact"),
+    )
+    assert await engine.start_job(job) == engine.process_id
+    events = engine._listeners[0].events
+    await until(lambda: len(events) == 7)
+    assert [e.event.progress.step for e in events[:3]] == [1, 2, 3]
+    assert not isinstance(events[-1].event, Failed)
+    assert await engine.stop_job("j1") is True
+
+
+async def test_the_engine_says_why_it_cannot_start(options):
+    client = EngineClient(options(start_failed="there is no model at 'x'"), command=COMMAND)
+    with pytest.raises(FailedPrecondition, match="there is no model"):
+        await client.start()
+
+
+async def test_an_engine_that_dies_at_once_is_no_riddle(options):
+    client = EngineClient(options(exit_on_start=3), command=COMMAND)
+    with pytest.raises(Internal, match="exit code 3"):
+        await client.start()
+
+
+async def test_gives_up_after_five_failures_in_a_row(options):
+    client = EngineClient(options(exit_after_ms=20), command=COMMAND)
+    await client.start()
+    try:
+        error = await asyncio.wait_for(client.failure, 20)
+        assert isinstance(error, GraftworkServerError)
+        assert "5 failures" in error.message
+        assert "exit code 9" in error.message
+        assert not client.ready
+    finally:
+        await client.stop()
+
+
+async def test_another_base_after_a_restart_is_refused(engine, options):
+    options(fingerprint="sha256:other")
+    with pytest.raises(Unavailable):
+        await collect(engine.generate([script.CRASH], sampling()))
+    error = await asyncio.wait_for(engine.failure, 20)
+    assert "changed while the server ran" in error.message
+
+
+async def test_stop_lets_running_sequences_finish(options):
+    client = EngineClient(options(), command=COMMAND)
+    await client.start()
+    task = asyncio.create_task(collect(client.generate([1], sampling(30))))
+    await until(lambda: client.running)
+    await client.stop(drain_ms=5000)
+    assert await task == list(range(2, 32))
+
+
+async def test_stop_does_not_wait_for_ever(options, monkeypatch):
+    monkeypatch.setattr(client_module, "EXIT_SECONDS", 0.1)
+    client = EngineClient(options(), command=COMMAND)
+    await client.start()
+    task = asyncio.create_task(collect(client.generate([script.HANG, 1], sampling(30))))
+    await asyncio.sleep(0.05)
+    await client.stop()
+    with pytest.raises(Unavailable):
+        await task
+    with pytest.raises(ProcessLookupError):
+        os.kill(client.process_id, 0)
+
+
+async def test_the_socket_lies_in_a_private_folder_that_goes_away(engine):
+    folder = engine._process._folder
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    await engine.stop()
+    assert not folder.exists()
+
+
+def test_the_front_imports_no_torch():
+    code = (
+        "import sys, graftwork_server.__main__, graftwork_server.rpc.server\n"
+        "heavy = {'torch', 'transformers', 'peft', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,83 @@
+"""Small random models and PEFT adapters, made by the tests that use them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB = 160
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**_COMMON, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**_COMMON),
+    "qwen3": Qwen3Config(**_COMMON, head_dim=16),
+    "mistral": MistralConfig(**_COMMON, sliding_window=12),
+    "gemma3": Gemma3TextConfig(**_COMMON, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB, n_embd=48, n_layer=3, n_head=6, n_positions=256, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.2,
+    ),
+    "phi3": Phi3Config(**_COMMON),
+}
+
+
+def make_model(architecture: str, directory: Path, seed: int = 0) -> Path:
+    """Saves a random model of an architecture in `directory`; returns it."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[architecture])
+    # GPT-2 and others start biases and norms at 0 and 1, which would hide a dropped bias.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(directory)
+    return directory
+
+
+def make_adapter(model_dir: Path, directory: Path, seed: int = 0, **config: Any) -> Path:
+    """Saves a random PEFT LoRA adapter of the model in `directory`; returns it."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | config
+    peft_model = get_peft_model(model, LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    peft_model.save_pretrained(directory)
+    return directory
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Random prompts of different lengths, 3 to 40 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 41, (count,), generator=generator).tolist()
+    return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]

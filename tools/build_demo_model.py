@@ -1,0 +1,289 @@
+"""Train the small base language model that ships in the package, from scratch, and export it.
+
+    python tools/build_demo_model.py --work /tmp/demo_model --out server/graftwork_server/base_model
+
+The defaults are what the shipped model used. The run is seeded and its length is a number of steps, so it gives the
+same model wherever the arithmetic is the same; ``--max-minutes`` is a guard that shortens a run on a slow machine,
+and the number of steps really made is written to ``training.json``. A checkpoint is written every few minutes;
+``--export-only`` exports the last one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from demo_corpus import build as build_corpus
+from demo_tokenizer import encode_stream, encode_texts, page_text, read_documents, train_tokenizer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights, besides the corpus."""
+
+    seed: int = 20240607
+    steps: int = 1000
+    rows: int = 16
+    context: int = 512
+    muon_lr: float = 0.02
+    adam_lr: float = 0.004
+    weight_decay: float = 0.05
+    warmup: int = 30
+    decay_share: float = 0.6
+    clip: float = 1.0
+
+
+def make_config() -> LlamaConfig:
+    """The model's shape: 5.4 million parameters."""
+    return LlamaConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=688,
+        max_position_embeddings=512,
+        rope_theta=10000.0,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        attention_bias=False,
+        mlp_bias=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (orthogonalised momentum) for stacks of same-shaped matrices.
+
+    ``torch.optim.Muon`` works in bfloat16 and one matrix at a time, which is slow on a processor without bfloat16;
+    this one works in float32 and on all layers' matrices of one shape at once.
+    """
+
+    def __init__(self, matrices: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        shapes: dict[torch.Size, list[Tensor]] = {}
+        for matrix in matrices:
+            shapes.setdefault(matrix.shape, []).append(matrix)
+        groups = [{"params": group} for group in shapes.values()]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Move every matrix along its orthogonalised Nesterov momentum."""
+        for group in self.param_groups:
+            gradients = torch.stack([matrix.grad for matrix in group["params"]])
+            state = self.state[group["params"][0]]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(gradients)
+            state["momentum"].lerp_(gradients, 1 - group["momentum"])
+            update = orthogonalise(gradients.lerp_(state["momentum"], group["momentum"]))
+            rows, columns = update.shape[-2:]
+            scale = group["lr"] * max(1.0, rows / columns) ** 0.5
+            for matrix, change in zip(group["params"], update, strict=True):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=-scale)
+
+
+def orthogonalise(stack: Tensor, rounds: int = 5) -> Tensor:
+    """The nearest half-orthogonal matrices, by Newton-Schulz rounds with Muon's quintic coefficients."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = stack.shape[-2] > stack.shape[-1]
+    x = stack.mT if tall else stack
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(rounds):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def prepare(work: Path, recipe: Recipe) -> tuple[PreTrainedTokenizerFast, np.ndarray, np.ndarray, int]:
+    """The tokenizer, the training stream, the held-out stream, and the held-out text's size in bytes."""
+    corpus = work / "corpus.jsonl"
+    if not corpus.exists():
+        build_corpus(work)
+    train, held = read_documents(corpus)
+    folder = work / "tokenizer"
+    if not folder.is_dir():
+        train_tokenizer(page_text(document) for document in train).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    held_texts = [page_text(document) for document in held]
+    held_ids = encode_texts(tokenizer, [f"<|bos|>{text}<|eos|>" for text in held_texts])
+    stream_file = work / "train_tokens.npy"
+    if not stream_file.exists():
+        np.save(stream_file, encode_stream(tokenizer, train, recipe.seed), allow_pickle=False)
+    stream = np.load(stream_file, allow_pickle=False)
+    return tokenizer, stream, held_ids, sum(len(text.encode()) for text in held_texts)
+
+
+def make_model(recipe: Recipe) -> LlamaForCausalLM:
+    """A fresh model; output projections start at zero, so that every layer begins as the identity."""
+    torch.manual_seed(recipe.seed)
+    model = LlamaForCausalLM(make_config()).float()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            torch.nn.init.zeros_(parameter)
+    return model
+
+
+def make_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the embedding and the norms."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    adam = torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
+    return [Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay), adam]
+
+
+def schedule(step: int, steps: int, recipe: Recipe) -> float:
+    """The learning rate's factor: warm up, hold, then fall linearly to zero over the last part."""
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    return min(1.0, (steps - step) / max(1.0, recipe.decay_share * steps))
+
+
+def batches(stream: np.ndarray, recipe: Recipe) -> Tensor:
+    """Yield batches of packed rows, in a new seeded order and at a new offset each pass over the stream."""
+    rng = np.random.default_rng(recipe.seed)
+    width = recipe.context + 1
+    while True:
+        offset = int(rng.integers(0, width))
+        rows = (len(stream) - offset) // width
+        table = stream[offset : offset + rows * width].reshape(rows, width)
+        order = rng.permutation(rows)
+        for start in range(0, rows - recipe.rows + 1, recipe.rows):
+            yield torch.from_numpy(table[order[start : start + recipe.rows]].astype(np.int64))
+
+
+def loss_of(model: LlamaForCausalLM, batch: Tensor) -> Tensor:
+    """Mean next-token loss of packed rows."""
+    logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+    return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out(model: LlamaForCausalLM, ids: np.ndarray, context: int = 512, rows: int = 10**9) -> tuple[float, int]:
+    """Mean held-out loss in nats a token over windows of the context's length, and the tokens it is over."""
+    width = context + 1
+    table = torch.from_numpy(ids[: len(ids) // width * width].reshape(-1, width).astype(np.int64))[:rows]
+    model.eval()
+    losses = [loss_of(model, chunk).item() * len(chunk) for chunk in table.split(8)]
+    model.train()
+    return sum(losses) / len(table), table[:, 1:].numel()
+
+
+def train(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Train, with a checkpoint every few minutes."""
+    torch.set_num_threads(args.threads)
+    tokenizer, stream, held, held_bytes = prepare(args.work, recipe)
+    print(f"{len(stream):,} training tokens, {len(held):,} held-out tokens of {held_bytes:,} bytes", flush=True)
+    model = make_model(recipe)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    optimizers = make_optimizers(model, recipe)
+    base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    loss_and_model = torch.compile(loss_of) if args.compile else loss_of
+    source, steps, saved = batches(stream, recipe), recipe.steps, time.monotonic()
+    started, smooth, step = time.monotonic(), 0.0, 0
+    while step < steps:
+        factor = schedule(step, steps, recipe)
+        for optimizer, rates in zip(optimizers, base, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        loss = loss_and_model(model, next(source))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        value = loss.item()
+        smooth = value if step == 1 else 0.95 * smooth + 0.05 * value
+        spent = time.monotonic() - started
+        if step % 10 == 0 or step == steps:
+            steps = fitting_steps(step, steps, spent, args.max_minutes)
+            speed = step * recipe.rows * recipe.context / spent
+            print(f"step {step}/{steps} loss {smooth:.4f} lr {factor:.3f} {speed:.0f} tok/s {spent / 60:.1f} min", flush=True)
+        if time.monotonic() - saved > 180 or step == steps:
+            saved = time.monotonic()
+            quick, _ = held_out(model, held, rows=40)
+            save_checkpoint(args.work, model, recipe, step, steps, spent)
+            print(f"checkpoint at step {step}: held-out loss (40 windows) {quick:.4f}", flush=True)
+
+
+def fitting_steps(step: int, steps: int, spent: float, max_minutes: float) -> int:
+    """Fewer steps where the planned ones would outrun the time, so that the learning rate still falls to zero."""
+    if not max_minutes:
+        return steps
+    return max(step, min(steps, int(step * max_minutes * 60 / spent)))
+
+
+def save_checkpoint(work: Path, model: LlamaForCausalLM, recipe: Recipe, step: int, steps: int, spent: float) -> None:
+    """The float32 weights and how they came about."""
+    save_file({name: p.detach().clone() for name, p in model.named_parameters()}, work / "checkpoint.part")
+    (work / "checkpoint.part").replace(work / "checkpoint.safetensors")
+    record = {
+        "recipe": asdict(recipe),
+        "steps_made": step,
+        "steps_scheduled": steps,
+        "tokens_seen": step * recipe.rows * recipe.context,
+        "minutes": round(spent / 60, 1),
+    }
+    (work / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def export(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Write the last checkpoint as bfloat16 with its tokenizer, and measure what was written."""
+    torch.set_num_threads(args.threads)
+    tokenizer, stream, held, held_bytes = prepare(args.work, recipe)
+    model = make_model(recipe)
+    model.load_state_dict(load_file(args.work / "checkpoint.safetensors"), strict=False)
+    model.tie_weights()
+    model.generation_config = GenerationConfig(
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, do_sample=True, temperature=0.7, top_p=0.95, repetition_penalty=1.1
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    written = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32)
+    record = json.loads((args.work / "training.json").read_text())
+    loss, count = held_out(written, held)
+    record["parameters"] = sum(p.numel() for p in written.parameters())
+    record["training_stream_tokens"] = len(stream)
+    record["held_out"] = {
+        "tokens": count,
+        "loss": round(loss, 4),
+        "perplexity": round(math.exp(loss), 2),
+        "bits_per_byte": round(loss / math.log(2) * len(held) / held_bytes, 4),
+    }
+    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="scratch folder: packages, corpus, checkpoints")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the exported model")
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--max-minutes", type=float, default=0.0, help="shorten the run to fit; 0: no limit")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="do without torch.compile")
+    parser.add_argument("--export-only", action="store_true", help="export the last checkpoint")
+    args = parser.parse_args()
+    recipe = Recipe(steps=args.steps, seed=args.seed)
+    if not args.export_only:
+        train(args, recipe)
+    export(args, recipe)
+
+
+if __name__ == "__main__":
+    main()
