@@ -128,10 +128,9 @@ class PluginManager:
                 entry_point, strategy = owners[0]
                 self.strategies[id] = LoadedStrategy(strategy, _distribution(entry_point))
             names = " and ".join(_distribution(entry_point) for entry_point, _ in claims)
-            for entry_point, _ in claims if len(owners) > 1 else [claim for claim in claims if claim not in owners]:
-                self._fail(
-                    id, entry_point, f"the id {id!r} is claimed by {names}; uninstall one, or rename its strategy"
-                )
+            refused = claims if len(owners) > 1 else [claim for claim in claims if claim not in owners]
+            for entry_point, _ in refused:
+                self._fail(id, entry_point, f"the id {id!r} is claimed by {names}; uninstall or rename one")
 
     def _fail(self, id: str, entry_point: EntryPoint, error: str) -> None:
         self.failures.append(LoadFailure(id, _distribution(entry_point), error))

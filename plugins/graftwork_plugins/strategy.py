@@ -53,10 +53,6 @@ class BaseInfo:
     """linear layers by dotted name: (in_features, out_features). GPT-2's Conv1D layers are among them."""
     output_module: str | None
     """name of the linear layer that makes the logits, None if there is none among linear_modules"""
-    parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """shape of every parameter by name, tied ones once, as in named_parameters(); empty: not known"""
-    tied_parameters: Mapping[str, str] = field(default_factory=dict)
-    """further names of tied parameters: name -> the name among `parameters`"""
     parameter_count: int
     weight_bytes: int
     dtype: str

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from graftwork_plugins import (
     Artifact,
     ArtifactError,
@@ -27,8 +29,6 @@ from graftwork_plugins import (
     TrainingConfig,
 )
 from graftwork_plugins.manager import LoadedStrategy, PluginManager
-from pydantic import ValidationError
-
 from graftwork_server.errors import (
     FailedPrecondition,
     GraftworkServerError,
@@ -41,7 +41,7 @@ from graftwork_server.tuning.schedule import total_steps
 from graftwork_server.types import StrategyInfo, TuningEstimate
 
 TUNER_PROCESS_BYTES = 700 * 1024 * 1024
-"""What a tuner process takes before it trains anything: the interpreter, torch, transformers, peft and their threads."""
+"""What a tuner process takes before it trains anything: the interpreter, torch, transformers, peft."""
 
 _log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def guard(strategy_id: str, call: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out, of the host or of a device. torch has no type of its own for the host."""
+    """Whether `error` says that memory ran out, the host's or a device's. torch has no type of its own for the host."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

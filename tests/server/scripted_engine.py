@@ -28,9 +28,10 @@ from graftwork_server.types import (
     TuningResult,
 )
 
-CRASH, HANG, FLOOD, FAIL, EOS, GARBAGE = 201, 202, 203, 204, 205, 206
+CRASH, HANG, FLOOD, FAIL, EOS, GARBAGE = 290, 291, 292, 293, 294, 295
 """Die with exit code 7; one token and no more; all tokens at once; an error; end of sequence after two tokens; send
 a frame that is none."""
+EOS_ID = 256
 
 OPTIONS = {
     "log": None,
@@ -124,7 +125,7 @@ class ScriptedEngine:
             token = (message.prompt_ids[-1] + 1 + index) % self.options["vocab_size"]
             finish = "length" if index == count - 1 else ""
             if command == EOS and index == 2:
-                token, finish = 0, "stop"
+                token, finish = EOS_ID, "stop"
             wanted = message.sampling.logprobs
             scores = None if wanted is None else [m.TokenLogprobs(token, -0.25, self.top(token, wanted))]
             self.output(message.id, [token], finish, logprobs=scores)
@@ -251,7 +252,7 @@ def model_info(options: dict) -> ModelInfo:
         context_tokens=options["context_tokens"],
         parameter_count=1234,
         weight_bytes=4936,
-        eos_token_ids=[0],
+        eos_token_ids=[EOS_ID],
         tokenizer_dir=options["tokenizer_dir"],
         kv_tokens=4096,
         max_sequences=64,

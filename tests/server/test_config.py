@@ -7,6 +7,7 @@ import inspect
 import tomllib
 
 import pytest
+
 from graftwork_server import config as config_module
 from graftwork_server.config import ConfigError, ServerConfig, load_config, parse_listen
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import scripted_engine as script
+
 from graftwork_server.engine import client as client_module
 from graftwork_server.engine import output_stream
 from graftwork_server.engine.client import EngineClient

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftwork_server.errors import FailedPrecondition, InvalidArgument
-from graftwork_server.text import IncrementalDetokenizer, StopMatcher, TextProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from graftwork_server.errors import FailedPrecondition, InvalidArgument
+from graftwork_server.text import IncrementalDetokenizer, StopMatcher, TextProcessor
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
 CORPUS = ["the quick brown fox jumps over the lazy dog", "Grüße aus Köln, naïve café", "你好 世界 👩‍👩‍👧 🎉🎉"] * 20

@@ -299,8 +299,16 @@ def _scalars(message: Any, cls: type[Any]) -> dict[str, Any]:
 
 
 def _struct(message: struct_pb2.Struct) -> dict[str, Any]:
-    # Whole numbers come back as int: a Struct knows doubles only, and "rank": 8.0 is not what was asked for.
-    return json_format.MessageToDict(message)
+    return {key: _whole(value) for key, value in json_format.MessageToDict(message).items()}
+
+
+def _whole(value: Any) -> Any:
+    """Whole numbers as int: a Struct knows doubles only, and "rank": 8.0 is not what was asked for."""
+    if isinstance(value, dict):
+        return {key: _whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _time(message: Any, field: str) -> datetime | None:

@@ -6,7 +6,6 @@ What comes out is a Hugging Face checkpoint (config.json and model.safetensors, 
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -40,15 +39,19 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 _DESCRIPTIVE = frozenset(
     """
-    architectures transformers_version torch_dtype dtype use_cache return_dict output_attentions output_hidden_states
-    chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type bos_token_id eos_token_id pad_token_id
-    cls_token_id sep_token_id decoder_start_token_id attention_dropout attn_pdrop embd_pdrop resid_pdrop hidden_dropout
-    dropout initializer_range tokenizer_class max_length do_sample temperature top_p top_k num_beams pretraining_tp
-    attn_implementation experts_implementation summary_activation summary_first_dropout summary_proj_to_labels
-    summary_type summary_use_proj n_ctx task_specific_params gradient_checkpointing
-    """.split()
+    architectures transformers_version torch_dtype dtype use_cache return_dict output_attentions
+    output_hidden_states chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type
+    bos_token_id eos_token_id pad_token_id cls_token_id sep_token_id decoder_start_token_id attention_dropout
+    attn_pdrop embd_pdrop resid_pdrop hidden_dropout dropout initializer_range tokenizer_class max_length
+    do_sample temperature top_p top_k num_beams pretraining_tp attn_implementation experts_implementation
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj n_ctx
+    task_specific_params gradient_checkpointing
+    """.split()  # noqa: SIM905 - one name a line would fill a page
 )
 """Keys of config.json that change nothing in the forward."""
+
+_DERIVED = frozenset({"head_dim", "num_key_value_heads", "n_inner"})
+"""Keys for which null means: as the other sizes say. The tensors' shapes decide."""
 
 
 class FullConfig(TrainingConfig):
@@ -118,6 +121,8 @@ class FullTuning(Strategy):
         tensors = {
             name: parameter.detach().to("cpu", dtype).contiguous() for name, parameter in trainable.parameters.items()
         }
+        persistent = set(model.state_dict())
+        tensors |= {name: buffer.to("cpu") for name, buffer in model.named_buffers() if name in persistent}
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
         config.dtype = dtype
@@ -128,7 +133,8 @@ class FullTuning(Strategy):
         return SavedArtifact(tensors={"model.safetensors": tensors}, documents=documents)
 
     def load(self, artifact: Artifact, base: BaseInfo) -> Sequence[FullWeights]:
-        """One FullWeights. The configuration must be the base's in everything that the forward depends on."""
+        """One FullWeights. The configuration must be the base's in everything that the forward depends on; names and
+        shapes are compared with the base's by the engine."""
         _check_config(artifact.json("config.json"), base)
         files = [name for name in artifact.names() if _WEIGHTS.fullmatch(name)]
         if not files:
@@ -142,8 +148,9 @@ class FullTuning(Strategy):
             for name, tensor in artifact.tensors(file).items():
                 if name in tensors:
                     raise ArtifactError(name, f"{name} is in two files")
+                _check_values(name, tensor)
                 tensors[name] = tensor
-        return [FullWeights(tensors=_matched(tensors, base))]
+        return [FullWeights(tensors=tensors)]
 
 
 def _check_config(config: Mapping[str, Any], base: BaseInfo) -> None:
@@ -156,6 +163,8 @@ def _check_config(config: Mapping[str, Any], base: BaseInfo) -> None:
     for key, value in config.items():
         # What the base's configuration does not have at all, its class does not read.
         if key in _DESCRIPTIVE or key.startswith("_") or key not in base.config:
+            continue
+        if value is None and key in _DERIVED:
             continue
         if not _same(value, base.config[key]):
             raise ArtifactError(key, f"config.json: {key} is {_short(value)}; the base has {_short(base.config[key])}")
@@ -182,34 +191,11 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _matched(tensors: Mapping[str, torch.Tensor], base: BaseInfo) -> dict[str, torch.Tensor]:
-    """Every parameter of the base once. Tied tensors may stand under either name, or under both if they are equal."""
+def _check_values(name: str, tensor: torch.Tensor) -> None:
     import torch
 
-    matched: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ArtifactError(name, f"{name} is {tensor.dtype}; floating point is accepted")
-        if not bool(torch.isfinite(tensor).all()):
-            raise ArtifactError(name, f"{name} has values that are not finite")
-        own = base.tied_parameters.get(name, name)
-        if own in matched and not torch.equal(matched[own], tensor):
-            raise ArtifactError(name, f"{name} differs from {own}, but the base ties them")
-        matched[own] = tensor
-    if not base.parameters:
-        return matched
-    for name, tensor in matched.items():
-        if name not in base.parameters:
-            close = difflib.get_close_matches(name, base.parameters, 1)
-            raise ArtifactError(name, f"the base has no tensor {name}" + (f"; the closest is {close[0]}" if close else ""))
-        if tuple(tensor.shape) != tuple(base.parameters[name]):
-            raise ArtifactError(
-                name, f"{name} has the shape {list(tensor.shape)}; the base has {list(base.parameters[name])}"
-            )
-    missing = [name for name in base.parameters if name not in matched]
-    if missing:
-        raise ArtifactError(missing[0], f"{len(missing)} tensors are missing, the first {missing[0]}")
-    return matched
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise ArtifactError(name, f"tensor {name} has values that are not finite")
 
 
 def _short(value: Any) -> str:

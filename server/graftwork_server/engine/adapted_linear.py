@@ -1,4 +1,4 @@
-"""Linear layers of the base, wrapped in place: they compute the base's output and add the deltas of the tokens' adapters.
+"""Linear layers of the base, wrapped in place: the base's output plus the deltas of the tokens' adapters.
 
 Layers that take the same input (q/k/v, gate/up) form one LinearGroup. The first of them that is called computes for
 all of them: one GEMM over their weights, which lie side by side (weights.py), and one shrink over all their LoRA-A.
@@ -6,6 +6,7 @@ all of them: one GEMM over their weights, which lie side by side (weights.py), a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from graftwork_server.engine.routing import Routing
 from graftwork_server.engine.weights import FUSED_SIBLINGS
+
+LinearModule = torch.nn.Linear | Conv1D
 
 
 @dataclass
@@ -28,7 +31,7 @@ class StepRouting:
 class LinearGroup:
     """One or more linear layers with the same input."""
 
-    def __init__(self, index: int, members: list[tuple[str, torch.nn.Module]], is_output: bool) -> None:
+    def __init__(self, index: int, members: list[tuple[str, LinearModule]], is_output: bool) -> None:
         self.index = index
         self.names = [name for name, _ in members]
         self.modules = [module for _, module in members]
@@ -107,7 +110,7 @@ class AdaptedLinear(torch.nn.Module):
 def wrap_linears(model: torch.nn.Module, step: StepRouting) -> list[LinearGroup]:
     """Replaces every Linear and Conv1D of `model` by an AdaptedLinear and returns their groups, in order."""
     output = model.get_output_embeddings()  # type: ignore[operator]
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    linears: dict[str, LinearModule] = {n: m for n, m in model.named_modules() if isinstance(m, LinearModule)}
     groups: list[LinearGroup] = []
     taken: set[str] = set()
     for name in linears:
@@ -115,7 +118,9 @@ def wrap_linears(model: torch.nn.Module, step: StepRouting) -> list[LinearGroup]
             continue
         names = _siblings(name, linears)
         group = LinearGroup(len(groups), [(n, linears[n]) for n in names], linears[name] is output)
-        if len(names) > 1 and not group.fused:  # not side by side in memory: nothing is gained by computing them together
+        if (
+            len(names) > 1 and not group.fused
+        ):  # not side by side in memory: nothing is gained by computing them together
             names = [name]
             group = LinearGroup(len(groups), [(name, linears[name])], linears[name] is output)
         taken.update(names)
@@ -126,7 +131,7 @@ def wrap_linears(model: torch.nn.Module, step: StepRouting) -> list[LinearGroup]
     return groups
 
 
-def fused_view(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+def fused_view(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """One tensor over `tensors` stacked along their first dimension if they lie side by side in memory, else None."""
     first = tensors[0]
     end = first.data_ptr()
@@ -140,7 +145,7 @@ def fused_view(tensors: list[torch.Tensor]) -> torch.Tensor | None:
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
 
 
-def _siblings(name: str, linears: dict[str, torch.nn.Module]) -> list[str]:
+def _siblings(name: str, linears: Mapping[str, LinearModule]) -> list[str]:
     """Names of the linear layers that are computed together with `name`, itself included."""
     parent, _, leaf = name.rpartition(".")
     prefix = f"{parent}." if parent else ""
@@ -155,7 +160,7 @@ def _siblings(name: str, linears: dict[str, torch.nn.Module]) -> list[str]:
     return [name]
 
 
-def _features(module: torch.nn.Module) -> tuple[int, int]:
+def _features(module: LinearModule) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
-    return module.in_features, module.out_features  # type: ignore[return-value]
+    return module.in_features, module.out_features

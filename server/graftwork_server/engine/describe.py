@@ -25,7 +25,7 @@ def linear_shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
         if isinstance(module, Conv1D):
             shapes[name] = (module.weight.shape[0], module.weight.shape[1])
         elif hasattr(module, "in_features") and hasattr(module, "out_features"):
-            shapes[name] = (int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
+            shapes[name] = (int(module.in_features), int(module.out_features))
     return shapes
 
 
@@ -50,7 +50,7 @@ def base_info(model: torch.nn.Module, model_info: ModelInfo) -> BaseInfo:
 
 
 def fingerprint(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 over the configuration's architecture fields and over every tensor's name, shape and a sample of its values.
+    """sha256 over the architecture's configuration and over every tensor's name, shape and a sample of its values.
 
     Values are rounded to bfloat16 first, so that the same checkpoint has the same fingerprint in whatever dtype it is
     served.

@@ -62,6 +62,11 @@ class Engine:
         """Sequences that run or wait."""
         return len(self._sequences)
 
+    @property
+    def has_running(self) -> bool:
+        """Sequences run, so another step will do something."""
+        return bool(self._scheduler.running)
+
     def add(self, request: Generate) -> SequenceOutput | None:
         """Queues a sequence. Returns an output with an error if it can never run."""
         needed = len(request.prompt_ids) + request.sampling.max_tokens

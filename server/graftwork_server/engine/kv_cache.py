@@ -58,9 +58,7 @@ class KVCache:
     as zeros and must stay finite: masked positions are read, and NaN times zero is NaN.
     """
 
-    def __init__(
-        self, shapes: Sequence[LayerShape], num_blocks: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, shapes: Sequence[LayerShape], num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         rows = num_blocks * BLOCK_TOKENS
         self.keys = [torch.zeros(s.kv_heads, rows, s.key_dim, dtype=dtype, device=device) for s in shapes]
         self.values = [torch.zeros(s.kv_heads, rows, s.value_dim, dtype=dtype, device=device) for s in shapes]
@@ -83,6 +81,5 @@ class KVCache:
 def rows_of(block_table: Sequence[int], start: int, end: int) -> list[int]:
     """Cache rows of a sequence's tokens [start, end)."""
     return [
-        block_table[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
-        for position in range(start, end)
+        block_table[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS for position in range(start, end)
     ]

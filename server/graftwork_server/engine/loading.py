@@ -43,9 +43,9 @@ def _bind_low_rank(base: BaseModel, digest: str, deltas: Sequence[LowRank]) -> P
     tensors: list[tuple[torch.Tensor, list[torch.Tensor]] | None] = []
     for group in groups:
         members = [by_module.get(name) for name in group.names]
-        for delta, out_features in zip(members, group.out_features, strict=True):
-            if delta is not None:
-                _check_low_rank(delta, group.in_features, out_features)
+        for member, out_features in zip(members, group.out_features, strict=True):
+            if member is not None:
+                _check_low_rank(member, group.in_features, out_features)
         ranks.append(tuple(delta.a.shape[0] if delta is not None else 0 for delta in members))
         present = [delta for delta in members if delta is not None]
         if not present:

@@ -22,7 +22,7 @@ from graftwork_server.errors import FailedPrecondition
 from graftwork_server.types import ModelInfo
 
 _PROBE_TOLERANCE = 2e-3
-"""Largest difference of a probe's log probabilities, packed against one by one in float32; other dtypes: 50 times it."""
+"""Largest difference of a probe's log probabilities, packed against one by one, in float32; 50 times it elsewhere."""
 
 
 class EngineModel:
@@ -107,9 +107,7 @@ def load_base(source: str, device: torch.device, dtype: torch.dtype, cache_dir: 
     model = _from_pretrained(source, device, dtype)
     shapes = _probe_layers(model)
     expected = _probe_logprobs(model)
-    tensors = {name: tensor for name, tensor in model.state_dict().items()}
-    print_of_base = fingerprint(model.config.to_dict(), tensors)
-    del tensors
+    print_of_base = fingerprint(model.config.to_dict(), model.state_dict())
     weights = SharedWeights(model, device)
     engine_model = EngineModel(model)
     _check_probe(engine_model, expected, device)
@@ -183,7 +181,7 @@ def _from_pretrained(source: str, device: torch.device, dtype: torch.dtype) -> A
             "safetensors weights of a causal language model",
             reason="MODEL_UNUSABLE",
         ) from None
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -198,8 +196,10 @@ def _attention(model: Any, name: str, function: Any) -> Iterator[None]:
 
 
 def _probe_layers(model: Any) -> list[LayerShape]:
-    """Runs two tokens and records each attention layer's key and value shapes. Raises FailedPrecondition if the model does
-    not send all its attention through transformers' attention interface."""
+    """Runs two tokens and records each attention layer's key and value shapes.
+
+    Raises FailedPrecondition if the model does not send all its attention through transformers' attention interface.
+    """
     seen: dict[int, LayerShape] = {}
     unknown: set[str] = set()
 

@@ -16,8 +16,8 @@ from graftwork_server.engine.sequence import ScheduledChunk, Sequence
 
 @dataclass(frozen=True)
 class ChunkLogits:
-    """Logits [rows, vocabulary] float32 of a chunk: of all its tokens if the prompt's log probabilities are wanted, else
-    of its last token if the chunk samples, else none."""
+    """Logits [rows, vocabulary] float32 of a chunk: of all its tokens if the prompt's log probabilities are wanted,
+    else of its last token if the chunk samples, else none."""
 
     chunk: ScheduledChunk
     logits: torch.Tensor
@@ -70,7 +70,9 @@ class Runner:
             torch.tensor(input_ids, device=self._device),
             torch.tensor(positions, device=self._device),
             torch.tensor(keep, dtype=torch.int64, device=self._device),
-            plan_attention(self._cache, [Chunk(c.sequence.block_table, c.start, c.count) for c in chunks], self._device),
+            plan_attention(
+                self._cache, [Chunk(c.sequence.block_table, c.start, c.count) for c in chunks], self._device
+            ),
             Routing(_spans(chunks, [chunk.count for chunk in chunks]), self._device),
             Routing(_spans(chunks, kept_counts), self._device),
         )

@@ -20,7 +20,9 @@ def sample(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[int]:
     """
     greedy = logits.argmax(-1).tolist()
     return [
-        token if sequence.request.sampling.temperature == 0 else _draw(row, sequence.request.sampling, sequence.random.random())
+        token
+        if sequence.request.sampling.temperature == 0
+        else _draw(row, sequence.request.sampling, sequence.random.random())
         for token, row, sequence in zip(greedy, logits, sequences, strict=True)
     ]
 

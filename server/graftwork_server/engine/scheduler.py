@@ -25,7 +25,7 @@ class Scheduler:
         max_sequences: int,
         max_step_tokens: int,
     ) -> None:
-        """`request_load` is called for a waiting sequence whose adapter is not loaded; it may be called again and again."""
+        """`request_load` is called for a waiting sequence whose adapter is not loaded, in every step anew."""
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._blocks = blocks
@@ -63,8 +63,11 @@ class Scheduler:
         self._free(sequence)
 
     def _admit(self, budget: int, chunks: list[ScheduledChunk]) -> None:
-        """Moves waiting sequences to running, oldest first. One whose adapter is still loading is passed by; but where its
-        load waits for room, nobody newer is let in, so that leases end and it gets its turn."""
+        """Moves waiting sequences to running, oldest first.
+
+        One whose adapter is still loading is passed by; but where its load waits for room, nobody newer is let in, so
+        that leases end and it gets its turn.
+        """
         for sequence in list(self.waiting):
             if len(self.running) >= self._max_sequences or budget <= 0:
                 return

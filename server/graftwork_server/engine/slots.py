@@ -103,9 +103,7 @@ class LoadedAdapter:
 class AdapterPool:
     """Loaded adapters by digest. Thread-safe: the loader places and evicts, the step loop leases and releases."""
 
-    def __init__(
-        self, budget_bytes: int, groups: list[LinearGroup], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, budget_bytes: int, groups: list[LinearGroup], dtype: torch.dtype, device: torch.device) -> None:
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
         self._groups = groups
@@ -113,6 +111,7 @@ class AdapterPool:
         self._device = device
         self._loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()  # least recently used first
         self._blocks: dict[Ranks, list[SlotBlock]] = {}
+        self._draining: set[str] = set()
         self._changed = threading.Condition()
         self.waits_for_room = False
         """A load waits for leases to end. Read without the lock: a stale answer is put right in the next step."""
@@ -123,18 +122,21 @@ class AdapterPool:
             return list(self._loaded)
 
     def lease(self, digest: str) -> LoadedAdapter | None:
-        """The adapter with one more lease, or None if it is not loaded."""
+        """The adapter with one more lease, or None if it is not loaded or is being unloaded."""
         with self._changed:
             adapter = self._loaded.get(digest)
-            if adapter is not None:
-                adapter.leases += 1
-                self._loaded.move_to_end(digest)
+            if adapter is None or digest in self._draining:
+                return None
+            adapter.leases += 1
+            self._loaded.move_to_end(digest)
             return adapter
 
     def release(self, adapter: LoadedAdapter) -> None:
         """Gives one lease back."""
         with self._changed:
             adapter.leases -= 1
+            if adapter.leases == 0 and adapter.digest in self._draining:
+                self._drop(adapter)
             self._changed.notify_all()
 
     def place(self, prepared: PreparedAdapter, started: float, stop: threading.Event) -> LoadedAdapter:
@@ -151,7 +153,7 @@ class AdapterPool:
             )
         with self._changed:
             try:
-                while not self._make_room(prepared.device_bytes):
+                while prepared.digest in self._loaded or not self._make_room(prepared.device_bytes):
                     if stop.is_set():
                         raise ResourceExhausted("the server is shutting down", reason="SHUTTING_DOWN")
                     self.waits_for_room = True
@@ -173,14 +175,26 @@ class AdapterPool:
             self._loaded[prepared.digest] = adapter
             return adapter
 
-    def remove(self, digest: str) -> bool:
-        """Unloads an adapter that has no lease. False if it has one or is not loaded."""
+    def unload(self, digest: str) -> bool:
+        """Unloads an adapter, at once or when its last lease ends; nobody gets a new lease from now on.
+
+        False if it is not loaded.
+        """
         with self._changed:
             adapter = self._loaded.get(digest)
-            if adapter is None or adapter.leases:
+            if adapter is None:
                 return False
-            self._drop(adapter)
+            if adapter.leases:
+                self._draining.add(digest)
+            else:
+                self._drop(adapter)
             return True
+
+    def report(self, digest: str) -> LoadReport | None:
+        """What the load of `digest` bound; None if it is not loaded or is being unloaded."""
+        with self._changed:
+            adapter = self._loaded.get(digest)
+            return adapter.report if adapter is not None and digest not in self._draining else None
 
     def _make_room(self, needed: int) -> bool:
         """Evicts until `needed` bytes are free; evicts nothing if that cannot be reached."""
@@ -196,6 +210,7 @@ class AdapterPool:
 
     def _drop(self, adapter: LoadedAdapter) -> None:
         del self._loaded[adapter.digest]
+        self._draining.discard(adapter.digest)
         self.used_bytes -= adapter.report.device_bytes
         if adapter.block is not None:
             adapter.block.free.append(adapter.slot)

@@ -184,4 +184,4 @@ def _open_block(info: SharedWeightsInfo) -> torch.Tensor:
         raise Internal("the weights can be mapped neither by file nor by CUDA IPC", reason="WEIGHTS_LAYOUT")
     torch.cuda.set_device(torch.device(info.device))
     storage = torch.UntypedStorage._new_shared_cuda(*info.ipc)
-    return torch.empty(0, dtype=torch.uint8, device=info.device).set_(storage, 0, (info.size_bytes,))
+    return torch.empty(0, dtype=torch.uint8, device=info.device).set_(storage, 0, torch.Size((info.size_bytes,)), (1,))

@@ -90,7 +90,7 @@ class Job(Base):
     result: Mapped[str | None] = mapped_column(Text)
     adapter_version: Mapped[str | None] = mapped_column(String(120))
     error: Mapped[str | None] = mapped_column(Text)
-    attempts: Mapped[int] = mapped_column(Integer)
+    engine_losses: Mapped[int] = mapped_column(Integer)
     create_time: Mapped[datetime.datetime] = mapped_column(UtcTime)
     start_time: Mapped[datetime.datetime | None] = mapped_column(UtcTime)
     end_time: Mapped[datetime.datetime | None] = mapped_column(UtcTime)

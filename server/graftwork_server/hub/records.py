@@ -58,11 +58,11 @@ class DatasetRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TuningSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a tuning job is to do, see tuning.proto. Data sets by resource name, "datasets/{id}"; "" for none."""
+    """What a tuning job is to do, see tuning.proto; "" for no validation data set."""
 
     strategy: str
-    dataset: str
-    validation_dataset: str = ""
+    dataset_id: str
+    validation_dataset_id: str = ""
     validation_fraction: float = 0.0
     adapter_id: str
     config: dict[str, Any] = {}
@@ -94,8 +94,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     adapter_version: str | None = None
     """Resource name of the published version."""
     error: ErrorBody | None = None
-    attempts: int = 0
-    """Starts since the last checkpoint."""
+    engine_losses: int = 0
+    """Engines that died under it since its last checkpoint."""
     create_time: datetime.datetime
     start_time: datetime.datetime | None = None
     end_time: datetime.datetime | None = None

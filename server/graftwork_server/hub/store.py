@@ -136,6 +136,12 @@ class Store:
         """Whether the files of `digest` are there, whole."""
         return self.artifact_path(digest).is_dir()
 
+    def stored(self, digest: str) -> StoredArtifact:
+        """An artifact that is there."""
+        path = self.artifact_path(digest)
+        with storage_errors("reading an adapter"):
+            return StoredArtifact(digest, str(path), sum(entry.stat().st_size for entry in os.scandir(path)))
+
     def adopt(self, folder: Path, digest: str | None = None) -> StoredArtifact:
         """Moves `folder` (on the same file system) to its final place and gives its digest.
 

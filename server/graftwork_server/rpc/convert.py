@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 from google.protobuf import json_format, struct_pb2, timestamp_pb2
-from graftwork.v1 import adapters_pb2, strategies_pb2, tuning_pb2
 
+from graftwork.v1 import adapters_pb2, strategies_pb2, tuning_pb2
 from graftwork_server.errors import InvalidArgument, Violation
 from graftwork_server.hub.records import (
     DatasetRecord,
@@ -19,6 +19,7 @@ from graftwork_server.hub.records import (
     VersionRecord,
 )
 from graftwork_server.messages import Checkpointed, Evaluated, Note, Progress
+from graftwork_server.rpc.names import dataset_id
 from graftwork_server.tuning.data import DatasetReport
 from graftwork_server.types import (
     DatasetFormat,
@@ -28,8 +29,6 @@ from graftwork_server.types import (
     TuningEstimate,
     TuningProgress,
 )
-
-MAX_VALIDATION_FRACTION = 0.5
 
 
 def timestamp(time: datetime.datetime) -> timestamp_pb2.Timestamp:
@@ -86,7 +85,7 @@ def strategy_message(info: StrategyInfo) -> strategies_pb2.Strategy:
 # ---------------------------------------------------------------------------------------------- data sets
 
 
-def format_value(format: DatasetFormat | None) -> tuning_pb2.DatasetFormat:
+def format_value(format: DatasetFormat | None) -> tuning_pb2.DatasetFormat.ValueType:
     """The wire's name of a form."""
     return tuning_pb2.DatasetFormat.Value(f"DATASET_FORMAT_{format.value if format else 'UNSPECIFIED'}")
 
@@ -123,24 +122,20 @@ def report_message(report: DatasetReport) -> tuning_pb2.ValidateDatasetResponse:
 
 
 def tuning_spec(spec: tuning_pb2.TuningJobSpec) -> TuningSpec:
-    """The job that a client asks for. Raises InvalidArgument for numbers that are none; names are the hub's to check."""
-    fraction = spec.validation_fraction
+    """The job that a client asks for; what it may hold is the job manager's to say.
+
+    Raises InvalidArgument for names that are none and for settings that no JSON can hold.
+    """
     wrong = _unusable_numbers(spec.config, "spec.config")
-    if not (math.isfinite(fraction) and 0 <= fraction <= MAX_VALIDATION_FRACTION):
-        what = f"is {fraction:g}; a number from 0 to {MAX_VALIDATION_FRACTION:g} is accepted"
-        wrong.append(Violation("spec.validation_fraction", what))
-    elif fraction and spec.validation_dataset:
-        wrong.append(Violation("spec.validation_fraction", "goes not together with validation_dataset; leave one out"))
-    if not spec.strategy:
-        wrong.append(Violation("spec.strategy", "is empty; ListStrategies shows what there is"))
     if wrong:
         message = "; ".join(f"{violation.field} {violation.description}" for violation in wrong)
         raise InvalidArgument(message, reason="INVALID_PARAMETER", violations=wrong)
+    validation = spec.validation_dataset
     return TuningSpec(
         strategy=spec.strategy,
-        dataset=spec.dataset,
-        validation_dataset=spec.validation_dataset,
-        validation_fraction=fraction,
+        dataset_id=dataset_id(spec.dataset, "spec.dataset"),
+        validation_dataset_id=dataset_id(validation, "spec.validation_dataset") if validation else "",
+        validation_fraction=spec.validation_fraction,
         adapter_id=spec.adapter_id,
         config={key: _plain(value) for key, value in json_format.MessageToDict(spec.config).items()},
         load=spec.load,
@@ -155,8 +150,8 @@ def job_message(job: JobRecord) -> tuning_pb2.TuningJob:
         job_id=job.job_id,
         spec=tuning_pb2.TuningJobSpec(
             strategy=spec.strategy,
-            dataset=spec.dataset,
-            validation_dataset=spec.validation_dataset,
+            dataset=f"datasets/{spec.dataset_id}",
+            validation_dataset=f"datasets/{spec.validation_dataset_id}" if spec.validation_dataset_id else "",
             validation_fraction=spec.validation_fraction,
             adapter_id=spec.adapter_id,
             load=spec.load,
@@ -195,7 +190,7 @@ def event_message(record: JobEventRecord) -> tuning_pb2.TuningEvent:
     return message
 
 
-def state_value(state: JobState) -> tuning_pb2.TuningJobState:
+def state_value(state: JobState) -> tuning_pb2.TuningJobState.ValueType:
     """The wire's name of a state."""
     return tuning_pb2.TuningJobState.Value(f"TUNING_JOB_STATE_{state.value}")
 

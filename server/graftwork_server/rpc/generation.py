@@ -12,9 +12,9 @@ from functools import lru_cache
 from typing import Any
 
 import grpc
+
 from graftwork.v1 import generation_pb2 as pb
 from graftwork.v1.generation_pb2_grpc import GenerationServiceServicer
-
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.errors import FailedPrecondition, Internal, InvalidArgument
 from graftwork_server.hub.leases import Leases

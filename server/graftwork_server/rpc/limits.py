@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 from graftwork.v1 import generation_pb2 as pb
-
 from graftwork_server.errors import InvalidArgument, ResourceExhausted, Violation
 from graftwork_server.messages import Sampling
 from graftwork_server.types import ModelInfo
@@ -25,9 +23,6 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 DEFAULT_MAX_TOKENS = 256
 MAX_MESSAGES = 4096
-DEFAULT_PAGE_SIZE = 100
-MAX_PAGE_SIZE = 1000
-REQUEST_ID = re.compile(r"[!-~]{1,64}")
 RETRY_AFTER_MS = 500
 LARGE_TEXT_CHARACTERS = 10_000
 
@@ -155,20 +150,6 @@ def check_messages(messages: Sequence[pb.ChatMessage]) -> None:
     ]
     if wrong:
         raise _invalid(wrong)
-
-
-def page_size_of(page_size: int) -> int:
-    """The page size with its default filled in. Raises InvalidArgument unless it is from 0 to 1000."""
-    if not 0 <= page_size <= MAX_PAGE_SIZE:
-        raise _invalid([Violation("page_size", f"is {page_size}; 1 to {MAX_PAGE_SIZE}, or 0 for 100, is accepted")])
-    return page_size or DEFAULT_PAGE_SIZE
-
-
-def request_id_of(request_id: str, field: str) -> str | None:
-    """The idempotency key, None if there is none. Raises InvalidArgument for one that is no plain short text."""
-    if request_id and not REQUEST_ID.fullmatch(request_id):
-        raise _invalid([Violation(field, "1 to 64 visible ASCII characters are accepted")])
-    return request_id or None
 
 
 async def off_loop_if_large(size: int, work: Callable[[], T]) -> T:

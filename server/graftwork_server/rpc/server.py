@@ -8,15 +8,14 @@ import logging
 import socket
 
 import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
 from graftwork.v1 import adapters_pb2, generation_pb2, strategies_pb2, tuning_pb2
 from graftwork.v1.adapters_pb2_grpc import AdapterServiceServicer, add_AdapterServiceServicer_to_server
 from graftwork.v1.generation_pb2_grpc import GenerationServiceServicer, add_GenerationServiceServicer_to_server
 from graftwork.v1.strategies_pb2_grpc import StrategyServiceServicer, add_StrategyServiceServicer_to_server
 from graftwork.v1.tuning_pb2_grpc import TuningServiceServicer, add_TuningServiceServicer_to_server
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
-from grpc_reflection.v1alpha import reflection
-
 from graftwork_server.config import parse_listen
 from graftwork_server.messages import JobEvent
 from graftwork_server.rpc.interceptors import CallInterceptor, Drain
@@ -62,39 +61,40 @@ def resolve_listen(listen: str, insecure: bool) -> str:
 
 
 class RpcServer:
-    """Serves the four services, health and reflection on one address. Listens to the engine to tell its health."""
+    """Serves the four services, health and reflection on one address."""
 
-    def __init__(
-        self,
-        *,
-        generation: GenerationServiceServicer,
-        adapters: AdapterServiceServicer,
-        tuning: TuningServiceServicer,
-        strategies: StrategyServiceServicer,
-        max_queue: int,
-        drain: Drain,
-    ) -> None:
+    def __init__(self, max_queue: int, drain: Drain) -> None:
         self._drain = drain
         self._server = grpc.aio.server(interceptors=[CallInterceptor(drain)], options=_options(max_queue))
-        add_GenerationServiceServicer_to_server(generation, self._server)
-        add_AdapterServiceServicer_to_server(adapters, self._server)
-        add_TuningServiceServicer_to_server(tuning, self._server)
-        add_StrategyServiceServicer_to_server(strategies, self._server)
-        self._health = health_aio.HealthServicer()
+        self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
-    async def start(self, address: str) -> str:
-        """Binds `address` (a literal) and serves; returns the address with the real port. Raises ListenError."""
+    def bind(self, address: str) -> str:
+        """Takes `address` (a literal) and returns it with the real port. Raises ListenError."""
         try:
             port = self._server.add_insecure_port(address)
         except RuntimeError:
             port = 0
         if port == 0:
             raise ListenError(f"cannot listen on {address}: the port is in use or not permitted")
-        await self._server.start()
         return f"{address.rpartition(':')[0]}:{port}"
+
+    async def start(
+        self,
+        generation: GenerationServiceServicer,
+        adapters: AdapterServiceServicer,
+        tuning: TuningServiceServicer,
+        strategies: StrategyServiceServicer,
+    ) -> None:
+        """Answers calls from now on."""
+        add_GenerationServiceServicer_to_server(generation, self._server)
+        add_AdapterServiceServicer_to_server(adapters, self._server)
+        add_TuningServiceServicer_to_server(tuning, self._server)
+        add_StrategyServiceServicer_to_server(strategies, self._server)
+        await self.set_serving(True)
+        await self._server.start()
 
     async def set_serving(self, serving: bool) -> None:
         """Answers of the health service from now on, for the server and for each service."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import grpc
+
 from graftwork.v1 import strategies_pb2 as pb
 from graftwork.v1.strategies_pb2_grpc import StrategyServiceServicer
-
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.errors import NotFound
+from graftwork_server.hub.pages import check_page_size, page_after, page_token
 from graftwork_server.rpc.convert import strategy_message
-from graftwork_server.rpc.limits import page_size_of
-from graftwork_server.rpc.names import page_after, page_token, strategy_id
+from graftwork_server.rpc.names import strategy_id
 
 
 class StrategyService(StrategyServiceServicer):
@@ -23,11 +23,11 @@ class StrategyService(StrategyServiceServicer):
         self, request: pb.ListStrategiesRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListStrategiesResponse:
         """Strategies by id, a page at a time."""
-        size, after = page_size_of(request.page_size), page_after(request.page_token)
+        size, after = check_page_size(request.page_size), page_after("strategies", request.page_token) or ""
         rest = sorted((info for info in self._engine.strategies if info.id > after), key=lambda info: info.id)
         return pb.ListStrategiesResponse(
             strategies=[strategy_message(info) for info in rest[:size]],
-            next_page_token=page_token(rest[size - 1].id) if len(rest) > size else "",
+            next_page_token=page_token("strategies", rest[size - 1].id) if len(rest) > size else "",
         )
 
     async def GetStrategy(

@@ -3,8 +3,10 @@ the same settings give the same plan in every process, which is what makes a res
 
 from __future__ import annotations
 
+import functools
 import math
 import random
+from array import array
 from collections.abc import Sequence
 
 from graftwork_plugins import TrainingConfig
@@ -38,9 +40,15 @@ def total_steps(config: TrainingConfig, row_count: int) -> int:
 def rows_of_step(config: TrainingConfig, row_count: int, step: int) -> list[int]:
     """Indices of the rows of optimizer step `step` (from 0). Each epoch has its own order."""
     epoch, position = divmod(step, steps_per_epoch(config, row_count))
-    order = list(range(row_count))
-    random.Random(f"epoch {epoch} {config.seed}").shuffle(order)
-    return order[position * config.batch_size : (position + 1) * config.batch_size]
+    order = _epoch_order(row_count, epoch, config.seed)
+    return list(order[position * config.batch_size : (position + 1) * config.batch_size])
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(row_count: int, epoch: int, seed: int) -> array[int]:
+    order = array("q", range(row_count))
+    random.Random(f"epoch {epoch} {seed}").shuffle(order)
+    return order
 
 
 def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:

@@ -95,8 +95,8 @@ def _answer(client: Client, model: str, messages: list[Message], options: Sampli
         started = False
         try:
             for chunk in stream:
-                print(output.readable(chunk.text), end="", flush=True)
                 started = True
+                print(output.readable(chunk.text), end="", flush=True)
         finally:
             if started:
                 print(flush=True)

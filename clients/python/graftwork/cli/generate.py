@@ -61,8 +61,8 @@ def _stream(client: Client, model: str, prompt: str | Sequence[int], options: Sa
         started = False
         try:
             for chunk in stream:
-                print(output.readable(chunk.text), end="", flush=True)
                 started = True
+                print(output.readable(chunk.text), end="", flush=True)
         finally:
             if started:
                 print(flush=True)  # also when interrupted: the shell's prompt belongs on a line of its own

@@ -10,7 +10,7 @@ import typer
 
 
 def serve(ctx: typer.Context) -> None:
-    """Start a server; every argument is the server's own (try: graftwork serve --help)."""
+    """Start a server. graftwork serve --help shows its options."""
     if importlib.util.find_spec("graftwork_server") is None or importlib.util.find_spec("torch") is None:
         print('error: the server is not installed; install it with: pip install "graftwork[server]"', file=sys.stderr)
         raise typer.Exit(1)

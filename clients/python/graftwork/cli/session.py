@@ -61,8 +61,10 @@ def _report(error: Exception, as_json: bool, address: str) -> None:
     if not isinstance(error, APIError):
         print(f"error: {error}", file=sys.stderr)
         return
-    where = f"no answer from {address}: " if isinstance(error, UnavailableError) else ""
-    print(f"error: {where}{error.summary}", file=sys.stderr)
+    if isinstance(error, UnavailableError) and "Connection refused" in error.message:
+        print(f"error: no server listens on {address}; start one with: graftwork serve", file=sys.stderr)
+        return
+    print(f"error: {error.summary}", file=sys.stderr)
     for violation in error.unsaid_violations:
         print(f"  {violation.field}: {violation.description}", file=sys.stderr)
 

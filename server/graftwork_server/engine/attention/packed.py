@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,7 +48,12 @@ def causal_attention(
     windowed = sliding_window is not None and m > sliding_window
     if softcap is None and not windowed and n == m:
         return torch.nn.functional.scaled_dot_product_attention(
-            query[None], key[None], value[None], is_causal=True, scale=scaling, enable_gqa=key.shape[0] != query.shape[0]
+            query[None],
+            key[None],
+            value[None],
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=key.shape[0] != query.shape[0],
         )[0]
     q_position = torch.arange(m - n, m, device=query.device)[:, None]
     k_position = torch.arange(m, device=query.device)[None, :]
@@ -98,7 +104,7 @@ def packed_attention(
             sliding_window=sliding_window,
             softcap=softcap,
         )
-        for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)
+        for start, end in itertools.pairwise(cu_seqlens)
     ]
     return torch.cat(rows, dim=1).transpose(0, 1)[None], None
 

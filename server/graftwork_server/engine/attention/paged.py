@@ -105,7 +105,9 @@ def _decode_batch(members: list[tuple[int, Chunk]], device: torch.device) -> Dec
     lengths = [chunk.start + 1 for _, chunk in members]
     longest = max(lengths)
     blocks = -(-longest // BLOCK_TOKENS)
-    tables = torch.tensor([[*chunk.block_table[:blocks], *[0] * (blocks - len(chunk.block_table))] for _, chunk in members])
+    tables = torch.tensor(
+        [[*chunk.block_table[:blocks], *[0] * (blocks - len(chunk.block_table))] for _, chunk in members]
+    )
     kv_rows = (tables[:, :, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).view(len(members), -1)[:, :longest]
     return DecodeBatch(
         queries,

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from graftwork_plugins.batches import IGNORED_LABEL, TrainingRow
-
 from graftwork_server.errors import InvalidArgument
 from graftwork_server.tuning.data.lines import (
     Chat,

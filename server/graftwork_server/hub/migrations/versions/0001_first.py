@@ -58,7 +58,7 @@ def upgrade() -> None:
         sa.Column("result", sa.Text),
         sa.Column("adapter_version", sa.String(120)),
         sa.Column("error", sa.Text),
-        sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("engine_losses", sa.Integer, nullable=False),
         sa.Column("create_time", sa.BigInteger, nullable=False),
         sa.Column("start_time", sa.BigInteger),
         sa.Column("end_time", sa.BigInteger),

@@ -1,0 +1,257 @@
+"""PEFT's adapter_config.json for LoRA, read with an allow-list, and PEFT's rules for which module it means.
+
+The document comes from a client. Nothing in it names code to run: keys outside the list are accepted only with a value
+that means "not used", and patterns are matched with a time limit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from graftwork_plugins.strategy import ArtifactError, BaseInfo
+
+_ANY = frozenset(
+    """
+    auto_mapping base_model_name_or_path bias eva_config fan_in_fan_out inference_mode init_lora_weights
+    lora_dropout megatron_core peft_version qalora_group_size revision runtime_config
+    """.split()  # noqa: SIM905 - one name a line would fill a page
+)
+"""Keys whose value changes nothing in serving, or is checked by itself below."""
+
+_PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
+"""Initialisations that leave the base's weights as they were; PiSSA, OLoRA, LoftQ, CorDA and others change them."""
+
+_SECONDS = 2.0
+_MAX_PATTERN = 4096
+
+
+class PatternError(ValueError):
+    """A name pattern cannot be used."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class PatternMatcher:
+    """Regular expressions of a client's, with one time limit for all matches made by this object."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[str, Any] = {}
+        self._seconds_left = _SECONDS
+
+    def fullmatch(self, pattern: str, name: str) -> bool:
+        """Whether all of `name` matches. Raises PatternError."""
+        import regex  # type: ignore[import-untyped]
+
+        started = time.monotonic()
+        try:
+            if pattern not in self._compiled:
+                if len(pattern) > _MAX_PATTERN:
+                    raise PatternError(
+                        pattern[:80], f"the pattern {pattern[:80]!r}... is over {_MAX_PATTERN} characters"
+                    )
+                self._compiled[pattern] = regex.compile(pattern)
+            # concurrent: other threads run meanwhile.
+            if self._seconds_left <= 0:
+                raise TimeoutError
+            match = self._compiled[pattern].fullmatch(name, timeout=self._seconds_left, concurrent=True)
+            return match is not None
+        except TimeoutError:
+            raise PatternError(pattern, f"the pattern {pattern!r} takes too long to match; use a plainer one") from None
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise PatternError(pattern, f"{pattern!r} is no regular expression: {error}") from None
+        finally:
+            self._seconds_left -= time.monotonic() - started
+
+    def first_match(self, patterns: Iterable[str], name: str) -> str | None:
+        """The first pattern that matches `name` or its last dotted parts, as PEFT's rank_pattern does."""
+        return next((key for key in patterns if self.fullmatch(rf"(.*\.)?({key})", name)), None)
+
+
+@dataclass(frozen=True)
+class LoraPatterns:
+    """Rank and scale by module."""
+
+    r: int
+    lora_alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    matcher: PatternMatcher = field(default_factory=PatternMatcher, compare=False)
+
+    def rank(self, module: str) -> int:
+        """Rank of a module's update."""
+        return self._choose(self.rank_pattern, module, self.r)
+
+    def scaling(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) for rsLoRA."""
+        rank = self.rank(module)
+        alpha = self._choose(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _choose(self, pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+        key = self.matcher.first_match(pattern, module)
+        # Like PEFT: a key that is the name itself counts even where it does not match itself as an expression.
+        return pattern[key] if key is not None else pattern.get(module, default)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What of adapter_config.json matters to serving."""
+
+    patterns: LoraPatterns
+    target_modules: str | Sequence[str] | None
+    exclude_modules: str | Sequence[str] | None
+    layers_to_transform: Sequence[int] | None
+    layers_pattern: list[str]
+
+    def targets(self, base: BaseInfo) -> list[str]:
+        """Linear layers that the configuration names, by PEFT's rules. Raises PatternError."""
+        return [module for module in base.linear_modules if self._is_target(module, base)]
+
+    def _is_target(self, module: str, base: BaseInfo) -> bool:
+        matcher = self.patterns.matcher
+        excluded = self.exclude_modules
+        if isinstance(excluded, str):
+            if matcher.fullmatch(excluded, module):
+                return False
+        elif excluded and targets_of_names(excluded, [module]):
+            return False
+        if self.target_modules is None:
+            return False
+        if isinstance(self.target_modules, str):
+            if self.target_modules.lower() == "all-linear":
+                return module != base.output_module
+            return matcher.fullmatch(self.target_modules, module)
+        if module in self.target_modules:
+            return True
+        return bool(targets_of_names(self.target_modules, [module])) and self._is_in_layers(module)
+
+    def _is_in_layers(self, module: str) -> bool:
+        if self.layers_to_transform is None:
+            return True
+        parts = module.split(".")
+        numbers = [position for position, part in enumerate(parts[:-1]) if part.isdigit() and position > 0]
+        for pattern in self.layers_pattern or [""]:
+            for position in numbers:
+                container = ".".join(parts[:position])
+                # Without a pattern, the first number after two parts.
+                if self.patterns.matcher.first_match([pattern], container) if pattern else position > 1:
+                    return int(parts[position]) in self.layers_to_transform
+        return False
+
+
+def targets_of_names(names: Sequence[str], modules: Iterable[str]) -> list[str]:
+    """Modules that are named in full or by their last dotted parts."""
+    wanted = set(names)
+    return [module for module in modules if any(".".join(parts) in wanted for parts in _endings(module.split(".")))]
+
+
+def _endings(parts: list[str]) -> Iterable[list[str]]:
+    return (parts[start:] for start in range(len(parts)))
+
+
+def read_adapter_config(document: Mapping[str, Any]) -> AdapterConfig:
+    """`document` as far as it can be served. Raises ArtifactError naming the key that cannot, and what could."""
+    _require(document, "peft_type", document.get("peft_type") == "LORA", "LORA")
+    _require(document, "task_type", document.get("task_type") in (None, "CAUSAL_LM"), "CAUSAL_LM or null")
+    bias = document.get("bias", "none")
+    _require(document, "bias", bias == "none", '"none"')
+    init = document.get("init_lora_weights", True)
+    _require(
+        document,
+        "init_lora_weights",
+        init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITS),
+        "true, false, gaussian, eva or orthogonal; others change the base's weights, so convert the adapter first "
+        "(path_initial_model_for_weight_conversion)",
+    )
+    _require(document, "auto_mapping", _is_descriptive(document.get("auto_mapping")), "null, or what PEFT writes")
+    _require(
+        document, "megatron_core", document.get("megatron_core") in (None, "megatron.core"), "megatron.core or null"
+    )
+    _refuse_unknown(document)
+    rank_pattern = _numbers(document, "rank_pattern", integers=True)
+    alpha_pattern = _numbers(document, "alpha_pattern", integers=False)
+    r = _number(document, "r", document.get("r", 8), integers=True)
+    alpha = _number(document, "lora_alpha", document.get("lora_alpha", 8), integers=False)
+    rslora = document.get("use_rslora", False)
+    _require(document, "use_rslora", isinstance(rslora, bool), "true or false")
+    layers = document.get("layers_to_transform") or []
+    layers = layers if isinstance(layers, list) else [layers]
+    _require(document, "layers_to_transform", all(type(layer) is int for layer in layers), "layer numbers or null")
+    containers = _names(document, "layers_pattern") or []
+    return AdapterConfig(
+        patterns=LoraPatterns(int(r), alpha, {k: int(v) for k, v in rank_pattern.items()}, alpha_pattern, rslora),
+        target_modules=_names(document, "target_modules"),
+        exclude_modules=_names(document, "exclude_modules"),
+        layers_to_transform=layers or None,
+        layers_pattern=[containers] if isinstance(containers, str) else containers,
+    )
+
+
+_READ = frozenset(
+    """
+    peft_type task_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules
+    layers_to_transform layers_pattern
+    """.split()  # noqa: SIM905 - one name a line would fill a page
+)
+
+
+def _is_descriptive(auto_mapping: Any) -> bool:
+    """PEFT writes the base's class there if the task was not given. It is never imported here, but a configuration that
+    names another module is an attempt at those who would."""
+    return auto_mapping is None or (
+        isinstance(auto_mapping, dict)
+        and set(auto_mapping) <= {"base_model_class", "parent_library"}
+        and str(auto_mapping.get("parent_library", "transformers.models.")).startswith("transformers.models.")
+    )
+
+
+def _refuse_unknown(document: Mapping[str, Any]) -> None:
+    """Features that are not served (use_dora, modules_to_save, ...) and keys of other versions are fine unless used."""
+    for key, value in document.items():
+        if key in _READ or key in _ANY or value in (None, False, {}, [], ""):
+            continue
+        raise ArtifactError(
+            key, f"adapter_config.json: {key} = {_shown(value)} is not supported; null or false is accepted"
+        )
+
+
+def _require(document: Mapping[str, Any], key: str, fits: bool, accepted: str) -> None:
+    if not fits:
+        value = _shown(document.get(key))
+        raise ArtifactError(key, f"adapter_config.json: {key} is {value}; accepted: {accepted}")
+
+
+def _number(document: Mapping[str, Any], key: str, value: Any, *, integers: bool) -> float:
+    kinds = int if integers else int | float
+    fits = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and 0 < value <= 65_536
+    if not fits:
+        accepted = "a whole number" if integers else "a number"
+        raise ArtifactError(key, f"adapter_config.json: {key} has {_shown(value)}; accepted: {accepted} up to 65536")
+    return float(value)
+
+
+def _numbers(document: Mapping[str, Any], key: str, *, integers: bool) -> dict[str, float]:
+    value = document.get(key) or {}
+    _require(document, key, isinstance(value, dict), "an object of numbers by module name")
+    return {name: _number(document, key, number, integers=integers) for name, number in value.items()}
+
+
+def _names(document: Mapping[str, Any], key: str) -> str | list[str] | None:
+    value = document.get(key)
+    fits = (
+        value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+    )
+    _require(document, key, fits, "names, a regular expression, or null")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

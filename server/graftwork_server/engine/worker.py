@@ -1,0 +1,307 @@
+"""The engine as a process: takes the front's messages, runs the step loop, sends what it produced.
+
+Threads: the main thread runs the loop and is the only one that touches sequences and the device's step; one reads the
+socket, one writes it, one loads adapters, one answers questions (inspect, prepare), and each tuner has a reader. They
+meet in the inbox, a queue of messages and callbacks that the loop empties between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import queue
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from graftwork_plugins import BaseInfo, Delta, DeviceInfo
+from graftwork_server import messages as m
+from graftwork_server.engine.engine import Engine, EngineLimits
+from graftwork_server.engine.loading import bind
+from graftwork_server.engine.model import BaseModel
+from graftwork_server.engine.slots import LoadedAdapter
+from graftwork_server.engine.tuners import Tuners
+from graftwork_server.errors import ErrorBody, Unavailable, body_of
+from graftwork_server.types import AdapterRef, ArtifactInfo, StrategyInfo
+
+log = logging.getLogger("graftwork.engine")
+
+
+class Strategies(Protocol):
+    """What the engine needs of the plugins; plugin_host.PluginHost is the one there is."""
+
+    def infos(self) -> list[StrategyInfo]: ...
+    def identify(self, path: Path) -> str: ...
+    def load_deltas(self, path: Path, strategy_id: str, base: BaseInfo) -> list[Delta]: ...
+    def prepare_job(
+        self,
+        strategy: str,
+        config: dict[str, Any],
+        row_count: int,
+        total_tokens: int,
+        base: BaseInfo,
+        device: DeviceInfo,
+    ) -> m.PreparedJob: ...
+
+
+class EngineWorker:
+    """One engine, its connection to the front, and its helpers."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        base_info: BaseInfo,
+        limits: EngineLimits,
+        strategies: Strategies,
+        connection: socket.socket,
+        *,
+        threads: int,
+        tuning_yield_ms: int,
+    ) -> None:
+        self.engine = Engine(base, limits, self._ensure_loaded)
+        self._base_info = base_info
+        self._limits = limits
+        self._strategies = strategies
+        self._connection = connection
+        self._threads = threads
+        self._inbox: queue.SimpleQueue[m.FrontMessage | Callable[[], None] | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._loader = ThreadPoolExecutor(1, "load")
+        self._answers = ThreadPoolExecutor(1, "answer")
+        self._loading: dict[str, list[int]] = {}
+        """Loads under way: digest -> calls that wait for them."""
+        self._unloading: dict[str, list[int]] = {}
+        self._load_leases: list[LoadedAdapter] = []
+        """Leases that keep a fresh load on the device until the scheduler has seen it once."""
+        self._reported: list[str] = []
+        self._deadline: float | None = None
+        self._gate_fd = os.memfd_create("graftwork-gate") if hasattr(os, "memfd_create") else _gate_file()
+        os.ftruncate(self._gate_fd, mmap.PAGESIZE)
+        self._gate = mmap.mmap(self._gate_fd, mmap.PAGESIZE)
+        self._tuners = Tuners(
+            base.weights.info(),
+            self.model_info(),
+            self._gate_fd,
+            threads=threads,
+            yield_ms=tuning_yield_ms,
+            send=lambda event: self._send(event),
+        )
+
+    def model_info(self) -> Any:
+        """The base as the front gets to know it."""
+        return msgspec.structs.replace(
+            self.engine.base.info, kv_tokens=self.engine.kv_tokens, max_sequences=self._limits.max_sequences
+        )
+
+    def run(self) -> None:
+        """Greets the front and serves until the connection closes or Shutdown is done."""
+        threading.Thread(target=self._read, name="read", daemon=True).start()
+        writer = threading.Thread(target=self._write, name="write", daemon=True)
+        writer.start()
+        self._send(m.Hello(pid=os.getpid(), model=self.model_info(), strategies=self._strategies.infos()))
+        try:
+            self._loop()
+        finally:
+            self._stop.set()
+            self._tuners.stop_all()
+            self._outbox.put(None)
+            writer.join(timeout=2)
+
+    def _loop(self) -> None:
+        idle = True
+        while not self._stop.is_set():
+            # With nothing to run, only a message can change that: a request, or a load that is done.
+            self._take_messages(block=idle)
+            outputs = self.engine.step()
+            for adapter in self._load_leases:
+                self.engine.adapters.release(adapter)
+            self._load_leases.clear()
+            if outputs:
+                self._send(m.StepOutputs(outputs))
+            self._after_step()
+            idle = not self.engine.has_running
+            if self._deadline is not None and (self.engine.active == 0 or time.monotonic() > self._deadline):
+                return
+
+    def _after_step(self) -> None:
+        struct.pack_into("<q", self._gate, 0, self.engine.active)
+        digests = self.engine.adapters.digests()
+        if digests != self._reported:
+            self._reported = digests
+            self._send(m.LoadedChanged(digests=digests))
+            for digest in [digest for digest in self._unloading if digest not in digests]:
+                for call_id in self._unloading.pop(digest):
+                    self._reply(call_id, m.Unloaded(was_loaded=True))
+
+    # ------------------------------------------------------------------------------------------ messages
+
+    def _take_messages(self, block: bool) -> None:
+        timeout = None
+        if self._deadline is not None:
+            timeout = max(0.0, self._deadline - time.monotonic())
+        try:
+            self._handle(self._inbox.get(block=block, timeout=timeout))
+            while True:
+                self._handle(self._inbox.get_nowait())
+        except queue.Empty:
+            return
+
+    def _handle(self, message: m.FrontMessage | Callable[[], None] | None) -> None:
+        match message:
+            case None:
+                self._stop.set()
+            case m.Generate():
+                refused = self.engine.add(message)
+                if refused is not None:
+                    self._send(m.StepOutputs([refused]))
+            case m.Cancel():
+                self.engine.cancel(message.id)
+            case m.Load():
+                self._load_call(message)
+            case m.Unload():
+                self._unload_call(message)
+            case m.Inspect():
+                self._answer(message.call_id, lambda: self._inspect(message))
+            case m.PrepareJob():
+                self._answer(message.call_id, lambda: self._prepare(message))
+            case m.StartJob():
+                self._answer(message.call_id, lambda: m.Started(pid=self._tuners.start(message.job)))
+            case m.StopJob():
+                self._answer(message.call_id, lambda: m.Stopped(was_running=self._tuners.stop(message.job_id)))
+            case m.Shutdown():
+                self._deadline = time.monotonic() + message.drain_ms / 1000
+            case _:
+                message()
+
+    def _answer(self, call_id: int, work: Callable[[], m.Result]) -> None:
+        """Runs `work` off the step loop and replies with its result or error."""
+
+        def run() -> None:
+            try:
+                self._reply(call_id, work())
+            except Exception as error:
+                self._reply_error(call_id, body_of(error))
+
+        self._answers.submit(run)
+
+    def _inspect(self, message: m.Inspect) -> m.InspectReply:
+        path = Path(message.path)
+        strategy = message.strategy or self._strategies.identify(path)
+        deltas = self._strategies.load_deltas(path, strategy, self._base_info)
+        prepared = bind(self.engine.base, "", deltas, place=False)
+        info = ArtifactInfo(
+            strategy=strategy,
+            parameter_count=prepared.parameter_count,
+            rank=prepared.rank,
+            modules_bound=prepared.modules_bound,
+        )
+        return m.InspectReply(info=info)
+
+    def _prepare(self, message: m.PrepareJob) -> m.PreparedJob:
+        device = DeviceInfo(
+            type="cuda" if self.engine.base.device.type == "cuda" else "cpu",
+            total_memory_bytes=_total_memory(self.engine.base.device),
+            threads=self._threads,
+        )
+        return self._strategies.prepare_job(
+            message.strategy, message.config, message.row_count, message.total_tokens, self._base_info, device
+        )
+
+    # ------------------------------------------------------------------------------------------ adapters
+
+    def _load_call(self, message: m.Load) -> None:
+        report = self.engine.adapters.report(message.adapter.digest)
+        if report is not None:
+            self._reply(
+                message.call_id, m.LoadReply(report=msgspec.structs.replace(report, load_ms=0.0, already_loaded=True))
+            )
+            return
+        self._ensure_loaded(message.adapter)
+        self._loading[message.adapter.digest].append(message.call_id)
+
+    def _unload_call(self, message: m.Unload) -> None:
+        if self.engine.adapters.unload(message.digest):
+            self._unloading.setdefault(message.digest, []).append(message.call_id)
+        else:
+            self._reply(message.call_id, m.Unloaded(was_loaded=False))
+
+    def _ensure_loaded(self, adapter: AdapterRef) -> None:
+        """Starts a load unless one is under way. Called in the step thread."""
+        if adapter.digest in self._loading:
+            return
+        self._loading[adapter.digest] = []
+        started = time.perf_counter()
+
+        def load() -> None:
+            try:
+                deltas = self._strategies.load_deltas(Path(adapter.path), adapter.strategy, self._base_info)
+                prepared = bind(self.engine.base, adapter.digest, deltas)
+                placed = self.engine.adapters.place(prepared, started, self._stop)
+                self._inbox.put(lambda: self._load_done(placed))
+            except Exception as error:
+                body = body_of(error)
+                self._inbox.put(lambda: self._load_failed(adapter.digest, body))
+
+        self._loader.submit(load)
+
+    def _load_done(self, adapter: LoadedAdapter) -> None:
+        self._load_leases.append(adapter)
+        for call_id in self._loading.pop(adapter.digest):
+            self._reply(call_id, m.LoadReply(report=adapter.report))
+
+    def _load_failed(self, digest: str, error: ErrorBody) -> None:
+        log.warning("adapter %s could not be loaded: %s", digest[:19], error.message)
+        for call_id in self._loading.pop(digest):
+            self._reply_error(call_id, error)
+        failed = self.engine.fail_waiting(digest, error)
+        if failed:
+            self._send(m.StepOutputs(failed))
+
+    # ------------------------------------------------------------------------------------------ connection
+
+    def _reply(self, call_id: int, result: m.Result) -> None:
+        self._send(m.Reply(call_id=call_id, result=result))
+
+    def _reply_error(self, call_id: int, error: ErrorBody) -> None:
+        self._send(m.Reply(call_id=call_id, error=error))
+
+    def _send(self, message: Any) -> None:
+        self._outbox.put(m.encode_frame(message))
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._inbox.put(m.front_decoder.decode(m.receive_frame(self._connection)))
+        except (EOFError, OSError):
+            self._inbox.put(None)  # the front is gone, and with it everybody who could read an answer
+        except Exception:
+            log.exception("a message of the front could not be read")
+            self._inbox.put(None)
+
+    def _write(self) -> None:
+        try:
+            while (frame := self._outbox.get()) is not None:
+                self._connection.sendall(frame)
+        except OSError:
+            self._inbox.put(None)
+
+
+def _gate_file() -> int:
+    raise Unavailable("this platform has no memfd; Linux is supported", reason="PLATFORM_UNSUPPORTED")
+
+
+def _total_memory(device: Any) -> int:
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

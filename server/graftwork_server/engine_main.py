@@ -1,0 +1,89 @@
+"""Process entry of the engine worker: `python -m graftwork_server.engine_main --socket PATH --settings JSON`.
+
+Stands outside engine/ because it brings engine and plugins together, and the engine itself imports no plugin manager.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftwork_server.engine.describe import base_info
+from graftwork_server.engine.engine import EngineLimits
+from graftwork_server.engine.model import choose_device, choose_dtype, load_base
+from graftwork_server.engine.worker import EngineWorker
+from graftwork_server.errors import body_of
+from graftwork_server.messages import StartFailed, encode_frame
+from graftwork_server.plugin_host import PluginHost
+
+
+def main() -> int:
+    """Connects to the front, loads the base model and serves until the front is gone. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="graftwork-engine")
+    parser.add_argument("--socket", required=True)
+    parser.add_argument("--settings", required=True)
+    arguments = parser.parse_args()
+    settings: dict[str, Any] = json.loads(arguments.settings)
+    _configure(settings)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(arguments.socket)
+    try:
+        worker = _build(settings, connection)
+    except Exception as error:
+        logging.getLogger("graftwork.engine").debug("the engine did not start", exc_info=True)
+        connection.sendall(encode_frame(StartFailed(error=body_of(error))))
+        return 1
+    worker.run()
+    # Loader threads may be inside a plugin; waiting for them would keep the process alive for nobody.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _configure(settings: dict[str, Any]) -> None:
+    logging.basicConfig(
+        level=str(settings.get("log_level", "info")).upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    # transformers and its libraries draw progress bars and give advice that an operator of this server cannot follow.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
+    threads = int(settings.get("threads") or 0) or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    device = choose_device(str(settings.get("device", "auto")))
+    dtype = choose_dtype(str(settings.get("dtype", "auto")), device)
+    source = settings.get("model") or str(Path(__file__).parent / "base_model")
+    base = load_base(str(source), device, dtype, Path(settings["cache_dir"]))
+    limits = EngineLimits(
+        max_sequences=int(settings.get("max_sequences", 64)),
+        max_step_tokens=int(settings.get("max_step_tokens", 1024)),
+        kv_memory_bytes=int(settings.get("kv_memory_bytes", 0)),
+        adapter_memory_bytes=int(settings.get("adapter_memory_bytes", 0)),
+    )
+    return EngineWorker(
+        base,
+        base_info(base.engine_model.model, base.info),
+        limits,
+        PluginHost(),
+        connection,
+        threads=threads,
+        tuning_yield_ms=int(settings.get("tuning_yield_ms", 100)),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

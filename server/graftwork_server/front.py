@@ -1,0 +1,112 @@
+"""The front as one thing: hub, engine, jobs and RPC server, started in order and ended in the reverse one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from graftwork_server.config import ServerConfig
+from graftwork_server.engine.client import EngineClient
+from graftwork_server.engine.engine_process import ENGINE_COMMAND
+from graftwork_server.errors import Unavailable
+from graftwork_server.hub.hub import Hub
+from graftwork_server.rpc.adapters import AdapterService
+from graftwork_server.rpc.dataset_check import DatasetChecker
+from graftwork_server.rpc.generation import GenerationService
+from graftwork_server.rpc.interceptors import Drain
+from graftwork_server.rpc.limits import Admission
+from graftwork_server.rpc.server import HealthReporter, RpcServer
+from graftwork_server.rpc.strategies import StrategyService
+from graftwork_server.rpc.tuning import TuningService
+from graftwork_server.text import TextProcessor
+from graftwork_server.tuning.jobs import JobManager
+from graftwork_server.types import ModelInfo
+
+log = logging.getLogger("graftwork.server")
+
+MODEL_ON_BOARD = Path(__file__).parent / "base_model"
+BROKEN_OFF_SECONDS = 1.0
+"""Time for broken-off calls to tell their clients so."""
+
+
+class Front:
+    """Everything of a server but the engine's own process. Made on the event loop that it is used on."""
+
+    def __init__(self, config: ServerConfig, engine_command: Sequence[str] = ENGINE_COMMAND) -> None:
+        self._config = config
+        self._drain = Drain()
+        self._rpc = RpcServer(config.max_queue, self._drain)
+        self._hub: Hub | None = None
+        self._jobs: JobManager | None = None
+        self.engine = EngineClient(engine_settings(config), command=engine_command)
+        self.admission = Admission(config.max_queue)
+
+    async def start(self, address: str) -> str:
+        """Starts everything and returns the address with the real port.
+
+        The quick checks come first: a taken data directory or port is known before the model is loaded.
+        Raises ListenError, and GraftworkServerError for the data directory or the model.
+        """
+        self._hub = hub = await asyncio.to_thread(Hub, self._config.data_dir)
+        bound = self._rpc.bind(address)
+        model = (await self.engine.start()).model
+        hub.resolver.base_fingerprint = model.fingerprint
+        text = await asyncio.to_thread(_tokenizer, model)
+        self._jobs = jobs = JobManager(
+            hub,
+            self.engine,
+            model=model,
+            strategies=lambda: self.engine.strategies,
+            text=text,
+            max_concurrent_jobs=self._config.max_concurrent_jobs,
+        )
+        self.engine.add_listener(jobs)
+        self.engine.add_listener(HealthReporter(self._rpc))
+        checker = DatasetChecker(text, model.tokenizer_dir, model.context_tokens)
+        await self._rpc.start(
+            GenerationService(self.engine, hub.resolver, hub.leases, text, self.admission),
+            AdapterService(self.engine, hub, self._config.max_upload_bytes),
+            TuningService(hub, jobs, checker, self._drain, self._config.max_dataset_bytes),
+            StrategyService(self.engine),
+        )
+        await jobs.start()
+        return bound
+
+    async def drain(self) -> None:
+        """Refuses new calls; running ones get drain_seconds, then they are broken off with UNAVAILABLE."""
+        if not await self._rpc.drain(self._config.drain_seconds):
+            log.warning("%d sequences are broken off", self.engine.running)
+            with contextlib.suppress(Unavailable):
+                self.engine.end_streams(Unavailable("the server is shutting down", reason="SHUTTING_DOWN"))
+            await self._drain.wait_idle(BROKEN_OFF_SECONDS)
+
+    async def stop(self) -> None:
+        """Ends everything, whatever of it was started."""
+        if self._jobs is not None:
+            await self._jobs.stop()
+        await self._rpc.stop(0)
+        await self.engine.stop()
+        if self._hub is not None:
+            await asyncio.to_thread(self._hub.close)
+
+
+def engine_settings(config: ServerConfig) -> dict[str, Any]:
+    """The settings that the engine process gets."""
+    fields = "device dtype threads max_sequences kv_memory_bytes max_step_tokens adapter_memory_bytes tuning_yield_ms log_level"
+    settings = {name: getattr(config, name) for name in fields.split()}
+    return {
+        **settings,
+        "model": config.model or str(MODEL_ON_BOARD),
+        "cache_dir": str(Path(config.data_dir) / "cache"),
+    }
+
+
+def _tokenizer(model: ModelInfo) -> TextProcessor | None:
+    if model.tokenizer_dir is None:
+        log.warning("the base model brings no tokenizer: only token ids work")
+        return None
+    return TextProcessor.from_dir(model.tokenizer_dir)

@@ -1,0 +1,96 @@
+"""The hub as one thing: opened once by the front, it holds the store, the registry and what connects them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from graftwork_server.hub.database import Database
+from graftwork_server.hub.job_registry import JobRegistry
+from graftwork_server.hub.leases import Leases
+from graftwork_server.hub.records import NewVersion, VersionRecord
+from graftwork_server.hub.registry import Registry, RequestKey
+from graftwork_server.hub.resolver import Resolver
+from graftwork_server.hub.store import Store, digest_of, write_manifest
+from graftwork_server.types import ArtifactInfo
+
+_log = logging.getLogger(__name__)
+
+
+class Hub:
+    """Opens the data directory: locks it, brings the database to this server's schema, removes garbage. Blocking.
+
+    Raises FailedPrecondition (DATA_DIR_IN_USE, SCHEMA_NEWER, REGISTRY_DAMAGED) or a storage error.
+    """
+
+    def __init__(self, data_dir: str | Path) -> None:
+        self.store = Store(data_dir)
+        try:
+            self._database = Database.at(self.store.root / "registry.db")
+        except BaseException:
+            self.store.close()
+            raise
+        self.registry = Registry(self._database)
+        self.jobs = JobRegistry(self._database)
+        self.leases = Leases(self.store, self.registry)
+        self.resolver = Resolver(self.store, self.registry)
+        removed = self._collect()
+        if removed:
+            _log.info("removed %d leftovers of an earlier run", len(removed))
+
+    def close(self) -> None:
+        """Lets another server have the data directory."""
+        self._database.close()
+        self.store.close()
+
+    def publish(
+        self,
+        folder: Path,
+        *,
+        adapter_id: str,
+        info: ArtifactInfo,
+        base_fingerprint: str,
+        adapter_may_exist: bool,
+        request: RequestKey | None = None,
+    ) -> VersionRecord:
+        """Makes the uploaded files in `folder` the next version of an adapter, whole or not at all. Blocking.
+
+        `info` is what the engine found in them. Raises AlreadyExists (ADAPTER_EXISTS), storage errors.
+        """
+        write_manifest(
+            folder,
+            strategy=info.strategy,
+            base_fingerprint=base_fingerprint,
+            parameter_count=info.parameter_count,
+            rank=info.rank,
+            created_by="upload",
+        )
+        digest = digest_of(folder)
+        with self.leases.claimed(digest):
+            stored = self.store.adopt(folder, digest)
+            version = NewVersion(
+                adapter_id=adapter_id,
+                digest=digest,
+                strategy=info.strategy,
+                base_fingerprint=base_fingerprint,
+                size_bytes=stored.size_bytes,
+                parameter_count=info.parameter_count,
+                rank=info.rank,
+            )
+            return self.registry.add_version(version, adapter_may_exist=adapter_may_exist, request=request)
+
+    def delete_adapter(self, adapter_id: str) -> list[VersionRecord]:
+        """Forgets an adapter; its files go once nobody uses them. Blocking. Raises NotFound (ADAPTER_NOT_FOUND)."""
+        versions = self.registry.delete_adapter(adapter_id)
+        for digest in {version.digest for version in versions}:
+            self.leases.remove_if_unused(digest)
+        return versions
+
+    def _collect(self) -> list[str]:
+        jobs = self.jobs.unfinished()
+        announced = {job.publication.digest for job in jobs if job.publication is not None}
+        return self.store.collect(
+            digests=self.registry.digests() | announced,
+            dataset_ids=self.registry.dataset_ids(),
+            job_ids={job.job_id for job in jobs},
+        )

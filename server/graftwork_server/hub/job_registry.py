@@ -1,0 +1,210 @@
+"""Tuning jobs and their events. A job's columns follow its events, in the same transaction. Blocking."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import msgspec
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from graftwork_server.errors import ErrorBody, FailedPrecondition, NotFound
+from graftwork_server.hub.database import Database, now
+from graftwork_server.hub.models import Job, JobEvent
+from graftwork_server.hub.pages import check_page_size, page_after, page_token
+from graftwork_server.hub.records import (
+    JobEventRecord,
+    JobHappening,
+    JobRecord,
+    NewVersion,
+    Publication,
+    StateChanged,
+    TuningSpec,
+    VersionRecord,
+)
+from graftwork_server.hub.registry import RequestKey, insert_version, recall, remember
+from graftwork_server.messages import Checkpointed, Evaluated, Note, Progress
+from graftwork_server.types import JobState, TuningEstimate, TuningProgress, TuningResult
+
+_FINAL = [state.value for state in JobState if state.final]
+_POSITION = re.compile(r"[0-9]{1,18}")
+T = TypeVar("T")
+
+
+class JobRegistry:
+    """Tuning jobs and their events."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def create(
+        self, job_id: str, spec: TuningSpec, estimate: TuningEstimate, base_fingerprint: str, request: RequestKey | None
+    ) -> JobRecord:
+        """A new job, PENDING. Two calls with the same request create one job; both get it."""
+        with self._database.write() as session:
+            if request is not None and (resource := recall(session, request)) is not None:
+                return _record(_job(session, resource))
+            job = Job(
+                id=job_id,
+                spec=_to_json(spec),
+                base_fingerprint=base_fingerprint,
+                state=JobState.PENDING.value,
+                estimate=_to_json(estimate),
+                engine_losses=0,
+                create_time=now(),
+            )
+            session.add(job)
+            session.flush()
+            _append(session, job, [StateChanged(state=JobState.PENDING)])
+            if request is not None:
+                remember(session, request, job_id)
+            return _record(job)
+
+    def find_request(self, request: RequestKey | None) -> JobRecord | None:
+        """The job that this request created before. Raises InvalidArgument (REQUEST_ID_REUSED)."""
+        if request is None:
+            return None
+        with self._database.read() as session:
+            resource = recall(session, request)
+            return None if resource is None else _record(_job(session, resource))
+
+    def get(self, job_id: str) -> JobRecord:
+        """A job. Raises NotFound (JOB_NOT_FOUND)."""
+        with self._database.read() as session:
+            return _record(_job(session, job_id))
+
+    def list(self, page_size: int = 0, token: str = "") -> tuple[Sequence[JobRecord], str]:
+        """Jobs, newest first, and the next page's token ("": there is none)."""
+        size, before = check_page_size(page_size), page_after("tuningJobs", token, _POSITION)
+        query = select(Job).order_by(Job.position.desc()).limit(size + 1)
+        if before is not None:
+            query = query.where(Job.position < int(before))
+        with self._database.read() as session:
+            rows = session.scalars(query).all()
+            more = len(rows) > size
+            next_token = page_token("tuningJobs", str(rows[size - 1].position)) if more else ""
+            return [_record(row) for row in rows[:size]], next_token
+
+    def unfinished(self) -> Sequence[JobRecord]:
+        """Jobs that have not ended, in the order they were created."""
+        with self._database.read() as session:
+            rows = session.scalars(select(Job).where(Job.state.not_in(_FINAL)).order_by(Job.position))
+            return [_record(row) for row in rows]
+
+    def events(self, job_id: str, after_sequence: int, limit: int) -> tuple[Sequence[JobEventRecord], bool]:
+        """The next events, at most `limit`, and whether none can follow them."""
+        query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.sequence > after_sequence)
+        with self._database.read() as session:
+            job = _job(session, job_id)
+            rows = session.scalars(query.order_by(JobEvent.sequence).limit(limit)).all()
+            events = [JobEventRecord(sequence=r.sequence, time=r.time, event=_happening(r.payload)) for r in rows]
+            return events, len(events) < limit and JobState(job.state).final
+
+    def record(
+        self,
+        job_id: str,
+        happenings: Sequence[JobHappening],
+        *,
+        error: ErrorBody | None = None,
+        engine_losses: int | None = None,
+    ) -> JobRecord:
+        """Adds events in one transaction. Raises FailedPrecondition (JOB_ENDED) if the job has ended."""
+        with self._database.write() as session:
+            job = _open_job(session, job_id)
+            _append(session, job, happenings)
+            if error is not None:
+                job.error = _to_json(error)
+            if engine_losses is not None:
+                job.engine_losses = engine_losses
+            return _record(job)
+
+    def announce(self, job_id: str, publication: Publication | None) -> None:
+        """Notes what the job is about to publish, before its files are moved; None: nothing after all."""
+        with self._database.write() as session:
+            _open_job(session, job_id).publication = None if publication is None else _to_json(publication)
+
+    def publish(
+        self, job_id: str, version: NewVersion, result: TuningResult, happenings: Sequence[JobHappening]
+    ) -> tuple[JobRecord, VersionRecord]:
+        """The version, the job's result, its events and its state SUCCEEDED: all in one transaction, or nothing."""
+        with self._database.write() as session:
+            job = _open_job(session, job_id)
+            published = insert_version(session, version)
+            job.adapter_version = published.name
+            job.result = _to_json(result)
+            _append(session, job, [*happenings, StateChanged(state=JobState.SUCCEEDED)])
+            return _record(job), published
+
+
+def _job(session: Session, job_id: str) -> Job:
+    job = session.scalar(select(Job).where(Job.id == job_id))
+    if job is None:
+        raise NotFound(f"there is no tuning job {job_id[:100]!r}", reason="JOB_NOT_FOUND", field="name")
+    return job
+
+
+def _open_job(session: Session, job_id: str) -> Job:
+    job = _job(session, job_id)
+    if JobState(job.state).final:
+        raise FailedPrecondition(f"tuning job {job_id} has ended: {job.state}", reason="JOB_ENDED", field="name")
+    return job
+
+
+def _append(session: Session, job: Job, happenings: Sequence[JobHappening]) -> None:
+    last = session.scalar(select(func.max(JobEvent.sequence)).where(JobEvent.job_id == job.id)) or 0
+    time = now()
+    for sequence, happening in enumerate(happenings, last + 1):
+        payload = _to_json(happening)
+        kind = type(happening).__name__
+        session.add(JobEvent(job_id=job.id, sequence=sequence, time=time, kind=kind, payload=payload))
+        match happening:
+            case StateChanged(state=state):
+                job.state = state.value
+                if state is JobState.RUNNING and job.start_time is None:
+                    job.start_time = time
+                if state.final:
+                    job.end_time = time
+            case Progress(progress=progress):
+                job.progress = _to_json(progress)
+            case Evaluated(loss=loss):
+                job.validation_loss = _to_json(loss)
+            case Checkpointed():
+                job.engine_losses = 0
+            case Note():
+                pass
+
+
+def _record(job: Job) -> JobRecord:
+    return JobRecord(
+        job_id=job.id,
+        spec=msgspec.convert(json.loads(job.spec), TuningSpec),
+        base_fingerprint=job.base_fingerprint,
+        state=JobState(job.state),
+        estimate=msgspec.convert(json.loads(job.estimate), TuningEstimate),
+        progress=_from_json(job.progress, TuningProgress),
+        validation_loss=_from_json(job.validation_loss, float),
+        publication=_from_json(job.publication, Publication),
+        result=_from_json(job.result, TuningResult),
+        adapter_version=job.adapter_version,
+        error=_from_json(job.error, ErrorBody),
+        engine_losses=job.engine_losses,
+        create_time=job.create_time,
+        start_time=job.start_time,
+        end_time=job.end_time,
+    )
+
+
+def _happening(payload: str) -> JobHappening:
+    return msgspec.convert(json.loads(payload), JobHappening)
+
+
+def _to_json(value: Any) -> str:
+    # Not msgspec's own encoder: it writes NaN, the loss of a run that diverged, as null.
+    return json.dumps(msgspec.to_builtins(value))
+
+
+def _from_json(text: str | None, type: type[T]) -> T | None:
+    return None if text is None else msgspec.convert(json.loads(text), type)

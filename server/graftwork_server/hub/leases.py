@@ -1,0 +1,85 @@
+"""Counted claims on versions: what a request or a job uses is not removed under it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
+
+from graftwork_server.errors import NotFound
+from graftwork_server.hub.registry import Registry
+from graftwork_server.hub.store import Store
+
+if TYPE_CHECKING:
+    from graftwork_server.hub.resolver import Resolved
+
+
+class Leases:
+    """Claims by digest. Safe to use from several threads and from the event loop."""
+
+    def __init__(self, store: Store, registry: Registry) -> None:
+        self._store = store
+        self._registry = registry
+        self._lock = threading.Lock()
+        self._claims: Counter[str] = Counter()
+
+    @property
+    def count(self) -> int:
+        """Claims held now."""
+        return sum(self._claims.values())
+
+    @asynccontextmanager
+    async def hold(self, resolved: Resolved) -> AsyncIterator[Resolved]:
+        """Keeps the files of `resolved` while the block runs; for the base, nothing is needed.
+
+        Raises NotFound if it was deleted since it was resolved.
+        """
+        if resolved.adapter is None:
+            yield resolved
+            return
+        digest = resolved.adapter.digest
+        self._claim(digest)
+        try:
+            # Claimed first, looked up second: a deletion before the look-up is seen, one after it waits for us.
+            if not await asyncio.to_thread(self._registry.is_published, digest):
+                raise NotFound(
+                    f"adapter {resolved.model!r} was deleted just now", reason="ADAPTER_NOT_FOUND", field="model"
+                )
+            yield resolved
+        finally:
+            if self._release(digest):
+                # Not awaited: whoever used it need not wait, and a cancelled request cannot.
+                asyncio.get_running_loop().run_in_executor(None, self.remove_if_unused, digest)
+
+    @contextmanager
+    def claimed(self, digest: str) -> Iterator[None]:
+        """Keeps the files of `digest` while the block runs; afterwards they go if no version has them. Blocking."""
+        self._claim(digest)
+        try:
+            yield
+        finally:
+            if self._release(digest):
+                self.remove_if_unused(digest)
+
+    def remove_if_unused(self, digest: str) -> bool:
+        """Removes the files of `digest` unless a version has them or somebody holds a claim. True if they are gone."""
+        with self._lock:
+            if self._claims[digest] or self._registry.is_published(digest):
+                return False
+            self._store.remove_artifact(digest)
+        return True
+
+    def _claim(self, digest: str) -> None:
+        with self._lock:
+            self._claims[digest] += 1
+
+    def _release(self, digest: str) -> bool:
+        with self._lock:
+            self._claims[digest] -= 1
+            if self._claims[digest]:
+                return False
+            del self._claims[digest]
+            return True

@@ -1,0 +1,278 @@
+"""Adapters, versions, data sets and answered requests: what the database knows about the store's files. Blocking."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
+
+from graftwork_server.errors import AlreadyExists, InvalidArgument, NotFound
+from graftwork_server.hub.database import Database, now
+from graftwork_server.hub.models import Adapter, Dataset, Request, Version
+from graftwork_server.hub.pages import check_page_size, page_after, page_token
+from graftwork_server.hub.records import DatasetRecord, NewVersion, VersionRecord
+from graftwork_server.types import ADAPTER_ID, BASE, DatasetFormat
+
+_REQUEST_ID = re.compile(r"[!-~]{1,64}")
+
+
+def check_adapter_id(adapter_id: str, field: str) -> None:
+    """Raises InvalidArgument (ADAPTER_ID_INVALID) naming `field` unless an adapter may have this id."""
+    if adapter_id == BASE:
+        raise InvalidArgument(
+            f'"{BASE}" always means the base model; choose another id', reason="ADAPTER_ID_INVALID", field=field
+        )
+    if not ADAPTER_ID.fullmatch(adapter_id):
+        raise InvalidArgument(
+            f"{adapter_id[:100]!r} is no adapter id; it has 1 to 64 of a-z, A-Z, 0-9, '.', '_' and '-', the first a "
+            "letter or digit",
+            reason="ADAPTER_ID_INVALID",
+            field=field,
+        )
+
+
+class RequestKey(msgspec.Struct, frozen=True):
+    """A create call that may be repeated. fingerprint: of what was asked for, see request_key."""
+
+    method: str
+    request_id: str
+    fingerprint: str
+
+
+def request_key(method: str, request_id: str, content: Any) -> RequestKey | None:
+    """The key of a call with this content (plain data); None without an id. Raises InvalidArgument for a bad id."""
+    if not request_id:
+        return None
+    if not _REQUEST_ID.fullmatch(request_id):
+        raise InvalidArgument(
+            "a request_id has 1 to 64 visible ASCII characters", reason="REQUEST_ID_INVALID", field="request_id"
+        )
+    text = json.dumps(msgspec.to_builtins(content), sort_keys=True)
+    return RequestKey(method, request_id, hashlib.sha256(text.encode()).hexdigest())
+
+
+class Registry:
+    """Adapters, versions, data sets and requests."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    # ------------------------------------------------------------------------------------------ adapters
+
+    def add_version(
+        self, new: NewVersion, *, adapter_may_exist: bool, request: RequestKey | None = None
+    ) -> VersionRecord:
+        """Publishes a version. Raises AlreadyExists (ADAPTER_EXISTS) if it may be the first one only, and is not.
+
+        Two calls with the same request add one version; both get it.
+        """
+        with self._database.write() as session:
+            if request is not None and (resource := recall(session, request)) is not None:
+                return _version_by_name(session, resource)
+            if not adapter_may_exist and session.get(Adapter, new.adapter_id) is not None:
+                raise adapter_exists(new.adapter_id)
+            version = insert_version(session, new)
+            if request is not None:
+                remember(session, request, version.name)
+            return version
+
+    def check_adapter_free(self, adapter_id: str) -> None:
+        """Raises AlreadyExists (ADAPTER_EXISTS) early, before bytes are sent for nothing."""
+        with self._database.read() as session:
+            if session.get(Adapter, adapter_id) is not None:
+                raise adapter_exists(adapter_id)
+
+    def get_version(self, adapter_id: str, number: int | None = None, field: str = "name") -> VersionRecord:
+        """A version, the newest by default. Raises NotFound (ADAPTER_NOT_FOUND, VERSION_NOT_FOUND)."""
+        check_adapter_id(adapter_id, field)
+        with self._database.read() as session:
+            query = select(Version).where(Version.adapter_id == adapter_id).order_by(Version.number.desc()).limit(1)
+            row = session.scalar(query if number is None else query.where(Version.number == number))
+            if row is not None:
+                return version_record(row)
+            newest = session.scalar(select(func.max(Version.number)).where(Version.adapter_id == adapter_id))
+            if newest is not None:
+                raise NotFound(
+                    f"adapter {adapter_id!r} has no version {number}; its newest is {newest}",
+                    reason="VERSION_NOT_FOUND",
+                    field=field,
+                )
+            raise adapter_not_found(adapter_id, session.scalars(select(Adapter.id)).all(), field)
+
+    def list_adapters(self, page_size: int = 0, token: str = "") -> tuple[list[VersionRecord], str]:
+        """The newest version of each adapter by id, and the next page's token ("": there is none)."""
+        size, after = check_page_size(page_size), page_after("adapters", token)
+        newest = select(Version.adapter_id, func.max(Version.number).label("number")).group_by(Version.adapter_id)
+        if after is not None:
+            newest = newest.where(Version.adapter_id > after)
+        page = newest.order_by(Version.adapter_id).limit(size + 1).subquery()
+        query = (
+            select(Version)
+            .join(page, (Version.adapter_id == page.c.adapter_id) & (Version.number == page.c.number))
+            .order_by(Version.adapter_id)
+        )
+        with self._database.read() as session:
+            found = [version_record(row) for row in session.scalars(query)]
+        more = len(found) > size
+        return found[:size], page_token("adapters", found[size - 1].adapter_id) if more else ""
+
+    def delete_adapter(self, adapter_id: str) -> list[VersionRecord]:
+        """Forgets an adapter and gives the versions that it had. Raises NotFound (ADAPTER_NOT_FOUND)."""
+        check_adapter_id(adapter_id, "name")
+        with self._database.write() as session:
+            adapter = session.get(Adapter, adapter_id)
+            if adapter is None:
+                raise adapter_not_found(adapter_id, session.scalars(select(Adapter.id)).all(), "name")
+            rows = session.scalars(select(Version).where(Version.adapter_id == adapter_id).order_by(Version.number))
+            versions = [version_record(row) for row in rows]
+            session.execute(delete(Adapter).where(Adapter.id == adapter_id))
+            return versions
+
+    def digests(self) -> set[str]:
+        """Digests of all versions."""
+        with self._database.read() as session:
+            return set(session.scalars(select(Version.digest).distinct()))
+
+    def is_published(self, digest: str) -> bool:
+        """Whether any version has this digest."""
+        with self._database.read() as session:
+            return session.scalar(select(Version.number).where(Version.digest == digest).limit(1)) is not None
+
+    # ------------------------------------------------------------------------------------------ data sets
+
+    def add_dataset(
+        self, dataset_id: str, *, display_name: str, format: DatasetFormat, row_count: int, size_bytes: int
+    ) -> DatasetRecord:
+        """Registers a data set whose lines are in the store. The same content a second time is the first one."""
+        with self._database.write() as session:
+            row = session.get(Dataset, dataset_id)
+            if row is None:
+                row = Dataset(
+                    id=dataset_id,
+                    display_name=display_name,
+                    format=format.value,
+                    row_count=row_count,
+                    size_bytes=size_bytes,
+                    create_time=now(),
+                )
+                session.add(row)
+            return _dataset_record(row)
+
+    def get_dataset(self, dataset_id: str, field: str = "name") -> DatasetRecord:
+        """A data set. Raises NotFound (DATASET_NOT_FOUND)."""
+        with self._database.read() as session:
+            row = session.get(Dataset, dataset_id)
+            if row is None:
+                raise NotFound(
+                    f"there is no data set {dataset_id[:100]!r}; upload it first",
+                    reason="DATASET_NOT_FOUND",
+                    field=field,
+                )
+            return _dataset_record(row)
+
+    def dataset_ids(self) -> set[str]:
+        """Ids of all data sets."""
+        with self._database.read() as session:
+            return set(session.scalars(select(Dataset.id)))
+
+    # ------------------------------------------------------------------------------------------ requests
+
+    def find_request(self, request: RequestKey | None) -> VersionRecord | None:
+        """What this request created before. Raises as recall does, and NotFound if it was deleted since."""
+        if request is None:
+            return None
+        with self._database.read() as session:
+            resource = recall(session, request)
+            return None if resource is None else _version_by_name(session, resource)
+
+
+# What other transactions of the hub are made of.
+
+
+def recall(session: Session, request: RequestKey) -> str | None:
+    """What `request` created before. Raises InvalidArgument (REQUEST_ID_REUSED) if it asked for another thing."""
+    row = session.get(Request, (request.method, request.request_id))
+    if row is None:
+        return None
+    if row.fingerprint != request.fingerprint:
+        raise InvalidArgument(
+            f"request_id {request.request_id!r} was used before for another request; take a new one",
+            reason="REQUEST_ID_REUSED",
+            field="request_id",
+        )
+    return row.resource
+
+
+def remember(session: Session, request: RequestKey, resource: str) -> None:
+    """Notes that `request` created `resource`."""
+    session.add(
+        Request(
+            method=request.method,
+            request_id=request.request_id,
+            fingerprint=request.fingerprint,
+            resource=resource,
+            create_time=now(),
+        )
+    )
+
+
+def insert_version(session: Session, new: NewVersion) -> VersionRecord:
+    """The next version of an adapter, which is created with its first one."""
+    adapter = session.get(Adapter, new.adapter_id)
+    if adapter is None:
+        adapter = Adapter(id=new.adapter_id, next_number=1, create_time=now())
+        session.add(adapter)
+        session.flush()
+    row = Version(number=adapter.next_number, create_time=now(), **msgspec.structs.asdict(new))
+    adapter.next_number += 1
+    session.add(row)
+    return version_record(row)
+
+
+def version_record(row: Version) -> VersionRecord:
+    """`row` as plain data."""
+    return VersionRecord(**{name: getattr(row, name) for name in VersionRecord.__struct_fields__})
+
+
+def adapter_not_found(adapter_id: str, known: Sequence[str], field: str) -> NotFound:
+    """The error for an unknown adapter; it names up to three with similar ids."""
+    close = difflib.get_close_matches(adapter_id, known, n=3)
+    hint = f"; similar: {', '.join(close)}" if close else ""
+    return NotFound(f"there is no adapter {adapter_id!r}{hint}", reason="ADAPTER_NOT_FOUND", field=field)
+
+
+def adapter_exists(adapter_id: str) -> AlreadyExists:
+    """The error for an adapter id that is taken."""
+    return AlreadyExists(
+        f"adapter {adapter_id!r} exists; set new_version to publish its next version, or choose another id",
+        reason="ADAPTER_EXISTS",
+        field="upload.adapter_id",
+    )
+
+
+def _version_by_name(session: Session, name: str) -> VersionRecord:
+    _, adapter_id, _, number = name.split("/")
+    row = session.get(Version, (adapter_id, int(number)))
+    if row is None:
+        raise NotFound(
+            f"{name}, which this request created, was deleted since", reason="VERSION_NOT_FOUND", field="request_id"
+        )
+    return version_record(row)
+
+
+def _dataset_record(row: Dataset) -> DatasetRecord:
+    return DatasetRecord(
+        dataset_id=row.id,
+        display_name=row.display_name,
+        format=DatasetFormat(row.format),
+        row_count=row.row_count,
+        size_bytes=row.size_bytes,
+        create_time=row.create_time,
+    )

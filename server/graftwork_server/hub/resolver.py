@@ -1,0 +1,77 @@
+"""From the name in a request to what the engine needs to serve it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import msgspec
+
+from graftwork_server.errors import FailedPrecondition, InvalidArgument
+from graftwork_server.hub.records import VersionRecord
+from graftwork_server.hub.registry import Registry, check_adapter_id
+from graftwork_server.hub.store import Store
+from graftwork_server.types import BASE, AdapterRef
+
+_VERSION_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+
+
+class Resolved(msgspec.Struct, frozen=True):
+    """Who answers: the base (adapter None, version 0) or a version of an adapter."""
+
+    model: str
+    version: int
+    adapter: AdapterRef | None
+
+
+class Resolver:
+    """Turns names into versions. An unknown name is NotFound, never the base.
+
+    `base_fingerprint`: versions that belong to another base model are refused.
+    """
+
+    def __init__(self, store: Store, registry: Registry, base_fingerprint: str | None = None) -> None:
+        self._store = store
+        self._registry = registry
+        self.base_fingerprint = base_fingerprint
+
+    async def resolve(self, model: str, field: str = "model") -> Resolved:
+        """`model`: "base", an adapter id (its newest version) or "id@version".
+
+        Raises InvalidArgument for what is no name, NotFound (ADAPTER_NOT_FOUND, VERSION_NOT_FOUND), FailedPrecondition
+        (BASE_MISMATCH).
+        """
+        if model == BASE:
+            return Resolved(BASE, 0, None)
+        adapter_id, number = parse_model(model, field)
+        version = await asyncio.to_thread(self._registry.get_version, adapter_id, number, field)
+        return self.resolved(version)
+
+    def resolved(self, version: VersionRecord) -> Resolved:
+        """`version` as the engine needs it. Raises FailedPrecondition (BASE_MISMATCH)."""
+        if self.base_fingerprint is not None and version.base_fingerprint != self.base_fingerprint:
+            raise FailedPrecondition(
+                f"{version.name} was made for another base model than this server hosts; start the server with that "
+                "model, or publish a version for this one",
+                reason="BASE_MISMATCH",
+                metadata={"adapter_base": version.base_fingerprint, "server_base": self.base_fingerprint},
+            )
+        return Resolved(version.adapter_id, version.number, self.adapter_ref(version))
+
+    def adapter_ref(self, version: VersionRecord) -> AdapterRef:
+        """What the engine needs to serve `version`."""
+        path = str(self._store.artifact_path(version.digest))
+        return AdapterRef(digest=version.digest, path=path, strategy=version.strategy)
+
+
+def parse_model(model: str, field: str = "model") -> tuple[str, int | None]:
+    """Adapter id and version number (None: newest) of "id" or "id@version". Raises InvalidArgument naming `field`."""
+    adapter_id, at, number = model.partition("@")
+    if not model:
+        raise InvalidArgument(f'give "{BASE}", an adapter id or "id@version"', reason="ADAPTER_ID_INVALID", field=field)
+    check_adapter_id(adapter_id, field)
+    if at and not _VERSION_NUMBER.fullmatch(number):
+        raise InvalidArgument(
+            f"{number[:20]!r} is no version number; versions count from 1", reason="VERSION_INVALID", field=field
+        )
+    return adapter_id, int(number) if at else None

@@ -1,0 +1,135 @@
+"""AdapterService: files in, names out. What is published is whole, checked against the base, and stays until deleted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+
+from graftwork.v1 import adapters_pb2 as pb
+from graftwork.v1.adapters_pb2_grpc import AdapterServiceServicer
+from graftwork_server.engine.client import EngineClient
+from graftwork_server.errors import GraftworkServerError, InvalidArgument
+from graftwork_server.hub.hub import Hub
+from graftwork_server.hub.records import VersionRecord
+from graftwork_server.hub.registry import RequestKey, check_adapter_id, request_key
+from graftwork_server.hub.uploads import ArtifactUpload, UploadFile
+from graftwork_server.rpc.convert import adapter_message, load_report_message
+from graftwork_server.rpc.names import adapter_id, adapter_version
+from graftwork_server.rpc.streaming import check_chunk, first_payload, to_its_end
+
+log = logging.getLogger("graftwork.adapters")
+
+Context = grpc.aio.ServicerContext
+
+
+class AdapterService(AdapterServiceServicer):
+    """Adapters of this server's hub, on this server's engine. `max_upload_bytes` is for all files of one upload."""
+
+    def __init__(self, engine: EngineClient, hub: Hub, max_upload_bytes: int) -> None:
+        self._engine = engine
+        self._hub = hub
+        self._max_upload_bytes = max_upload_bytes
+        self._unloads: set[asyncio.Task[None]] = set()
+
+    async def CreateAdapter(
+        self, request_iterator: AsyncIterator[pb.CreateAdapterRequest], context: Context
+    ) -> pb.CreateAdapterResponse:
+        """Publishes a version from streamed files."""
+        upload = (await first_payload(request_iterator, "upload")).upload
+        check_adapter_id(upload.adapter_id, "upload.adapter_id")
+        files = [UploadFile(file.name, file.size_bytes, file.sha256) for file in upload.files]
+        content = [upload.adapter_id, upload.strategy, upload.new_version, upload.load, files]
+        key = request_key("CreateAdapter", upload.request_id, content)
+        version = await asyncio.to_thread(self._hub.registry.find_request, key)
+        if version is None:
+            version = await self._receive(upload, files, key, request_iterator)
+        report = await self._load(version) if upload.load else None
+        return pb.CreateAdapterResponse(adapter=self._message(version), load_report=report)
+
+    async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
+        """One adapter."""
+        return pb.GetAdapterResponse(adapter=self._message(await self._version(request.name)))
+
+    async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
+        """Adapters by id, a page at a time."""
+        versions, token = await asyncio.to_thread(
+            self._hub.registry.list_adapters, request.page_size, request.page_token
+        )
+        return pb.ListAdaptersResponse(adapters=[self._message(version) for version in versions], next_page_token=token)
+
+    async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
+        """Forgets an adapter; its files and its place on the device go once nobody uses them."""
+        versions = await to_its_end(self._hub.delete_adapter, adapter_id(request.name))
+        for digest in {version.digest for version in versions} & self._engine.loaded:
+            task = asyncio.create_task(self._unload_unless_published(digest))
+            self._unloads.add(task)
+            task.add_done_callback(self._unloads.discard)
+        return pb.DeleteAdapterResponse(deleted_versions=len(versions))
+
+    async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
+        """Loads a version beside the base."""
+        version = await self._version(request.name)
+        report = await self._load(version)
+        return pb.LoadAdapterResponse(adapter=self._message(version), load_report=report)
+
+    async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:
+        """Takes a version off the device once its running requests have ended."""
+        version = await self._version(request.name)
+        await self._engine.unload(version.digest)
+        return pb.UnloadAdapterResponse(adapter=self._message(version))
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    def _message(self, version: VersionRecord) -> pb.Adapter:
+        return adapter_message(version, loaded=version.digest in self._engine.loaded)
+
+    async def _version(self, name: str) -> VersionRecord:
+        found, number = adapter_version(name)
+        return await asyncio.to_thread(self._hub.registry.get_version, found, number)
+
+    async def _receive(
+        self,
+        upload: pb.AdapterUpload,
+        files: list[UploadFile],
+        key: RequestKey | None,
+        requests: AsyncIterator[pb.CreateAdapterRequest],
+    ) -> VersionRecord:
+        if not upload.new_version:
+            await asyncio.to_thread(self._hub.registry.check_adapter_free, upload.adapter_id)
+        with await to_its_end(ArtifactUpload, self._hub.store, files, self._max_upload_bytes) as received:
+            async for request in requests:
+                if request.WhichOneof("payload") != "chunk":
+                    raise InvalidArgument(
+                        "upload is accepted in the first message only", reason="UPLOAD_OUT_OF_ORDER", field="upload"
+                    )
+                check_chunk(request.chunk.data, "chunk.data")
+                await to_its_end(received.write, request.chunk.name, request.chunk.data)
+            folder = await to_its_end(received.finish)
+            info = await self._engine.inspect(str(folder), upload.strategy or None)
+            return await to_its_end(
+                self._hub.publish,
+                folder,
+                adapter_id=upload.adapter_id,
+                info=info,
+                base_fingerprint=self._engine.model.fingerprint,
+                adapter_may_exist=upload.new_version,
+                request=key,
+            )
+
+    async def _load(self, version: VersionRecord) -> pb.LoadReport:
+        begun = time.monotonic()
+        resolved = self._hub.resolver.resolved(version)
+        async with self._hub.leases.hold(resolved):
+            report = await self._engine.load(self._hub.resolver.adapter_ref(version))
+        return load_report_message(report, (time.monotonic() - begun) * 1000)
+
+    async def _unload_unless_published(self, digest: str) -> None:
+        """The same files may still be published under another name; then they stay where they are."""
+        with contextlib.suppress(GraftworkServerError):
+            if not await asyncio.to_thread(self._hub.registry.is_published, digest):
+                await self._engine.unload(digest)

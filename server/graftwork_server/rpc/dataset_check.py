@@ -1,0 +1,85 @@
+"""Checks a data set's file away from the event loop: a small one in a thread, a large one in a process of its own,
+because tokenising millions of rows in this process would take the interpreter from the token streams.
+
+`python -m graftwork_server.rpc.dataset_check FILE MAX_SEQUENCE_TOKENS [TOKENIZER_DIR]` prints the report as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+
+from graftwork_server.errors import Internal, InvalidArgument, Violation
+from graftwork_server.text import TextProcessor
+from graftwork_server.tuning.data import DatasetReport, check_dataset, read_lines
+
+IN_PROCESS_BYTES = 256 << 10
+MODULE = "graftwork_server.rpc.dataset_check"
+
+
+class DatasetChecker:
+    """Checks with the base model's tokenizer; `tokenizer_dir` is where `text` was read from, both None without one."""
+
+    def __init__(self, text: TextProcessor | None, tokenizer_dir: str | None, context_tokens: int) -> None:
+        self._text = text
+        self._tokenizer_dir = tokenizer_dir if text is not None else None
+        self.context_tokens = context_tokens
+
+    async def check(self, path: Path, max_sequence_tokens: int = 0) -> DatasetReport:
+        """The report on the file at `path`, rows cut to `max_sequence_tokens` (0: the context)."""
+        limit = max_sequence_tokens or self.context_tokens
+        if path.stat().st_size <= IN_PROCESS_BYTES:
+            return await asyncio.to_thread(_check_file, path, self._text, limit)
+        arguments = [sys.executable, "-m", MODULE, str(path), str(limit)]
+        process = await asyncio.create_subprocess_exec(
+            *arguments,
+            *([self._tokenizer_dir] if self._tokenizer_dir else []),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        try:
+            output, _ = await process.communicate()
+        except asyncio.CancelledError:
+            process.kill()
+            await process.wait()
+            raise
+        if process.returncode != 0:
+            raise Internal(f"the check of a data set ended with {process.returncode}", reason="DATASET_CHECK_DIED")
+        return msgspec.json.decode(output, type=DatasetReport)
+
+
+def refuse_bad_lines(report: DatasetReport) -> None:
+    """Raises InvalidArgument with one violation per bad line, up to 100, and the number of all."""
+    if report.valid:
+        return
+    violations = [Violation(f"line {error.line}" if error.line else "data", error.reason) for error in report.errors]
+    first = violations[0]
+    lines = "1 line" if report.error_count == 1 else f"{report.error_count} lines"
+    raise InvalidArgument(
+        f"the data set cannot be used: {first.description}"
+        if first.field == "data"
+        else f"{lines} of the data set cannot be used; {first.field}: {first.description}",
+        reason="DATASET_INVALID",
+        violations=violations,
+        metadata={"error_count": str(report.error_count)},
+    )
+
+
+def _check_file(path: Path, text: TextProcessor | None, max_sequence_tokens: int) -> DatasetReport:
+    with path.open("rb") as file:
+        return check_dataset(read_lines(file), text, max_sequence_tokens)
+
+
+def _main(path: str, max_sequence_tokens: str, tokenizer_dir: str | None = None) -> None:
+    os.nice(10)
+    text = TextProcessor.from_dir(tokenizer_dir) if tokenizer_dir else None
+    report = _check_file(Path(path), text, int(max_sequence_tokens))
+    sys.stdout.buffer.write(msgspec.json.encode(report))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,166 @@
+"""TuningService: data sets in, jobs on their way, events out. What happens in a job is tuning/jobs.py's matter."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import grpc
+
+from graftwork.v1 import tuning_pb2 as pb
+from graftwork.v1.tuning_pb2_grpc import TuningServiceServicer
+from graftwork_server.errors import InvalidArgument, Unavailable
+from graftwork_server.hub.hub import Hub
+from graftwork_server.hub.records import DatasetRecord
+from graftwork_server.hub.uploads import DatasetUpload
+from graftwork_server.rpc.convert import dataset_message, event_message, job_message, report_message, tuning_spec
+from graftwork_server.rpc.dataset_check import DatasetChecker, refuse_bad_lines
+from graftwork_server.rpc.interceptors import Drain
+from graftwork_server.rpc.names import dataset_id, job_id
+from graftwork_server.rpc.streaming import check_chunk, first_payload, to_its_end
+from graftwork_server.tuning.data import DatasetReport
+from graftwork_server.tuning.jobs import JobManager
+
+MAX_DISPLAY_NAME = 200
+
+Context = grpc.aio.ServicerContext
+
+
+class TuningService(TuningServiceServicer):
+    """Data sets and tuning jobs of this server. `max_dataset_bytes` is for one data set."""
+
+    def __init__(
+        self, hub: Hub, jobs: JobManager, checker: DatasetChecker, drain: Drain, max_dataset_bytes: int
+    ) -> None:
+        self._hub = hub
+        self._jobs = jobs
+        self._checker = checker
+        self._drain = drain
+        self._max_dataset_bytes = max_dataset_bytes
+
+    # ------------------------------------------------------------------------------------------ data sets
+
+    async def UploadDataset(
+        self, request_iterator: AsyncIterator[pb.UploadDatasetRequest], context: Context
+    ) -> pb.UploadDatasetResponse:
+        """Checks and stores a data set."""
+        upload = (await first_payload(request_iterator, "upload")).upload
+        _check_upload(upload)
+        with await self._receive(request_iterator, upload.size_bytes) as received:
+            identifier = await to_its_end(received.finish)
+            report = await self._checker.check(received.path)
+            refuse_bad_lines(report)
+            dataset = await to_its_end(self._store, received, identifier, upload.display_name, report)
+        return pb.UploadDatasetResponse(dataset=dataset_message(dataset))
+
+    async def ValidateDataset(
+        self, request_iterator: AsyncIterator[pb.ValidateDatasetRequest], context: Context
+    ) -> pb.ValidateDatasetResponse:
+        """Reports on a data set and stores nothing."""
+        check = (await first_payload(request_iterator, "check")).check
+        longest = self._checker.context_tokens
+        if not 0 <= check.max_sequence_tokens <= longest:
+            raise InvalidArgument(
+                f"max_sequence_tokens is {check.max_sequence_tokens}; 1 to the context's {longest}, or 0 for that, is "
+                "accepted",
+                reason="INVALID_PARAMETER",
+                field="check.max_sequence_tokens",
+            )
+        if check.dataset:
+            identifier = dataset_id(check.dataset, "check.dataset")
+            await asyncio.to_thread(self._hub.registry.get_dataset, identifier, "check.dataset")
+            path = self._hub.store.dataset_path(identifier)
+            return report_message(await self._checker.check(path, check.max_sequence_tokens))
+        with await self._receive(request_iterator) as received:
+            await to_its_end(received.finish)
+            return report_message(await self._checker.check(received.path, check.max_sequence_tokens))
+
+    async def _receive(
+        self,
+        requests: AsyncIterator[pb.UploadDatasetRequest] | AsyncIterator[pb.ValidateDatasetRequest],
+        announced: int = 0,
+    ) -> DatasetUpload:
+        """The bytes of a stream in a staging file that goes away unless it is stored."""
+        received = await to_its_end(DatasetUpload, self._hub.store, self._max_dataset_bytes, announced)
+        try:
+            async for request in requests:
+                if request.WhichOneof("payload") != "data":
+                    raise InvalidArgument(
+                        "only the first message is no data", reason="UPLOAD_OUT_OF_ORDER", field="payload"
+                    )
+                check_chunk(request.data, "data")
+                await to_its_end(received.write, request.data)
+        except BaseException as error:
+            received.__exit__(type(error), error, error.__traceback__)
+            raise
+        return received
+
+    def _store(
+        self, received: DatasetUpload, identifier: str, display_name: str, report: DatasetReport
+    ) -> DatasetRecord:
+        assert report.format is not None
+        received.store()
+        return self._hub.registry.add_dataset(
+            identifier,
+            display_name=display_name,
+            format=report.format,
+            row_count=report.row_count,
+            size_bytes=received.size_bytes,
+        )
+
+    # ------------------------------------------------------------------------------------------ jobs
+
+    async def CreateTuningJob(self, request: pb.CreateTuningJobRequest, context: Context) -> pb.CreateTuningJobResponse:
+        """Queues a job."""
+        job = await self._jobs.create(tuning_spec(request.spec), request.request_id)
+        return pb.CreateTuningJobResponse(job=job_message(job))
+
+    async def GetTuningJob(self, request: pb.GetTuningJobRequest, context: Context) -> pb.GetTuningJobResponse:
+        """One job."""
+        job = await self._jobs.get(job_id(request.name))
+        return pb.GetTuningJobResponse(job=job_message(job))
+
+    async def ListTuningJobs(self, request: pb.ListTuningJobsRequest, context: Context) -> pb.ListTuningJobsResponse:
+        """Jobs, newest first, a page at a time."""
+        jobs, token = await self._jobs.list(request.page_size, request.page_token)
+        return pb.ListTuningJobsResponse(jobs=[job_message(job) for job in jobs], next_page_token=token)
+
+    async def CancelTuningJob(self, request: pb.CancelTuningJobRequest, context: Context) -> pb.CancelTuningJobResponse:
+        """Ends a job without a version."""
+        return pb.CancelTuningJobResponse(job=job_message(await self._jobs.cancel(job_id(request.name))))
+
+    async def WatchTuningJob(self, request: pb.WatchTuningJobRequest, context: Context) -> None:
+        """Streams a job's events until it has ended. A drain breaks it off: the client resumes after its last event."""
+        identifier = job_id(request.name)
+        watching = asyncio.ensure_future(self._watch(identifier, request.after_sequence, context))
+        draining = asyncio.ensure_future(self._drain.started.wait())
+        try:
+            await asyncio.wait({watching, draining}, return_when=asyncio.FIRST_COMPLETED)
+            if not watching.done():
+                raise Unavailable(
+                    "the server is shutting down; watch again with after_sequence",
+                    reason="SHUTTING_DOWN",
+                    metadata={"retry_after_ms": "1000"},
+                )
+            await watching
+        finally:
+            watching.cancel()
+            draining.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def _watch(self, identifier: str, after_sequence: int, context: Context) -> None:
+        async with aclosing(self._jobs.watch(identifier, after_sequence)) as events:
+            async for event in events:
+                await context.write(pb.WatchTuningJobResponse(event=event_message(event)))
+
+
+def _check_upload(upload: pb.DatasetUpload) -> None:
+    if len(upload.display_name) > MAX_DISPLAY_NAME or not upload.display_name.isprintable():
+        raise InvalidArgument(
+            f"display_name has at most {MAX_DISPLAY_NAME} printable characters",
+            reason="INVALID_PARAMETER",
+            field="upload.display_name",
+        )
+    if upload.size_bytes < 0:
+        raise InvalidArgument("size_bytes must not be negative", reason="INVALID_PARAMETER", field="upload.size_bytes")

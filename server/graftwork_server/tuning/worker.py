@@ -1,0 +1,221 @@
+"""The tuner process: `python -m graftwork_server.tuning.worker --fd N`, one for each running job.
+
+It gets StartTuning over the inherited socket N, maps the base weights, trains, and says how it goes. It ends with its
+job, and at once when the engine is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import logging
+import os
+import socket
+import threading
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from graftwork_plugins import BaseModelHandle, Strategy, Trainable, TrainingConfig, TrainingRow
+from graftwork_server.errors import FailedPrecondition, InvalidArgument, body_of
+from graftwork_server.messages import (
+    Failed,
+    Finished,
+    Note,
+    StartTuning,
+    TunerEvent,
+    command_decoder,
+    encode_frame,
+    receive_frame,
+)
+from graftwork_server.plugin_host import PluginHost, guard, is_out_of_memory, parse_config
+from graftwork_server.text import TextProcessor
+from graftwork_server.tuning.data import read_lines, tokenize_rows
+from graftwork_server.tuning.data.rows import loss_tokens
+from graftwork_server.tuning.files import write_artifact, write_json
+from graftwork_server.tuning.memory import PeakMemory
+from graftwork_server.tuning.schedule import split_rows
+from graftwork_server.types import TuningResult
+
+if TYPE_CHECKING:
+    from graftwork_server.tuning.checkpoint import Progressed
+
+RESULT_FILE = "result.json"
+"""In job_dir, written before the artifact appears: a tuner that dies in between need not train again."""
+
+_NICENESS = 10
+_OOM_SCORE = "500"
+
+log = logging.getLogger("graftwork.tuner")
+
+
+def main() -> None:
+    """Serves one StartTuning, then ends."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    connection = socket.socket(fileno=parser.parse_args().fd)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s tuner %(levelname)s %(name)s: %(message)s")
+    command = command_decoder.decode(receive_frame(connection))
+    threading.Thread(target=_exit_with_engine, args=(connection,), name="watchdog", daemon=True).start()
+    _step_back()
+
+    def send(event: TunerEvent) -> None:
+        connection.sendall(encode_frame(event))
+
+    try:
+        send(Finished(result=run_job(command, send)))
+    except Exception as error:
+        log.exception("the job %s failed", command.job.job_id)
+        send(Failed(error=body_of(_explained(error))))
+
+
+def run_job(command: StartTuning, send: Callable[[TunerEvent], None]) -> TuningResult:
+    """Trains one job and writes its artifact. Raises GraftworkServerError, or what went wrong otherwise."""
+    job = command.job
+    artifact_dir, result_file = Path(job.artifact_dir), Path(job.job_dir) / RESULT_FILE
+    if artifact_dir.is_dir() and result_file.is_file():
+        send(Note(text="the job had ended before; its artifact is whole"))
+        return msgspec.json.decode(result_file.read_bytes(), type=TuningResult)
+    peak = PeakMemory(command.model.device.partition(":")[0])
+    strategy = PluginHost().strategy(job.strategy)
+    config = parse_config(strategy, job.config)
+    rows, held_out = _read_rows(command, config, send)
+    base = _base_model(command)
+    trainable = _build(strategy, base, config)
+    for text in trainable.notes:
+        send(Note(text=text))
+    trained = sum(parameter.numel() for parameter in trainable.parameters.values())
+    state = _train(command, strategy, config, base, trainable, rows, held_out, send)
+    with guard(strategy.id, "save"):
+        saved = strategy.save(trainable)
+    artifact_bytes = write_artifact(saved, artifact_dir)
+    result = TuningResult(
+        trained_parameters=trained,
+        peak_memory_bytes=peak.bytes(),
+        artifact_bytes=artifact_bytes,
+        train_ms=state.train_ms,
+        final_loss=sum(state.recent_losses) / len(state.recent_losses),
+        validation_loss=state.validation_loss,
+    )
+    write_json(result_file, msgspec.to_builtins(result))
+    return result
+
+
+def _read_rows(
+    command: StartTuning, config: TrainingConfig, send: Callable[[TunerEvent], None]
+) -> tuple[list[TrainingRow], list[TrainingRow]]:
+    """Rows to train on and rows held out, tokenised; rows without loss are left out."""
+    model, job = command.model, command.job
+    if model.tokenizer_dir is None:
+        raise FailedPrecondition(
+            "the base model has no tokenizer, so text cannot be trained on", reason="TOKENIZER_MISSING"
+        )
+    text = TextProcessor.from_dir(model.tokenizer_dir)
+    longest = min(config.max_sequence_tokens or model.context_tokens, model.context_tokens)
+    rows = list(_tokenized(Path(job.dataset_path), text, longest))
+    if job.validation_path is not None:
+        held_out = list(_tokenized(Path(job.validation_path), text, longest))
+    else:
+        chosen, kept_out = split_rows(len(rows), job.validation_fraction, config.seed)
+        rows, held_out = [rows[index] for index in chosen], [rows[index] for index in kept_out]
+    learnable = [row for row in rows if loss_tokens(row)]
+    if not learnable:
+        raise InvalidArgument(
+            f"no row carries loss within {longest} tokens; set max_sequence_tokens higher or shorten the prompts",
+            reason="DATASET_WITHOUT_LOSS",
+        )
+    if len(learnable) < len(rows):
+        send(Note(text=f"{len(rows) - len(learnable)} rows carry no loss within {longest} tokens and are left out"))
+    return learnable, [row for row in held_out if loss_tokens(row)]
+
+
+def _tokenized(path: Path, text: TextProcessor, longest: int) -> Iterator[TrainingRow]:
+    with path.open("rb") as file:
+        for row in tokenize_rows(read_lines(file), text, longest):
+            # Four bytes a token instead of the 36 that a list of ints takes.
+            yield TrainingRow(array("i", row.input_ids), array("i", row.labels))
+
+
+def _base_model(command: StartTuning) -> BaseModelHandle:
+    import torch
+
+    from graftwork_server.engine.describe import base_info
+    from graftwork_server.engine.weights import map_base_model
+
+    torch.set_num_threads(command.threads)
+    model = map_base_model(command.weights)
+    return BaseModelHandle(base_info(model, command.model), model, torch.device(command.model.device))
+
+
+def _build(strategy: Strategy, base: BaseModelHandle, config: TrainingConfig) -> Trainable:
+    import torch
+
+    torch.manual_seed(config.seed)
+    with guard(strategy.id, "build"):
+        trainable = strategy.build(base, config)
+    return trainable
+
+
+def _train(
+    command: StartTuning,
+    strategy: Strategy,
+    config: TrainingConfig,
+    base: BaseModelHandle,
+    trainable: Trainable,
+    rows: list[TrainingRow],
+    held_out: list[TrainingRow],
+    send: Callable[[TunerEvent], None],
+) -> Progressed:
+    from graftwork_server.tuning.checkpoint import Checkpoints
+    from graftwork_server.tuning.gate import Gate
+    from graftwork_server.tuning.loop import Run, train
+
+    identity = {"base": command.model.fingerprint, "strategy": f"{strategy.id} {strategy.version}"}
+    return train(
+        Run(
+            strategy=strategy,
+            config=config,
+            trainable=trainable,
+            device=base.device,
+            rows=rows,
+            held_out=held_out,
+            checkpoints=Checkpoints(Path(command.job.job_dir) / "checkpoints", identity),
+            send=send,
+            gate=Gate(command.gate_fd, command.yield_ms),
+        )
+    )
+
+
+def _explained(error: Exception) -> Exception:
+    """Running out of memory or of disk as what the client can do about it."""
+    if is_out_of_memory(error):
+        return FailedPrecondition(
+            "memory ran out; set micro_batch_tokens lower (and max_sequence_tokens, if single rows are long)",
+            reason="OUT_OF_MEMORY",
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return FailedPrecondition("the disk is full; free some space and create the job anew", reason="DISK_FULL")
+    return error
+
+
+def _step_back() -> None:
+    """Serving comes first: for the scheduler, and when the kernel has to choose whom to kill for memory."""
+    os.nice(_NICENESS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
+
+
+def _exit_with_engine(connection: socket.socket) -> None:
+    """Ends this process, whatever it is doing, when the engine's end of the socket closes."""
+    with contextlib.suppress(OSError):
+        while connection.recv(1):
+            pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""The command line in this process: what each command sends, prints and exits with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from tests.clients.protos import adapter, as_chat, event, job, last, piece, step_event, succeeded
+from tests.clients.scripted_server import ScriptedServer, fail
+from typer.testing import CliRunner, Result
+
+from graftwork.cli.app import app
+from graftwork.v1 import adapters_pb2 as a
+from graftwork.v1 import generation_pb2 as g
+from graftwork.v1 import strategies_pb2 as s
+from graftwork.v1 import tuning_pb2 as t
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def run(server: ScriptedServer) -> Any:
+    def invoke(*arguments: str, stdin: str = "", code: int = 0) -> Result:
+        result = runner.invoke(app, list(arguments), input=stdin, env={"GRAFTWORK_ADDRESS": server.address})
+        assert result.exit_code == code, result.output + result.stderr
+        assert "Traceback" not in result.output + result.stderr
+        return result
+
+    return invoke
+
+
+def objects(result: Result) -> list[Any]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_generate_prints_the_text(server: ScriptedServer, run: Any) -> None:
+    server.on("Generate", [piece("Once ", 1), piece("upon", 2), last()])
+    assert run("generate", "base", "Say").stdout == "Once upon\n"
+    assert server.requests("Generate")[0] == g.GenerateRequest(model="base", text="Say", sampling={})
+
+
+def test_generate_json(server: ScriptedServer, run: Any) -> None:
+    server.on("Generate", [piece("ü", 1, logprobs=[-0.5]), last()])
+    (answer,) = objects(run("generate", "dates@3", "Say", "--logprobs", "0", "--json"))
+    assert answer == {
+        "text": "ü",
+        "token_ids": [1],
+        "finish_reason": "stop",
+        "logprobs": [{"token_id": 1, "text": "ü", "logprob": -0.5, "top": []}],
+        "usage": {"prompt_tokens": 2, "completion_tokens": 3},
+        "model": "m",
+        "version": 3,
+    }
+
+
+def test_generate_options(server: ScriptedServer, run: Any) -> None:
+    server.on("Generate", [last()])
+    flags = "--max-tokens 9 --temperature 0.5 --top-p 0.9 --top-k 4 --seed 7 --stop A --stop B --ignore-eos"
+    (answer,) = objects(run("generate", "base", "--token-ids", "1,2, 3", *flags.split(), "--json"))
+    assert answer["logprobs"] is None
+    sampling = g.SamplingParameters(
+        max_tokens=9, temperature=0.5, top_p=0.9, top_k=4, seed=7, stop=["A", "B"], ignore_eos=True
+    )
+    request = g.GenerateRequest(model="base", token_ids=g.TokenIds(ids=[1, 2, 3]), sampling=sampling)
+    assert server.requests("Generate")[0] == request
+
+
+def test_generate_logprobs_as_text(server: ScriptedServer, run: Any) -> None:
+    server.on("Generate", [piece("a", 1, logprobs=[-0.5]), last()])
+    lines = run("generate", "base", "Say", "--logprobs", "0").stdout.splitlines()
+    assert lines == ["a", "", "token  text  logprob", "1      'a'   -0.500000"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "base"],
+        ["generate", "base", "hi", "--token-ids", "1"],
+        ["generate", "base", "--token-ids", "1,x"],
+        ["generate", "base", "--token-ids", "1,-2"],
+        ["generate", "base", "hi", "--max-tokens", "99999999999"],
+        ["generate"],
+        ["nonsense"],
+        ["adapter", "show", "dates@x"],
+        ["adapter", "delete", "dates@1"],
+        ["adapter", "create", "dates", "/nowhere/at/all"],
+        ["dataset", "check", "/nowhere/at/all"],
+        ["tune", "create", "--strategy", "lora", "--data", "/nowhere", "--adapter", "x"],
+        ["tune", "create", "--strategy", "lora", "--data", "/nowhere", "--adapter", "x", "--set", "rank"],
+    ],
+)
+def test_bad_usage_exits_with_2(server: ScriptedServer, run: Any, arguments: list[str]) -> None:
+    assert run(*arguments, code=2).stderr
+    assert server.seen == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, 1),
+        (grpc.StatusCode.INTERNAL, 1),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, 1),
+        (grpc.StatusCode.UNAVAILABLE, 3),
+        (grpc.StatusCode.NOT_FOUND, 4),
+    ],
+)
+def test_exit_codes(server: ScriptedServer, run: Any, status: grpc.StatusCode, code: int) -> None:
+    server.on("GetAdapter", fail(status, "it failed"))
+    result = run("adapter", "show", "dates", code=code)
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"error: it failed [{status.name}, request ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_violations_have_a_line_each(server: ScriptedServer, run: Any) -> None:
+    bad = fail(grpc.StatusCode.INVALID_ARGUMENT, "bad", violations={"sampling.top_p": "is 2", "model": "empty"})
+    server.on("Generate", bad)
+    lines = run("generate", "base", "hi", code=1).stderr.splitlines()
+    assert lines[1:] == ["  sampling.top_p: is 2", "  model: empty"]
+
+
+def test_errors_as_json(server: ScriptedServer, run: Any) -> None:
+    server.on("GetAdapter", fail(grpc.StatusCode.NOT_FOUND, "no x", reason="ADAPTER_NOT_FOUND", request_id="r1"))
+    result = run("adapter", "show", "x", "--json", code=4)
+    assert result.stdout == ""
+    error = json.loads(result.stderr)["error"]
+    assert (error["code"], error["reason"], error["request_id"]) == ("NOT_FOUND", "ADAPTER_NOT_FOUND", "r1")
+    error = json.loads(run("adapter", "create", "x", "/nowhere", "--json", code=2).stderr)["error"]
+    assert error["code"] == "BAD_USAGE"
+
+
+def test_no_server_exits_with_3(run: Any) -> None:
+    result = run("--address", "127.0.0.1:1", "adapter", "list", code=3)
+    assert result.stderr == "error: no server listens on 127.0.0.1:1; start one with: graftwork serve\n"
+    assert "127.0.0.1:2" in run("adapter", "list", "--address", "127.0.0.1:2", code=3).stderr
+
+
+def test_score(server: ScriptedServer, run: Any) -> None:
+    entries = [g.TokenLogprob(token_id=1, text="a"), g.TokenLogprob(token_id=22, text="b", logprob=-2.0)]
+    server.on("Score", g.ScoreResponse(tokens=entries, total_logprob=-2.0, model="dates", version=2))
+    (result,) = objects(run("score", "dates", "ab", "--json"))
+    assert [token["logprob"] for token in result["tokens"]] == [None, -2.0]
+    assert result["total_logprob"] == -2.0
+    assert run("score", "dates", "ab").stdout.splitlines()[1:] == [
+        "1      'a'   -",
+        "22     'b'   -2.000000",
+        "total -2.000000 (2 tokens, dates@2)",
+    ]
+
+
+def test_chat_reads_a_message_per_line(server: ScriptedServer, run: Any) -> None:
+    server.on("Chat", [as_chat(last("one"))], [as_chat(last("two"))], [as_chat(last("three"))])
+    result = run("chat", "base", "--system", "Be brief.", stdin="Hi\n\nAnd?\n/reset\nNew\n/exit\nnever\n")
+    assert result.stdout == "one\ntwo\nthree\n"
+    said = [[(m.role, m.content) for m in request.messages] for request in server.requests("Chat")]
+    system = ("system", "Be brief.")
+    assert said == [
+        [system, ("user", "Hi")],
+        [system, ("user", "Hi"), ("assistant", "one"), ("user", "And?")],
+        [system, ("user", "New")],
+    ]
+
+
+def test_chat_json_and_failure(server: ScriptedServer, run: Any) -> None:
+    server.on("Chat", [as_chat(last("one"))], fail(grpc.StatusCode.INVALID_ARGUMENT, "too long"))
+    result = run("chat", "base", "--json", stdin="Hi\nAnd?\nNever\n", code=1)
+    assert [answer["text"] for answer in objects(result)] == ["one"]
+    assert json.loads(result.stderr)["error"]["message"] == "too long"
+    assert len(server.seen) == 2
+
+
+def test_adapter_commands(server: ScriptedServer, run: Any, tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    report = a.LoadReport(modules_bound=12, device_bytes=2000, load_ms=3.25)
+    server.on("CreateAdapter", a.CreateAdapterResponse(adapter=adapter(loaded=True), load_report=report))
+    server.on("ListAdapters", a.ListAdaptersResponse(adapters=[adapter(), adapter("much-longer")]))
+    server.on("LoadAdapter", a.LoadAdapterResponse(adapter=adapter(), load_report=report))
+    server.on("UnloadAdapter", a.UnloadAdapterResponse(adapter=adapter()))
+    server.on("DeleteAdapter", a.DeleteAdapterResponse(deleted_versions=2))
+    server.on("GetAdapter", a.GetAdapterResponse(adapter=adapter()))
+    created = run("adapter", "create", "dates", str(tmp_path), "--strategy", "lora", "--new-version", "--load").stdout
+    assert created.startswith("published dates@1\n")
+    assert "12 modules, 2.0 kB, in 3.2 ms" in created
+    upload = server.requests("CreateAdapter")[0][0].upload
+    assert (upload.strategy, upload.new_version, upload.load) == ("lora", True, True)
+    header, first, second = run("adapter", "list").stdout.splitlines()
+    assert header.split() == ["ADAPTER", "VERSION", "STRATEGY", "LOADED", "RANK", "SIZE", "CREATED"]
+    assert first.split() == ["dates", "1", "lora", "no", "8", "1.5", "MB", "-"]
+    assert header.index("VERSION") == second.index("1")
+    ids = [item["adapter_id"] for item in objects(run("adapter", "list", "--json"))[0]]
+    assert ids == ["dates", "much-longer"]
+    assert "dates@1" in run("adapter", "show", "dates").stdout
+    assert run("adapter", "load", "dates@1").stdout.startswith("loaded dates@1\n")
+    assert objects(run("adapter", "load", "dates", "--json"))[0]["load_report"]["modules_bound"] == 12
+    assert run("adapter", "unload", "dates").stdout == "unloaded dates@1\n"
+    assert run("adapter", "delete", "dates").stdout == "deleted dates (2 versions)\n"
+    assert objects(run("adapter", "delete", "dates", "--json")) == [{"adapter_id": "dates", "deleted_versions": 2}]
+
+
+def test_strategy_commands(server: ScriptedServer, run: Any) -> None:
+    schema = {"properties": {"rank": {"default": 8, "description": "Rank of the update."}, "name": {"type": "string"}}}
+    lora = s.Strategy(strategy_id="lora", description="Low rank.", config_json_schema=json.dumps(schema))
+    broken = s.Strategy(strategy_id="x", load_error="ImportError: no\nmodule")
+    server.on("ListStrategies", s.ListStrategiesResponse(strategies=[lora, broken]))
+    server.on("GetStrategy", s.GetStrategyResponse(strategy=lora))
+    listed = run("strategy", "list").stdout
+    assert "NOT LOADED: ImportError: no module\n" in listed
+    assert [item["strategy_id"] for item in objects(run("strategy", "list", "--json"))[0]] == ["lora", "x"]
+    lines = run("strategy", "show", "lora").stdout.splitlines()
+    assert lines[-2:] == ["rank     8           Rank of the update.", "name     (required)  string"]
+    assert objects(run("strategy", "show", "lora", "--json"))[0]["config_schema"] == schema
+
+
+@pytest.fixture
+def tuning(server: ScriptedServer, tmp_path: Path) -> list[str]:
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"text": "a"}\n')
+    held_out = tmp_path / "v.jsonl"
+    held_out.write_text('{"text": "b"}\n')
+
+    def store(request: Any, context: grpc.ServicerContext) -> t.UploadDatasetResponse:
+        name = request[0].upload.display_name
+        return t.UploadDatasetResponse(dataset=t.Dataset(name=f"datasets/{name}", dataset_id=name))
+
+    server.on("UploadDataset", store)
+    server.on("CreateTuningJob", t.CreateTuningJobResponse(job=job(t.TUNING_JOB_STATE_PENDING)))
+    server.on(
+        "WatchTuningJob",
+        [
+            event(1, state=t.TUNING_JOB_STATE_RUNNING),
+            step_event(2, 1),
+            event(3, evaluation=t.TuningEvaluation(step=1, loss=0.25)),
+            event(4, checkpoint_step=1),
+            event(5, message="resumed"),
+            event(6, state=t.TUNING_JOB_STATE_SUCCEEDED),
+        ],
+    )
+    server.on("GetTuningJob", t.GetTuningJobResponse(job=succeeded()))
+    create = ["tune", "create", "--strategy", "lora", "--adapter", "dates"]
+    return [*create, "--data", str(data), "--validation", str(held_out)]
+
+
+def test_tune_create(server: ScriptedServer, run: Any, tuning: list[str]) -> None:
+    sets = ["rank=16", "learning_rate=2e-4", "target_modules=all-linear", 'names=["a"]', "x=", "load=null"]
+    flags = [part for setting in sets for part in ("--set", setting)]
+    (created,) = objects(run(*tuning, *flags, "--load", "--json"))
+    assert (created["job_id"], created["state"]) == ("j1", "pending")
+    assert created["spec"]["config"] == {"rank": 8, "learning_rate": 0.0002}
+    spec = server.requests("CreateTuningJob")[0].spec
+    assert (spec.dataset, spec.validation_dataset, spec.load) == ("datasets/d.jsonl", "datasets/v.jsonl", True)
+    config = spec.config
+    assert (config["rank"], config["learning_rate"]) == (16.0, 2e-4)
+    assert (config["target_modules"], config["x"], config["load"]) == ("all-linear", "", None)
+    assert list(config["names"]) == ["a"]
+    assert run(*tuning).stdout.startswith("job       j1\n")
+
+
+def test_tune_follow_in_plain_lines(run: Any, tuning: list[str]) -> None:
+    lines = run(*tuning, "--follow").stdout.splitlines()
+    assert lines[:7] == [
+        "job j1",
+        "running",
+        "step 1/3  loss 1.5000  lr 2.00e-04  1234 tok/s  ETA 5.0s",
+        "step 1  held-out loss 0.2500",
+        "checkpoint at step 1",
+        "resumed",
+        "succeeded",
+    ]
+    assert "version        adapters/dates/versions/2" in lines
+    assert "trained        10 parameters in 1m05s" in lines
+
+
+def test_tune_follow_as_json(run: Any, tuning: list[str]) -> None:
+    *events, ended = objects(run(*tuning, "--follow", "--json"))
+    assert [item["sequence"] for item in events] == [1, 2, 3, 4, 5, 6]
+    assert ended["result"]["adapter_version"] == "adapters/dates/versions/2"
+
+
+def test_a_failed_job_exits_with_5(server: ScriptedServer, run: Any, tuning: list[str]) -> None:
+    failed = job(t.TUNING_JOB_STATE_FAILED, error="loss is NaN")
+    server.on("GetTuningJob", t.GetTuningJobResponse(job=failed))
+    server.on("WatchTuningJob", [event(1, state=t.TUNING_JOB_STATE_FAILED)])
+    assert run(*tuning, "--follow", code=5).stderr == "error: tuning job j1 failed: loss is NaN\n"
+    result = run("tune", "watch", "j1", "--json", code=5)
+    assert objects(result)[-1]["state"] == "failed"
+    assert json.loads(result.stderr)["error"]["code"] == "JOB_FAILED"
+    assert "loss is NaN" in run("tune", "show", "j1").stdout
+
+
+def test_tune_list_watch_cancel(server: ScriptedServer, run: Any, tuning: list[str]) -> None:
+    server.on("ListTuningJobs", t.ListTuningJobsResponse(jobs=[job(), succeeded("j2")]))
+    server.on("CancelTuningJob", t.CancelTuningJobResponse(job=job(t.TUNING_JOB_STATE_CANCELLED)))
+    assert [line.split()[0] for line in run("tune", "list").stdout.splitlines()] == ["JOB", "j1", "j2"]
+    assert [item["job_id"] for item in objects(run("tune", "list", "--json"))[0]] == ["j1", "j2"]
+    assert "running" in run("tune", "watch", "j1", "--after-sequence", "0").stdout
+    assert run("tune", "cancel", "j1").stdout == "job j1 cancelled\n"
+    server.on("GetTuningJob", fail(grpc.StatusCode.NOT_FOUND))
+    run("tune", "watch", "j9", code=4)
+
+
+def test_dataset_check(server: ScriptedServer, run: Any, tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_bytes(b"x")
+    bad = [t.LineError(line=n, reason=f"reason {n}") for n in (2, 7)]
+    server.on("ValidateDataset", t.ValidateDatasetResponse(errors=bad, error_count=5, row_count=1))
+    lines = run("dataset", "check", str(data), "--max-sequence-tokens", "32", code=1).stdout.splitlines()
+    assert lines[:3] == [f"{data}:2: reason 2", f"{data}:7: reason 7", "... and 3 more bad lines"]
+    assert server.requests("ValidateDataset")[0][0].check.max_sequence_tokens == 32
+    assert objects(run("dataset", "check", str(data), "--json", code=1))[0]["error_count"] == 5
+    server.on("ValidateDataset", t.ValidateDatasetResponse(valid=True, format=t.DATASET_FORMAT_CHAT))
+    assert "chat" in run("dataset", "check", str(data)).stdout
+
+
+def test_numbers_that_json_does_not_know(server: ScriptedServer, run: Any) -> None:
+    server.on("Score", g.ScoreResponse(total_logprob=float("-inf")))
+    assert objects(run("score", "base", "x", "--json"))[0]["total_logprob"] is None
+
+
+def test_help_tells_the_exit_codes_and_commands(run: Any) -> None:
+    text = run("--help").stdout
+    for word in ("serve", "generate", "chat", "score", "adapter", "strategy", "tune", "dataset", "130  interrupted"):
+        assert word in text
+    assert run("--version").stdout.startswith("graftwork 0.")

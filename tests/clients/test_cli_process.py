@@ -1,0 +1,131 @@
+"""The command line as a process: pipes, signals, terminals, and handing over to the server."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.clients.protos import adapter, event, job, last, piece, step_event, succeeded
+from tests.clients.scripted_server import ScriptedServer, hold
+
+from graftwork.v1 import adapters_pb2 as a
+from graftwork.v1 import tuning_pb2 as t
+
+CLI = [sys.executable, "-m", "graftwork"]
+
+
+def start(server: ScriptedServer | None, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "GRAFTWORK_ADDRESS": server.address if server else "", **options.pop("env", {})}
+    defaults: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*CLI, *arguments], env=environment, **{**defaults, **options})
+
+
+def test_text_comes_before_the_end(server: ScriptedServer) -> None:
+    gone = threading.Event()
+    server.on("Generate", hold([piece("Once", 1)], gone))
+    process = start(server, "generate", "base", "hi")
+    assert process.stdout is not None
+    assert process.stdout.read(4) == b"Once"
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=20)
+    assert (rest, errors) == (b"\n", b"")
+    assert process.returncode == 130
+    assert gone.wait(10)
+
+
+def test_a_closed_pipe_is_no_traceback(server: ScriptedServer) -> None:
+    gone = threading.Event()
+    server.on("Generate", hold([piece("x" * 100_000, 1), piece("y", 2)], gone))
+    process = start(server, "generate", "base", "hi")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(20) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert gone.wait(10)
+
+
+def on_terminal(server: ScriptedServer, *arguments: str) -> tuple[str, int]:
+    """What a command shows on a terminal, and its exit code."""
+    ours, theirs = pty.openpty()
+    environment = {"TERM": "xterm", "COLUMNS": "120"}
+    process = start(server, *arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    try:
+        while data := os.read(ours, 65536):
+            shown += data
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(ours)
+    return shown.decode(), process.wait(20)
+
+
+def test_a_terminal_is_not_steered_by_the_answer(server: ScriptedServer) -> None:
+    server.on("Generate", [piece("a\x1b]0;owned\x07b\n", 1), last()])
+    shown, code = on_terminal(server, "generate", "base", "hi")
+    assert code == 0
+    assert "\x1b]0;" not in shown
+    assert "\ufffd]0;owned\ufffdb" in shown
+
+
+def test_a_terminal_gets_bars(server: ScriptedServer, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"x" * 2_000_000)
+    server.on("CreateAdapter", a.CreateAdapterResponse(adapter=adapter()))
+    server.on("GetTuningJob", t.GetTuningJobResponse(job=job()), t.GetTuningJobResponse(job=succeeded()))
+    events = [step_event(1, 2), event(2, message="[bold]resumed[/bold]"), event(3, state=t.TUNING_JOB_STATE_SUCCEEDED)]
+    server.on("WatchTuningJob", events)
+    shown, code = on_terminal(server, "adapter", "create", "dates", str(tmp_path))
+    assert code == 0
+    assert "2.0" in shown
+    assert "published dates@1" in shown
+    shown, code = on_terminal(server, "tune", "watch", "j1")
+    assert code == 0
+    assert "2/3" in shown
+    assert "loss 1.5000" in shown
+    assert "[bold]resumed[/bold]" in shown
+
+
+@pytest.fixture
+def pretend_server(tmp_path: Path) -> dict[str, str]:
+    """An environment in which graftwork_server is a module that shows how it was called."""
+    code = "import os, sys; print(os.getpid(), sys.argv[1:]); sys.exit(7)"
+    (tmp_path / "graftwork_server.py").write_text(code)
+    return {"PYTHONPATH": str(tmp_path)}
+
+
+def test_serve_hands_over_everything(pretend_server: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "torch.py").touch()
+    arguments = ["--model", "M x", "--listen=127.0.0.1:0", "--help", "extra", "-v", "--version", "--json"]
+    process = start(None, "serve", *arguments, env=pretend_server)
+    shown, errors = process.communicate(timeout=20)
+    assert process.returncode == 7, errors
+    pid, _, argv = shown.decode().strip().partition(" ")
+    assert int(pid) == process.pid  # replaced, not started beside: signals reach it
+    assert argv == repr(arguments)
+
+
+def test_serve_without_the_server(tmp_path: Path) -> None:
+    script = (
+        "import importlib.util, sys\n"
+        "real = importlib.util.find_spec\n"
+        "missing = sys.argv.pop(1)\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == missing else real(name, *rest)\n"
+        "from graftwork.cli import main\n"
+        "main()\n"
+    )
+    for missing in ("graftwork_server", "torch"):
+        command = [sys.executable, "-c", script, missing, "serve", "--model", "x"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        assert done.returncode == 1
+        assert 'pip install "graftwork[server]"' in done.stderr
+        assert done.stderr.count("\n") == 1

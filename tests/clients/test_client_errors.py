@@ -1,0 +1,107 @@
+"""What a failed call becomes: the class by code, and everything the server said about it."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+from tests.clients.scripted_server import ScriptedServer, fail
+
+import graftwork
+from graftwork import errors
+from graftwork.v1 import adapters_pb2 as a
+
+
+@pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
+def test_each_code_has_its_class(server: ScriptedServer, code: grpc.StatusCode) -> None:
+    server.on("GetAdapter", fail(code, "so it is"))
+    with (
+        graftwork.Client(address=server.address, max_retries=0) as client,
+        pytest.raises(graftwork.APIError) as caught,
+    ):
+        client.adapters.get("x")
+    assert type(caught.value) is errors.BY_CODE[code.name]
+    assert caught.value.code == code.name
+    assert caught.value.message == "so it is"
+
+
+def test_docstring_shows_the_whole_tree() -> None:
+    assert errors.__doc__ is not None
+    for cls in [*errors.BY_CODE.values(), *graftwork.GraftworkError.__subclasses__()]:
+        assert cls.__name__ in errors.__doc__
+
+
+def test_details_are_read(server: ScriptedServer, client: graftwork.Client) -> None:
+    server.on(
+        "GetAdapter",
+        fail(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "bad name",
+            reason="BAD_NAME",
+            metadata={"name": "../x"},
+            violations={"name": "expected letters"},
+            request_id="from-the-server",
+        ),
+    )
+    with pytest.raises(graftwork.InvalidArgumentError) as caught:
+        client.adapters.get("../x")
+    error = caught.value
+    assert error.reason == "BAD_NAME"
+    assert error.metadata == {"name": "../x"}
+    assert error.field_violations == (graftwork.FieldViolation("name", "expected letters"),)
+    assert error.request_id == "from-the-server"
+    assert error.retry_after_ms is None
+    text = str(error)
+    assert text == "bad name [INVALID_ARGUMENT, reason BAD_NAME, request from-the-server]; name: expected letters"
+
+
+async def test_details_are_read_by_the_async_client(server: ScriptedServer, aclient: graftwork.AsyncClient) -> None:
+    step = fail(grpc.StatusCode.NOT_FOUND, "no x", reason="ADAPTER_NOT_FOUND", request_id="r")
+    server.on("GetAdapter", step)
+    server.on("Generate", step)
+    with pytest.raises(graftwork.NotFoundError) as caught:
+        await aclient.adapters.get("x")
+    assert (caught.value.reason, caught.value.request_id) == ("ADAPTER_NOT_FOUND", "r")
+    with pytest.raises(graftwork.NotFoundError) as caught:
+        await aclient.generate("x", "hi")
+    assert (caught.value.reason, caught.value.request_id) == ("ADAPTER_NOT_FOUND", "r")
+
+
+def test_own_request_id_when_nothing_answers() -> None:
+    with (
+        graftwork.Client(address="127.0.0.1:1", max_retries=0) as client,
+        pytest.raises(graftwork.UnavailableError) as caught,
+    ):
+        client.adapters.get("x")
+    assert len(caught.value.request_id) == 32
+
+
+def test_request_id_is_the_one_that_was_sent(server: ScriptedServer, client: graftwork.Client) -> None:
+    server.on("GetAdapter", fail(grpc.StatusCode.NOT_FOUND))
+    with pytest.raises(graftwork.NotFoundError) as caught:
+        client.adapters.get("x")
+    assert caught.value.request_id == server.seen[0].metadata["x-request-id"]
+
+
+def test_damaged_details_do_not_hide_the_error(server: ScriptedServer, client: graftwork.Client) -> None:
+    def damaged(request: a.GetAdapterRequest, context: grpc.ServicerContext) -> None:
+        context.set_trailing_metadata((("grpc-status-details-bin", b"\xff\xff\xff"),))
+        context.abort(grpc.StatusCode.NOT_FOUND, "no x")
+
+    server.on("GetAdapter", damaged)
+    with pytest.raises(graftwork.NotFoundError, match="no x"):
+        client.adapters.get("x")
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="timeout"):
+        graftwork.Client(timeout=0)
+    with pytest.raises(ValueError, match="max_retries"):
+        graftwork.AsyncClient(max_retries=-1)
+
+
+def test_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRAFTWORK_ADDRESS", raising=False)
+    assert graftwork.Client().address == "127.0.0.1:8470"
+    monkeypatch.setenv("GRAFTWORK_ADDRESS", "10.0.0.1:99")
+    assert graftwork.Client().address == "10.0.0.1:99"
+    assert graftwork.Client(address="h:1").address == "h:1"

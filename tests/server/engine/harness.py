@@ -1,0 +1,147 @@
+"""An engine over a toy model, run in the test's own process, that remembers the logits it sampled from."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from graftwork_plugins import LowRank
+from graftwork_server.engine.engine import Engine, EngineLimits
+from graftwork_server.engine.loading import bind
+from graftwork_server.engine.model import BaseModel, load_base
+from graftwork_server.messages import Generate, Sampling, SequenceOutput
+from graftwork_server.types import AdapterRef
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+CPU = torch.device("cpu")
+
+
+class Harness:
+    """Loads adapters, runs requests to their end, and keeps tokens, finish reasons and logits by request id."""
+
+    def __init__(self, model_dir: Path, base: BaseModel | None = None, **limits: Any) -> None:
+        self.base = base or load_base(str(model_dir), CPU, torch.float32, model_dir)
+        self.load_requests: list[AdapterRef] = []
+        self.engine = Engine(self.base, EngineLimits(**limits), self.load_requests.append)
+        self.tokens: dict[int, list[int]] = defaultdict(list)
+        self.logits: dict[int, list[torch.Tensor]] = defaultdict(list)
+        self.finished: dict[int, SequenceOutput] = {}
+        self.prompt_logprobs: dict[int, Any] = {}
+        self.steps = 0
+        run = self.engine._runner.run
+
+        def recording(chunks: Any) -> Any:
+            results = run(chunks)
+            for result in results:
+                if result.chunk.samples:
+                    self.logits[result.chunk.sequence.id].append(result.logits[-1].clone())
+            return results
+
+        self.engine._runner.run = recording  # type: ignore[method-assign]
+
+    def place(self, digest: str, deltas: Sequence[Any]) -> AdapterRef:
+        """Loads deltas into the pool."""
+        prepared = bind(self.base, digest, deltas)
+        adapter = self.engine.adapters.place(prepared, time.perf_counter(), threading.Event())
+        self.engine.adapters.release(adapter)
+        return AdapterRef(digest=digest, path="", strategy="lora")
+
+    def add(
+        self,
+        request_id: int,
+        prompt: list[int],
+        adapter: AdapterRef | None = None,
+        prompt_logprobs: int | None = None,
+        **sampling: Any,
+    ) -> None:
+        """Queues a request."""
+        settings = {"max_tokens": 12, "ignore_eos": True} | sampling
+        refused = self.engine.add(
+            Generate(
+                id=request_id,
+                prompt_ids=prompt,
+                sampling=Sampling(**settings),
+                adapter=adapter,
+                prompt_logprobs=prompt_logprobs,
+            )
+        )
+        if refused is not None:
+            self.finished[request_id] = refused
+
+    def step(self) -> list[SequenceOutput]:
+        """One step, recorded."""
+        outputs = self.engine.step()
+        self.steps += 1
+        for output in outputs:
+            self.tokens[output.id].extend(output.token_ids)
+            if output.prompt_logprobs is not None:
+                self.prompt_logprobs[output.id] = output.prompt_logprobs
+            if output.finish:
+                self.finished[output.id] = output
+        return outputs
+
+    def run(self, limit: int = 2000) -> None:
+        """Steps until nothing is left."""
+        for _ in range(limit):
+            if self.engine.active == 0:
+                return
+            self.step()
+        raise AssertionError(f"{self.engine.active} sequences still there after {limit} steps")
+
+
+def deltas_of(directory: Path) -> list[LowRank]:
+    """LowRank deltas of a PEFT adapter without patterns, read independently of the lora strategy."""
+    config = json.loads((directory / "adapter_config.json").read_text())
+    tensors = load_file(directory / "adapter_model.safetensors")
+    deltas = []
+    for name, a in tensors.items():
+        if ".lora_A." in name:
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            rank = a.shape[0]
+            scaling = config["lora_alpha"] / (math.sqrt(rank) if config["use_rslora"] else rank)
+            deltas.append(LowRank(module=module, a=a, b=tensors[name.replace("lora_A", "lora_B")], scaling=scaling))
+    return deltas
+
+
+class Reference:
+    """transformers and PEFT on the same files."""
+
+    def __init__(self, model_dir: Path, adapters: dict[str, Path]) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self.names = list(adapters)
+        for name, directory in adapters.items():
+            if isinstance(self.model, PeftModel):
+                self.model.load_adapter(directory, adapter_name=name)
+            else:
+                self.model = PeftModel.from_pretrained(self.model, directory, adapter_name=name)
+        self.model.eval()
+
+    def logits(self, token_ids: list[int], adapter: str | None) -> torch.Tensor:
+        """[tokens, vocabulary] of the plain forward over the whole sequence."""
+        ids = torch.tensor([token_ids])
+        with torch.no_grad():
+            if adapter is not None:
+                self.model.set_adapter(adapter)
+            elif isinstance(self.model, PeftModel):
+                with self.model.disable_adapter():
+                    return self.model(input_ids=ids, use_cache=False).logits[0]
+            return self.model(input_ids=ids, use_cache=False).logits[0]
+
+
+def assert_greedy_matches(
+    harness: Harness, reference: Reference, request_id: int, prompt: list[int], adapter: str | None
+) -> None:
+    """Every sampled token is the reference's most likely one, and its logits are within 1e-4."""
+    tokens = harness.tokens[request_id]
+    expected = reference.logits(prompt + tokens, adapter)[len(prompt) - 1 : -1]
+    assert tokens == expected.argmax(-1).tolist()
+    torch.testing.assert_close(torch.stack(harness.logits[request_id]), expected, atol=1e-4, rtol=0)

@@ -1,0 +1,181 @@
+"""What the tuning tests share: a tokenizer of single characters, data files, and a real tuner process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests import toys
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import AutoModelForCausalLM
+
+from graftwork_server.engine.weights import SharedWeights
+from graftwork_server.messages import (
+    Checkpointed,
+    Failed,
+    Finished,
+    JobSpec,
+    Progress,
+    StartTuning,
+    TunerEvent,
+    encode_frame,
+    receive_frame,
+    tuner_decoder,
+)
+from graftwork_server.text import TextProcessor
+from graftwork_server.types import ModelInfo
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIALS = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+
+
+def make_tokenizer(folder: Path, *, bos: bool = True, eos: str = "</s>", template: str | None = CHAT_TEMPLATE) -> Path:
+    """Saves a tokenizer with one token for each ASCII character; returns its folder."""
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocabulary = {token: index for index, token in enumerate([*SPECIALS, *characters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<pad>"))
+    tokenizer.add_special_tokens(SPECIALS)
+    tokenizer.decoder = decoders.Fuse()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": eos, "pad_token": "<pad>"}
+    if template is not None:
+        config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def make_text(folder: Path, **settings: Any) -> TextProcessor:
+    """A TextProcessor over make_tokenizer's files."""
+    return TextProcessor.from_dir(make_tokenizer(folder, **settings))
+
+
+def jsonl(rows: Iterable[Any]) -> list[bytes]:
+    """Rows as the lines of a file."""
+    return [json.dumps(row).encode() + b"\n" for row in rows]
+
+
+def copy_task(count: int) -> list[dict[str, str]]:
+    """Rows that a small model learns quickly."""
+    return [{"prompt": f"{index % 7} ->", "completion": "abcdefg"[index % 7] * 3} for index in range(count)]
+
+
+class TunerHarness:
+    """The engine's side of tuner processes over one toy model."""
+
+    def __init__(self, folder: Path, architecture: str = "llama") -> None:
+        self.folder = folder
+        self.tokenizer = make_tokenizer(folder / "tokenizer")
+        self.model_dir = toys.make_model(architecture, folder / "model")
+        model = AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=torch.float32)
+        self.weights = SharedWeights(model, torch.device("cpu"))
+        self.info = ModelInfo(
+            fingerprint="sha256:toy",
+            source="toy",
+            architecture=type(model).__name__,
+            model_type=model.config.model_type,
+            dtype="float32",
+            device="cpu",
+            vocab_size=toys.VOCAB,
+            context_tokens=128,
+            parameter_count=sum(parameter.numel() for parameter in model.parameters()),
+            weight_bytes=self.weights.size_bytes,
+            eos_token_ids=[2],
+            tokenizer_dir=str(self.tokenizer),
+            kv_tokens=0,
+            max_sequences=0,
+        )
+        self.gate = os.memfd_create("gate")
+        os.ftruncate(self.gate, 8)
+
+    def job(self, name: str, strategy: str = "lora", rows: int = 24, **settings: Any) -> JobSpec:
+        """A job over `rows` rows of the copy task; other settings than JobSpec's are the strategy's."""
+        data = self.folder / f"{name}.jsonl"
+        data.write_bytes(b"".join(jsonl(copy_task(rows))))
+        (self.folder / name).mkdir(exist_ok=True)
+        spec = {key: settings.pop(key) for key in list(settings) if key in JobSpec.__struct_fields__}
+        config = {"batch_size": 8, "learning_rate": 0.01, "max_steps": 12} | settings
+        return JobSpec(
+            **{
+                "job_id": name,
+                "strategy": strategy,
+                "config": config,
+                "dataset_path": str(data),
+                "job_dir": str(self.folder / name),
+                "artifact_dir": str(self.folder / name / "artifact"),
+            }
+            | spec
+        )
+
+    def start(self, job: JobSpec, threads: int = 1, yield_ms: int = 0) -> Tuner:
+        """A tuner process at work on `job`."""
+        mine, theirs = socket.socketpair()
+        weights = self.weights.info()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "graftwork_server.tuning.worker", "--fd", str(theirs.fileno())],
+            pass_fds=[theirs.fileno(), self.gate, weights.fd or 0],
+        )
+        theirs.close()
+        command = StartTuning(
+            job=job, model=self.info, weights=weights, gate_fd=self.gate, threads=threads, yield_ms=yield_ms
+        )
+        mine.sendall(encode_frame(command))
+        return Tuner(process, mine)
+
+    def run(self, job: JobSpec) -> list[TunerEvent]:
+        """All events of a job, to its end."""
+        tuner = self.start(job)
+        try:
+            return tuner.events_until(Finished)
+        finally:
+            tuner.close()
+
+
+class Tuner:
+    """A running tuner process."""
+
+    def __init__(self, process: subprocess.Popen[bytes], connection: socket.socket) -> None:
+        self.process = process
+        self.connection = connection
+        connection.settimeout(60)
+
+    def events_until(self, kind: type) -> list[TunerEvent]:
+        """Events up to the first of `kind`, or to a failure."""
+        events: list[TunerEvent] = []
+        while not events or not isinstance(events[-1], (kind, Failed)):
+            events.append(tuner_decoder.decode(receive_frame(self.connection)))
+        return events
+
+    def kill(self) -> None:
+        """SIGKILL, and nothing before it."""
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.connection.close()
+
+    def close(self) -> None:
+        """Closes the engine's end of the socket; the process must end by itself."""
+        self.connection.close()
+        self.process.wait(10)
+
+
+def losses(events: Iterable[TunerEvent]) -> list[float]:
+    """Training losses, in order."""
+    return [event.progress.loss for event in events if isinstance(event, Progress)]
+
+
+def checkpointed(events: Iterable[TunerEvent]) -> list[int]:
+    """Steps with a checkpoint, in order."""
+    return [event.step for event in events if isinstance(event, Checkpointed)]
