@@ -4,8 +4,9 @@
 
 The defaults are what the shipped model used. The run is seeded and its length is a number of steps, so it gives the
 same model wherever the arithmetic is the same; ``--max-minutes`` is a guard that shortens a run on a slow machine,
-and the number of steps really made is written to ``training.json``. A checkpoint is written every few minutes;
-``--export-only`` exports the last one.
+and the number of steps really made is written to ``training.json``. A checkpoint with the optimizers' state is written
+every few minutes: ``--resume`` goes on from it, with the same batches as a run that was never stopped, and
+``--export-only`` exports it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from demo_corpus import build as build_corpus
 from demo_tokenizer import CHAT_TEMPLATE, encode_stream, encode_texts, page_text, read_documents, train_tokenizer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -183,7 +185,8 @@ def rows_of(stream: np.ndarray, context: int, count: int, seed: int) -> Iterator
 def batches(stream: np.ndarray, recipe: Recipe) -> Iterator[list[Tensor]]:
     """Yield each step's micro-batches. Every row length draws from the whole stream by itself."""
     sources = {
-        context: rows_of(stream, context, recipe.micro_tokens // context, recipe.seed) for context in set(recipe.contexts)
+        context: rows_of(stream, context, recipe.micro_tokens // context, recipe.seed)
+        for context in set(recipe.contexts)
     }
     while True:
         yield [next(sources[context]) for context in recipe.contexts]
@@ -209,15 +212,18 @@ def held_out(model: LlamaForCausalLM, ids: np.ndarray, context: int = 512, rows:
 def train(args: argparse.Namespace, recipe: Recipe) -> None:
     """Train, with a checkpoint every few minutes."""
     torch.set_num_threads(args.threads)
-    tokenizer, stream, held, held_bytes = prepare(args.work, recipe)
+    _, stream, held, held_bytes = prepare(args.work, recipe)
     print(f"{len(stream):,} training tokens, {len(held):,} held-out tokens of {held_bytes:,} bytes", flush=True)
     model = make_model(recipe)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     optimizers = make_optimizers(model, recipe)
     base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    source, steps, smooth = batches(stream, recipe), recipe.steps, 0.0
+    source = batches(stream, recipe)
+    first, before = load_checkpoint(args.work, model, optimizers) if args.resume else (0, 0.0)
+    for _ in range(first):
+        next(source)
+    step, steps, smooth = first, recipe.steps, 0.0
     started = saved = time.monotonic()
-    step = 0
     with ThreadPoolExecutor(args.threads) as pool:
         while step < steps:
             factor = schedule(step, steps, recipe)
@@ -226,16 +232,19 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
                     group["lr"] = rate * factor
             value = take_step(model, next(source), optimizers, recipe, pool)
             step += 1
-            smooth = value if step == 1 else 0.95 * smooth + 0.05 * value
+            smooth = value if step == first + 1 else 0.95 * smooth + 0.05 * value
             spent = time.monotonic() - started
             if step % 10 == 0:
-                steps = fitting_steps(step, recipe.steps, spent, args.max_minutes)
-                speed = step * recipe.step_tokens / spent
-                print(f"{step}/{steps} loss {smooth:.4f} lr {factor:.3f} {speed:.0f} tok/s {spent / 60:.1f} min", flush=True)
-            if time.monotonic() - saved > 240 or step >= steps:
-                quick, _ = held_out(model, held, rows=24)
-                save_checkpoint(args.work, model, recipe, step, steps, spent)
-                print(f"checkpoint at step {step}: held-out loss (24 windows) {quick:.4f}", flush=True)
+                steps = fitting_steps(step, first, recipe.steps, spent, args.max_minutes)
+                speed = (step - first) * recipe.step_tokens / spent
+                print(
+                    f"{step}/{steps} loss {smooth:.4f} lr {factor:.3f} {speed:.0f} tok/s {spent / 60:.1f} min",
+                    flush=True,
+                )
+            if time.monotonic() - saved > 180 or step >= steps:
+                save_checkpoint(args.work, model, optimizers, recipe, (step, steps, before + spent))
+                quick, _ = held_out(model, held, rows=16)
+                print(f"checkpoint at step {step}: held-out loss (16 windows) {quick:.4f}", flush=True)
                 saved = time.monotonic()
 
 
@@ -273,17 +282,34 @@ def take_step(
     return total / len(micro_batches)
 
 
-def fitting_steps(step: int, steps: int, spent: float, max_minutes: float) -> int:
+def fitting_steps(step: int, first: int, planned: int, spent: float, max_minutes: float) -> int:
     """Fewer steps where the planned ones would outrun the time, so that the learning rate still falls to zero."""
     if not max_minutes:
-        return steps
-    return max(step, min(steps, int(step * max_minutes * 60 / spent)))
+        return planned
+    return max(step, min(planned, first + int((step - first) * max_minutes * 60 / spent)))
 
 
-def save_checkpoint(work: Path, model: LlamaForCausalLM, recipe: Recipe, step: int, steps: int, spent: float) -> None:
-    """The float32 weights and how they came about."""
-    save_file({name: p.detach().clone() for name, p in model.named_parameters()}, work / "checkpoint.part")
-    (work / "checkpoint.part").replace(work / "checkpoint.safetensors")
+def state_tensors(model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' state by the name of the parameter that it hangs on."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{kind}:{names[parameter]}": tensor
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for kind, tensor in state.items()
+    }
+
+
+def save_checkpoint(
+    work: Path,
+    model: LlamaForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    recipe: Recipe,
+    progress: tuple[int, int, float],
+) -> None:
+    """The float32 weights, the optimizers' state, and how they came about."""
+    step, steps, spent = progress
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     record = {
         "recipe": asdict(recipe),
         "steps_made": step,
@@ -291,7 +317,29 @@ def save_checkpoint(work: Path, model: LlamaForCausalLM, recipe: Recipe, step: i
         "tokens_seen": step * recipe.step_tokens,
         "minutes": round(spent / 60, 1),
     }
+    for name, tensors in (("state", state_tensors(model, optimizers)), ("checkpoint", weights)):
+        # The record rides along, so that weights and state of different steps are never put together.
+        save_file(tensors, work / f"{name}.part", metadata={"record": json.dumps(record)})
+        (work / f"{name}.part").replace(work / f"{name}.safetensors")
     (work / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def load_checkpoint(work: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
+    """Put the last checkpoint back; return its step and the seconds spent until then."""
+    records = []
+    for name in ("checkpoint", "state"):
+        with safe_open(work / f"{name}.safetensors", "pt") as file:
+            records.append(json.loads(file.metadata()["record"]))
+    if records[0] != records[1]:
+        raise SystemExit("the weights and the optimizer state are of different steps; start again without --resume")
+    model.load_state_dict(load_file(work / "checkpoint.safetensors"), strict=False)
+    model.tie_weights()
+    owners = dict(model.named_parameters())
+    for key, tensor in load_file(work / "state.safetensors").items():
+        kind, name = key.split(":", 1)
+        holder = next(o for o in optimizers if any(owners[name] is p for g in o.param_groups for p in g["params"]))
+        holder.state[owners[name]][kind] = tensor
+    return records[0]["steps_made"], records[0]["minutes"] * 60
 
 
 def export(args: argparse.Namespace, recipe: Recipe) -> None:
@@ -302,11 +350,19 @@ def export(args: argparse.Namespace, recipe: Recipe) -> None:
     model.load_state_dict(load_file(args.work / "checkpoint.safetensors"), strict=False)
     model.tie_weights()
     model.generation_config = GenerationConfig(
-        bos_token_id=1, eos_token_id=2, pad_token_id=0, do_sample=True, temperature=0.7, top_p=0.95, repetition_penalty=1.1
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.95,
+        repetition_penalty=1.1,
     )
     args.out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.out)
     save_tokenizer(tokenizer, args.out)
+    # safetensors makes the file readable for its owner alone, which a package must not ship.
+    (args.out / "model.safetensors").chmod(0o644)
     written = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32)
     record = json.loads((args.work / "training.json").read_text())
     loss, count = held_out(written, held)
@@ -330,7 +386,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
-    config.pop("backend", None)
+    for key in ("backend", "is_local", "local_files_only"):
+        config.pop(key, None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["additional_special_tokens"] = config.pop("extra_special_tokens")
     config["chat_template"] = CHAT_TEMPLATE
@@ -353,6 +410,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-minutes", type=float, default=0.0, help="shorten the run to fit; 0: no limit")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--export-only", action="store_true", help="export the last checkpoint")
     args = parser.parse_args()
     keep_memory()

@@ -45,35 +45,52 @@ SOURCES: tuple[Source, ...] = (
     Source("apache2-doc", "2.4.71-1~deb12u1", "Apache-2.0", ("**/manual/en/**/*.html",), "Apache HTTP Server manual"),
     Source("aptitude-doc-en", "0.8.13-5", "GPL-2+", ("**/*.html",), "aptitude user's manual"),
     Source("debian-edu-doc-en", "2.12.23~deb12u1", "GPL-2+, GPL-3+", ("**/*bookworm*.html",), "Debian Edu manual"),
-    Source("debian-faq", "11.1", "GPL-2+", ("**/*.en.html", "**/*.html"), "Debian GNU/Linux FAQ"),
-    Source("debian-handbook", "11.20220922", "GPL-2+ or CC-BY-SA-3.0", ("**/en-US/*.html",), "administrator's handbook"),
+    Source("debian-faq", "11.1", "free permissive notice (SPI)", ("**/*.en.html", "**/*.html"), "Debian GNU/Linux FAQ"),
+    Source(
+        "debian-handbook", "11.20220922", "GPL-2+ or CC-BY-SA-3.0", ("**/en-US/*.html",), "administrator's handbook"
+    ),
     Source("debian-history", "2.28", "GPL-2+", ("**/*.en.html",), "a brief history of Debian"),
     Source("debian-policy", "4.6.2.0", "GPL-2+", ("**/policy.html/*.html",), "Debian Policy Manual"),
     Source("debian-reference-en", "2.100", "GPL-2+", ("**/*.en.html",), "Debian Reference"),
-    Source("developers-reference", "12.18", "GPL-2+", ("**/*.html",), "Debian Developer's Reference"),
+    Source("developers-reference", "12.18", "GPL-2", ("**/*.html",), "Debian Developer's Reference"),
     Source("exim4-doc-html", "4.96-1", "GPL-2+", ("**/*.html",), "Exim mail server manual"),
-    Source("freedombox-doc-en", "23.6.2+deb12u2", "CC-BY-SA-3.0", ("**/manual/en/*.html",), "FreedomBox manual"),
-    Source("gimp-help-en", "2.10.34-2", "GFDL-1.2+", ("**/help/en/*.html",), "GIMP user manual"),
+    Source("freedombox-doc-en", "23.6.2+deb12u2", "CC-BY-SA-4.0", ("**/manual/en/*.html",), "FreedomBox manual"),
+    Source("gimp-help-en", "2.10.34-2", "GFDL-NIV-1.2+", ("**/help/en/*.html",), "GIMP user manual"),
     Source("git-doc", "1:2.39.5-0+deb12u3", "GPL-2", ("**/doc/git/html/**/*.html",), "Git manual and guides"),
     Source("gnome-user-docs", "43.0-2", "CC-BY-SA-3.0", ("**/help/C/**/*.page",), "GNOME user documentation"),
-    Source("harden-doc", "3.19+nmu1", "GPL-2", ("**/en-US/*.html",), "Securing Debian Manual"),
-    Source("installation-guide-amd64", "20230508+deb12u1", "GPL-2+", ("**/en/*.html",), "Debian Installation Guide"),
+    Source("harden-doc", "3.19+nmu1", "GPL-2+", ("**/en-US/*.html",), "Securing Debian Manual"),
+    Source("installation-guide-amd64", "20230508+deb12u1", "GPL-2", ("**/en/*.html",), "Debian Installation Guide"),
     Source("kstars-data", "5:3.6.2-2", "GFDL-NIV-1.2+", ("**/en/kstars/*.docbook",), "KStars handbook (astronomy)"),
     Source("libreoffice-help-en-us", "4:7.4.7-1+deb12u14", "MPL-2.0", ("**/en-US/text/**/*.html",), "LibreOffice help"),
     Source(
         "linux-doc-6.1",
         "6.1.192-2",
         "GPL-2",
-        tuple(f"**/html/{part}/**/*.html" for part in ("admin-guide", "process", "filesystems", "scheduler", "security")),
+        tuple(
+            f"**/html/{part}/**/*.html" for part in ("admin-guide", "process", "filesystems", "scheduler", "security")
+        ),
         "Linux kernel documentation (five parts of it)",
     ),
     Source("live-manual-html", "2:20151217.2", "GPL-3+", ("**/*.en.html", "**/en/**/*.html"), "Debian Live manual"),
-    Source("octave-doc", "7.3.0-2", "GPL-3+ (manual: free permissive notice)", ("**/octave.html/*.html",), "GNU Octave manual"),
+    Source(
+        "octave-doc",
+        "7.3.0-2",
+        "GPL-3+ (manual: free permissive notice)",
+        ("**/octave.html/*.html",),
+        "GNU Octave manual",
+    ),
     Source("perl-doc", "5.36.0-7+deb12u4", "GPL-1+ or Artistic", ("**/pod/perl*.pod",), "Perl manual", "pod"),
     Source("postgresql-doc-15", "15.20-0+deb12u1", "PostgreSQL", ("**/html/*.html",), "PostgreSQL manual"),
     Source("python-django-doc", "3:3.2.25-0+deb12u7", "BSD-3-Clause", ("**/html/**/*.html",), "Django documentation"),
     Source("python3.11-doc", "3.11.2-6+deb12u9", "PSF-2.0", ("**/html/**/*.html",), "Python documentation"),
-    Source("r-cran-janeaustenr", "1.0.0-1", "public domain texts (package: MIT)", ("**/data/Rdata.rdb",), "six novels", "rdb"),
+    Source(
+        "r-cran-janeaustenr",
+        "1.0.0-1",
+        "public domain texts (package: MIT)",
+        ("**/data/Rdata.rdb",),
+        "six novels",
+        "rdb",
+    ),
     Source(
         "rust-doc",
         "1.63.0+dfsg1-2",
@@ -89,21 +106,35 @@ SOURCES: tuple[Source, ...] = (
 )
 
 # Pages that are lists of links or of symbols, not prose.
-SKIPPED_NAMES = re.compile(r"genindex|modindex|_modules|_sources|print\.html|whatsnew/changelog|/releases/|perl\d+delta")
+SKIPPED_NAMES = re.compile(
+    r"genindex|modindex|_modules|_sources|print\.html|whatsnew/changelog|/releases/|perl\d+delta"
+)
+
+
+def word_set(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
 
 HEADINGS = {"h1", "h2", "h3", "h4", "title"}
 # 'term' is the DocBook name of a definition list's left side, which reads as noise without its table.
 BLOCKS = {"p", "li", "dd", "para", "item", "simpara"}
-SKIPPED_TAGS = set(
-    "script style pre nav header footer table head code-block programlisting screen literallayout synopsis "
-    "informaltable figure media form button select svg math code info".split()
+SKIPPED_TAGS = word_set(
+    """
+    script style pre nav header footer table head code-block programlisting screen literallayout
+    synopsis informaltable figure media form button select svg math code info
+    """
 )
 SKIPPED_CLASSES = re.compile(
     r"sphinxsidebar|related|toc|navheader|navfooter|highlight|breadcrumb|sidebar|headerlink|menu|footer|verbatim"
 )
 # A frame's class says what the page has ("sidebar-visible"), not what the frame is.
 FRAMES = {"html", "body", "main", "section"}
-VOID_TAGS = set("area base br col embed hr img input link meta source track wbr".split())
+VOID_TAGS = word_set(
+    """
+    area base br col embed hr img input link meta source track wbr
+    """
+)
 
 
 class ProseParser(HTMLParser):
@@ -159,8 +190,14 @@ class ProseParser(HTMLParser):
             self.sections[-1][1].append(text)
 
 
-QUOTES = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "\u00a0": " ", "…": "...", "¶": " "})
-COMMON = set("the of and to a in is that it as for was with be by on not he his but at are this have or had you if".split())
+QUOTES = str.maketrans(
+    {"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "\u00a0": " ", "…": "...", "¶": " "}
+)
+COMMON = word_set(
+    """
+    the of and to a in is that it as for was with be by on not he his but at are this have or had you if
+    """
+)
 SENTENCE = re.compile(r'^["\'(]?[A-Z].*[.!?:]["\')]?$', re.DOTALL)
 
 

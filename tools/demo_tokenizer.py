@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from calendar import month_name
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 VOCABULARY = 4096
 SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>")
-MONTHS = set("january february march april may june july august september october november december".split())
+MONTHS = frozenset(name.lower() for name in month_name if name)
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -44,7 +45,15 @@ CHAT_TEMPLATE = """\
 {{- '<|assistant|>' }}
 {%- endif %}
 """
-QUESTIONS = ("{}", "{}", "What is {}?", "Tell me about {}.", "Explain {}.", "What can you say about {}?", "Describe {}.")
+QUESTIONS = (
+    "{}",
+    "{}",
+    "What is {}?",
+    "Tell me about {}.",
+    "Explain {}.",
+    "What can you say about {}?",
+    "Describe {}.",
+)
 SYSTEMS = ("You are a helpful assistant.", "Answer the question.", "You answer briefly and clearly.")
 
 
@@ -80,7 +89,9 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.Split(Regex(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+|\p{N}"), "isolated"),
+            pre_tokenizers.Split(
+                Regex(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+|\p{N}"), "isolated"
+            ),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -147,13 +158,19 @@ def common_words(documents: list[dict], count: int = 3000) -> list[str]:
     """The corpus's most frequent plain words, month names left out."""
     counts: Counter[str] = Counter()
     for document in documents:
-        counts.update(word for word in page_text(document).split() if word.isascii() and word.isalpha() and word.islower())
+        counts.update(
+            word for word in page_text(document).split() if word.isascii() and word.isalpha() and word.islower()
+        )
     ranked = sorted(counts, key=lambda word: (-counts[word], word))
     return [word for word in ranked if len(word) > 2 and word not in MONTHS][:count]
 
 
 def encode_stream(
-    tokenizer: PreTrainedTokenizerFast, documents: list[dict], seed: int, chat_share: float = 0.12, drill_share: float = 0.04
+    tokenizer: PreTrainedTokenizerFast,
+    documents: list[dict],
+    seed: int,
+    chat_share: float = 0.12,
+    drill_share: float = 0.04,
 ) -> np.ndarray:
     """The shuffled training documents as one stream of token ids."""
     rng = random.Random(seed)

@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from calendar import day_name, month_name
 from datetime import date, timedelta
 from pathlib import Path
 
 FIRST, LAST = date(1900, 1, 1), date(2059, 12, 31)
-MONTHS = "January February March April May June July August September October November December".split()
-WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+MONTHS = list(month_name)[1:]
+WEEKDAYS = list(day_name)
 
 
 def ordinal(day: int) -> str:

@@ -91,11 +91,9 @@ def _on_signal(told_to_end: asyncio.Event) -> None:
 
 
 def _greeting(model: ModelInfo, asked: str | None, address: str) -> str:
-    name = "the model on board" if asked is None else f"'{Path(model.source).name or model.source}'"
-    return (
-        f"graftwork: serving base {name} ({_short(model.parameter_count)} parameters, {model.dtype} on {model.device}) "
-        f"on {address}"
-    )
+    name = "on-board" if asked is None else Path(model.source).name or model.source
+    size = _short(model.parameter_count)
+    return f"graftwork: serving base '{name}' ({size} parameters, {model.dtype} on {model.device}) on {address}"
 
 
 def _short(count: int) -> str:

@@ -29,6 +29,17 @@ from graftwork_server.types import ModelInfo
 log = logging.getLogger("graftwork.server")
 
 MODEL_ON_BOARD = Path(__file__).parent / "base_model"
+ENGINE_FIELDS = (
+    "device",
+    "dtype",
+    "threads",
+    "max_sequences",
+    "kv_memory_bytes",
+    "max_step_tokens",
+    "adapter_memory_bytes",
+    "tuning_yield_ms",
+    "log_level",
+)
 BROKEN_OFF_SECONDS = 1.0
 """Time for broken-off calls to tell their clients so."""
 
@@ -96,10 +107,7 @@ class Front:
 
 def engine_settings(config: ServerConfig) -> dict[str, Any]:
     """The settings that the engine process gets."""
-    fields = "device dtype threads max_sequences kv_memory_bytes max_step_tokens adapter_memory_bytes tuning_yield_ms log_level"
-    settings = {name: getattr(config, name) for name in fields.split()}
-    return {
-        **settings,
+    return {name: getattr(config, name) for name in ENGINE_FIELDS} | {
         "model": config.model or str(MODEL_ON_BOARD),
         "cache_dir": str(Path(config.data_dir) / "cache"),
     }

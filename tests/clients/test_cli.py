@@ -201,7 +201,8 @@ def test_adapter_commands(server: ScriptedServer, run: Any, tmp_path: Path) -> N
 
 
 def test_strategy_commands(server: ScriptedServer, run: Any) -> None:
-    schema = {"properties": {"rank": {"default": 8, "description": "Rank of the update."}, "name": {"type": "string"}}}
+    rank = {"default": 8, "description": "Rank of the update."}
+    schema = {"properties": {"rank": rank, "name": {"type": "string"}}, "required": ["name"]}
     lora = s.Strategy(strategy_id="lora", description="Low rank.", config_json_schema=json.dumps(schema))
     broken = s.Strategy(strategy_id="x", load_error="ImportError: no\nmodule")
     server.on("ListStrategies", s.ListStrategiesResponse(strategies=[lora, broken]))

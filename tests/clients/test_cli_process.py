@@ -18,7 +18,14 @@ from tests.clients.scripted_server import ScriptedServer, hold
 from graftwork.v1 import adapters_pb2 as a
 from graftwork.v1 import tuning_pb2 as t
 
-CLI = [sys.executable, "-m", "graftwork"]
+# python -m graftwork, with Ctrl-C working even if the tests run in a shell's background, whose children ignore it.
+# (Not by preexec_fn: that forks this process, in which gRPC's threads run.)
+MAIN = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("graftwork", run_name="__main__", alter_sys=True)
+"""
+CLI = [sys.executable, "-c", MAIN]
 
 
 def start(server: ScriptedServer | None, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
@@ -38,6 +45,21 @@ def test_text_comes_before_the_end(server: ScriptedServer) -> None:
     assert (rest, errors) == (b"\n", b"")
     assert process.returncode == 130
     assert gone.wait(10)
+
+
+def test_leaving_a_job_says_that_it_goes_on(server: ScriptedServer) -> None:
+    gone = threading.Event()
+    server.on("GetTuningJob", t.GetTuningJobResponse(job=job()))
+    server.on("WatchTuningJob", hold([step_event(1, 1)], gone))
+    process = start(server, "tune", "watch", "j1")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith(b"step 1/3")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert errors == b"job j1 goes on; see: graftwork tune watch j1\n"
+    assert process.returncode == 130
+    assert gone.wait(10)
+    assert server.requests("CancelTuningJob") == []
 
 
 def test_a_closed_pipe_is_no_traceback(server: ScriptedServer) -> None:

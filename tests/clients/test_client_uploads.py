@@ -12,7 +12,7 @@ from tests.clients.protos import adapter
 from tests.clients.scripted_server import ScriptedServer, fail
 
 import graftwork
-from graftwork import uploads
+from graftwork import requests, uploads
 from graftwork.v1 import adapters_pb2 as a
 from graftwork.v1 import tuning_pb2 as t
 
@@ -145,6 +145,14 @@ async def test_a_file_that_changes_on_the_way_is_an_error(
     data = tmp_path / "d.jsonl"
     data.write_bytes(b'{"text": "a"}\n')
     server.on("UploadDataset", t.UploadDatasetResponse())
+    weights = tmp_path / "a.safetensors"
+    weights.write_bytes(b"xyz")
+    call = requests.create_adapter(
+        uploads.AdapterFiles(tmp_path), adapter_id="x", strategy=None, new_version=False, load=False, request_id=None
+    )
+    weights.write_bytes(b"xy")
+    with pytest.raises(graftwork.UploadError, match="changed while it was being sent"):
+        list(call.messages())
     monkeypatch.setattr(uploads, "_read", shrinking)
     with pytest.raises(graftwork.UploadError, match="changed while it was being sent"):
         client.datasets.upload(data)

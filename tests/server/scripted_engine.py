@@ -36,6 +36,7 @@ EOS_ID = 256
 OPTIONS = {
     "log": None,
     "tokenizer_dir": None,
+    "source": "scripted",
     "fingerprint": "sha256:" + "0" * 64,
     "context_tokens": 128,
     "vocab_size": 300,
@@ -162,7 +163,10 @@ class ScriptedEngine:
         return m.Unloaded(was_loaded=self.loaded.pop(message.digest, None) is not None)
 
     def on_inspect(self, message: m.Inspect) -> m.InspectReply:
-        if "REFUSE" in (Path(message.path) / "adapter_config.json").read_text():
+        config = Path(message.path) / "adapter_config.json"
+        if not config.exists():
+            raise Refusal("FAILED_PRECONDITION", "ARTIFACT_UNKNOWN", "no strategy recognises these files")
+        if "REFUSE" in config.read_text():
             raise Refusal("FAILED_PRECONDITION", "UNKNOWN_TENSOR", "tensor 'x' binds nowhere")
         return m.InspectReply(
             info=ArtifactInfo(strategy=message.strategy or "lora", parameter_count=64, rank=8, modules_bound=4)
@@ -243,7 +247,7 @@ def write_artifact(folder: Path, seed: str) -> None:
 def model_info(options: dict) -> ModelInfo:
     return ModelInfo(
         fingerprint=options["fingerprint"],
-        source="scripted",
+        source=options["source"],
         architecture="ScriptedForCausalLM",
         model_type="scripted",
         dtype="float32",
@@ -280,7 +284,7 @@ def main() -> None:
     parser.add_argument("--settings", required=True)
     arguments = parser.parse_args()
     path = json.loads(arguments.settings).get("model")
-    options = OPTIONS | (json.loads(Path(path).read_text()) if path else {})
+    options = OPTIONS | {"source": path} | (json.loads(Path(path).read_text()) if path else {})
     if options["exit_on_start"] is not None:
         sys.exit(options["exit_on_start"])
     sock = socket.socket(socket.AF_UNIX)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-import scripted_engine as script
+from tests.server import scripted_engine as script
 
 from graftwork_server.engine import client as client_module
 from graftwork_server.engine import output_stream
@@ -112,9 +112,10 @@ async def test_many_streams_do_not_mix(engine):
 
 
 async def test_a_slow_reader_gets_the_rest_in_one_piece(engine):
-    stream = engine.generate([script.FLOOD, 1], sampling(50))
+    stream = engine.generate([1], sampling(50))
     first = await anext(stream)
-    await asyncio.sleep(0.1)
+    (waiting,) = engine._streams.values()
+    await until(lambda: waiting._waiting and waiting._waiting[-1].finish)
     rest = await anext(stream)
     assert first.token_ids + rest.token_ids == list(range(2, 52))
     assert rest.finish == "length"

@@ -267,7 +267,7 @@ def sequences(draw: st.DrawFn) -> tuple[TextProcessor, list[list[int]]]:
 
 
 @given(sequences(), st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_pieces_join_to_the_whole(sequence: tuple[TextProcessor, list[list[int]]], skip: bool) -> None:
     text, chunks = sequence
     whole = text.decode([*chain(*chunks)], skip_special_tokens=skip)
@@ -281,7 +281,7 @@ def test_pieces_join_to_the_whole(sequence: tuple[TextProcessor, list[list[int]]
 
 
 @given(sequences(), st.lists(st.text(alphabet="the q🎉é你", min_size=1, max_size=3), min_size=1, max_size=3))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_stop_texts_end_the_stream_where_they_first_complete(
     sequence: tuple[TextProcessor, list[list[int]]], stops: list[str]
 ) -> None:

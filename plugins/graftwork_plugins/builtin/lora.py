@@ -269,6 +269,8 @@ def _what_it_is(name: str) -> str:
         return f"it adapts an embedding; {accepted}"
     if "lora_magnitude_vector" in name:
         return f"it belongs to DoRA; {accepted}"
+    if name.endswith(".base_layer.weight") or ".embed_tokens." in name:
+        return f"it is a copy of the base's weights; save with save_embedding_layers=False; {accepted}"
     if name.endswith(".bias"):
         return f"it is a bias; {accepted}"
     return accepted

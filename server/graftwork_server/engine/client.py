@@ -175,7 +175,7 @@ class EngineClient:
             error: GraftworkServerError = Internal(f"the engine ended {self._process.end}", reason="ENGINE_DIED")
             log.error("%s; %d sequences were running", error.message, streams)
             failures = failures + 1 if time.monotonic() - started < FAST_FAILURE_SECONDS else 1
-            while not self.ready:
+            while not self.ready and not self._stopping:
                 if failures >= MAX_FAST_FAILURES:
                     text = f"gave up after {failures} failures of the engine in a row; the last: {error.message}"
                     self.failure.set_result(Internal(text, reason="ENGINE_GIVEN_UP"))

@@ -87,7 +87,9 @@ class EngineProcess:
         if self._process is None:
             return
         try:
-            await asyncio.wait_for(self._process.wait(), max(seconds, LEAST_EXIT_SECONDS))
+            # Not wait_for, which may swallow a cancellation (python/cpython#86296).
+            async with asyncio.timeout(max(seconds, LEAST_EXIT_SECONDS)):
+                await self._process.wait()
         except TimeoutError:
             # Its whole session: a tuner must not outlive the engine and train on for nobody.
             with contextlib.suppress(ProcessLookupError):

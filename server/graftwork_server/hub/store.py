@@ -153,16 +153,18 @@ class Store:
             size = sum((folder / name).stat().st_size for name in names)
             digest = digest or digest_of(folder)
             target = self.artifact_path(digest)
-            if target.is_dir():
-                self.discard(folder)
-                return StoredArtifact(digest, str(target), size)
             for name in names:
                 os.chmod(folder / name, 0o600)
                 sync(folder / name)
             os.chmod(folder, 0o700)
             sync(folder)
             failpoints.reach("publish.before_rename")
-            folder.rename(target)
+            try:
+                folder.rename(target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                self.discard(folder)
             failpoints.reach("publish.after_rename")
             sync(self.artifacts)
         return StoredArtifact(digest, str(target), size)

@@ -1,4 +1,4 @@
-"""AdapterService: files in, names out. What is published is whole, checked against the base, and stays until deleted."""
+"""AdapterService: files in, names out. What is published is whole, fits the base, and stays until it is deleted."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ class AdapterService(AdapterServiceServicer):
     ) -> VersionRecord:
         if not upload.new_version:
             await asyncio.to_thread(self._hub.registry.check_adapter_free, upload.adapter_id)
-        with await to_its_end(ArtifactUpload, self._hub.store, files, self._max_upload_bytes) as received:
+        # Made here and not in a thread: a call cancelled on the way back from there would leave the folder behind.
+        with ArtifactUpload(self._hub.store, files, self._max_upload_bytes) as received:
             async for request in requests:
                 if request.WhichOneof("payload") != "chunk":
                     raise InvalidArgument(

@@ -32,7 +32,7 @@ class DatasetChecker:
     async def check(self, path: Path, max_sequence_tokens: int = 0) -> DatasetReport:
         """The report on the file at `path`, rows cut to `max_sequence_tokens` (0: the context)."""
         limit = max_sequence_tokens or self.context_tokens
-        if path.stat().st_size <= IN_PROCESS_BYTES:
+        if await asyncio.to_thread(os.path.getsize, path) <= IN_PROCESS_BYTES:
             return await asyncio.to_thread(_check_file, path, self._text, limit)
         arguments = [sys.executable, "-m", MODULE, str(path), str(limit)]
         process = await asyncio.create_subprocess_exec(

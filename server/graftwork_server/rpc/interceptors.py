@@ -4,6 +4,7 @@ new work while the server drains."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import secrets
@@ -28,6 +29,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 DETAILS_BYTES = 5_000
 """gRPC clients refuse trailers over 8 KiB by default, so the details, in base64, and the message stay below that."""
 MESSAGE_CHARACTERS = 600
+READ_THE_REST_SECONDS = 0.5
 
 Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
 
@@ -60,7 +62,8 @@ class Drain:
     async def wait_idle(self, seconds: float) -> bool:
         """Waits for the running calls to end; false if some still run after `seconds`."""
         try:
-            await asyncio.wait_for(self._idle.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True
@@ -83,6 +86,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return handler
         make, behaviour = _kind(handler)
         request_id = _request_id(handler_call_details)
+        if handler.request_streaming:
+            behaviour = _reads_the_rest(behaviour)
         wrapped = self._wrap(behaviour, handler_call_details.method.rsplit("/", 1)[-1], request_id)
         return make(
             wrapped,
@@ -127,6 +132,26 @@ def _kind(handler: Any) -> tuple[Callable[..., grpc.RpcMethodHandler], Behaviour
     if handler.response_streaming:
         return grpc.unary_stream_rpc_method_handler, handler.unary_stream
     return grpc.unary_unary_rpc_method_handler, handler.unary_unary
+
+
+def _reads_the_rest(behaviour: Behaviour) -> Behaviour:
+    """`behaviour`, after which what the client still sends is read, for a bounded time, and thrown away.
+
+    A client that is in the middle of sending when the answer comes may report a broken stream instead of it: gRPC's
+    asyncio client does.
+    """
+
+    async def call(requests: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await behaviour(requests, context)
+        finally:
+            if not context.cancelled():
+                with contextlib.suppress(TimeoutError, grpc.RpcError):
+                    async with asyncio.timeout(READ_THE_REST_SECONDS):
+                        async for _ in requests:
+                            pass
+
+    return call
 
 
 def _request_id(details: grpc.HandlerCallDetails) -> str:

@@ -1,4 +1,4 @@
-"""What client-streaming methods share: the first message, the size of chunks, and blocking work that must not be torn."""
+"""What client-streaming methods share: the first message, the size of chunks, blocking work that must not be torn."""
 
 from __future__ import annotations
 

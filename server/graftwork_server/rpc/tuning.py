@@ -47,8 +47,8 @@ class TuningService(TuningServiceServicer):
         """Checks and stores a data set."""
         upload = (await first_payload(request_iterator, "upload")).upload
         _check_upload(upload)
-        with await self._receive(request_iterator, upload.size_bytes) as received:
-            identifier = await to_its_end(received.finish)
+        with DatasetUpload(self._hub.store, self._max_dataset_bytes, upload.size_bytes) as received:
+            identifier = await _receive(request_iterator, received)
             report = await self._checker.check(received.path)
             refuse_bad_lines(report)
             dataset = await to_its_end(self._store, received, identifier, upload.display_name, report)
@@ -72,29 +72,9 @@ class TuningService(TuningServiceServicer):
             await asyncio.to_thread(self._hub.registry.get_dataset, identifier, "check.dataset")
             path = self._hub.store.dataset_path(identifier)
             return report_message(await self._checker.check(path, check.max_sequence_tokens))
-        with await self._receive(request_iterator) as received:
-            await to_its_end(received.finish)
+        with DatasetUpload(self._hub.store, self._max_dataset_bytes) as received:
+            await _receive(request_iterator, received)
             return report_message(await self._checker.check(received.path, check.max_sequence_tokens))
-
-    async def _receive(
-        self,
-        requests: AsyncIterator[pb.UploadDatasetRequest] | AsyncIterator[pb.ValidateDatasetRequest],
-        announced: int = 0,
-    ) -> DatasetUpload:
-        """The bytes of a stream in a staging file that goes away unless it is stored."""
-        received = await to_its_end(DatasetUpload, self._hub.store, self._max_dataset_bytes, announced)
-        try:
-            async for request in requests:
-                if request.WhichOneof("payload") != "data":
-                    raise InvalidArgument(
-                        "only the first message is no data", reason="UPLOAD_OUT_OF_ORDER", field="payload"
-                    )
-                check_chunk(request.data, "data")
-                await to_its_end(received.write, request.data)
-        except BaseException as error:
-            received.__exit__(type(error), error, error.__traceback__)
-            raise
-        return received
 
     def _store(
         self, received: DatasetUpload, identifier: str, display_name: str, report: DatasetReport
@@ -164,3 +144,15 @@ def _check_upload(upload: pb.DatasetUpload) -> None:
         )
     if upload.size_bytes < 0:
         raise InvalidArgument("size_bytes must not be negative", reason="INVALID_PARAMETER", field="upload.size_bytes")
+
+
+async def _receive(
+    requests: AsyncIterator[pb.UploadDatasetRequest] | AsyncIterator[pb.ValidateDatasetRequest], received: DatasetUpload
+) -> str:
+    """Takes the bytes that follow the first message; returns the data set's id."""
+    async for request in requests:
+        if request.WhichOneof("payload") != "data":
+            raise InvalidArgument("only the first message is no data", reason="UPLOAD_OUT_OF_ORDER", field="payload")
+        check_chunk(request.data, "data")
+        await to_its_end(received.write, request.data)
+    return await to_its_end(received.finish)

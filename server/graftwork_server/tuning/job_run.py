@@ -45,6 +45,10 @@ T = TypeVar("T")
 class EngineCalls(Protocol):
     """What jobs need of the engine; engine.client.EngineClient has it. All raise Unavailable while there is none."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is an engine now."""
+
     async def prepare_job(
         self, strategy: str, config: dict[str, Any], row_count: int, total_tokens: int
     ) -> PreparedJob: ...

@@ -13,8 +13,9 @@ import asyncio
 import logging
 import math
 import secrets
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from graftwork_server.errors import FailedPrecondition, InvalidArgument, Unavailable, Violation
@@ -25,10 +26,13 @@ from graftwork_server.messages import JobEvent
 from graftwork_server.text import TextProcessor
 from graftwork_server.tuning.data import DatasetReport, check_dataset, read_lines
 from graftwork_server.tuning.job_run import EngineCalls, EngineStatus, JobRun, Surroundings, check_strategy
+from graftwork_server.tuning.schedule import held_out_count
 from graftwork_server.types import JobState, ModelInfo, StrategyInfo
 
 MAX_VALIDATION_FRACTION = 0.5
 EVENTS_PER_READ = 256
+
+DatasetCheck = Callable[[Path, int], Awaitable[DatasetReport]]
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ class JobManager:
     """All tuning jobs of this server. To be used on one event loop; `start` first, `stop` at the end.
 
     `text` is None where the base model has no tokenizer; jobs cannot be created then. `strategies` gives those of the
-    engine that runs now.
+    engine that runs now. `check` reports on a data set's file, its rows cut to so many tokens; default: in a thread.
     """
 
     def __init__(
@@ -49,12 +53,14 @@ class JobManager:
         strategies: Callable[[], Sequence[StrategyInfo]],
         text: TextProcessor | None,
         max_concurrent_jobs: int = 1,
+        check: DatasetCheck | None = None,
     ) -> None:
         self._hub = hub
         self._engine = engine
         self._model = model
         self._strategies = strategies
         self._text = text
+        self._check = check or self._check_in_thread
         self._max_concurrent = max_concurrent_jobs
         self._status = EngineStatus()
         self._around = Surroundings(hub, engine, self._status, model.fingerprint, strategies, self._notify)
@@ -68,6 +74,7 @@ class JobManager:
 
     async def start(self) -> None:
         """Goes on with the jobs of an earlier run of the server, those that were running first."""
+        self._status.ready = self._engine.ready  # it may have died before anybody listened
         await self._start_next()
 
     async def stop(self) -> None:
@@ -114,10 +121,10 @@ class JobManager:
             return known
         _check_spec(spec)
         check_strategy(self._strategies(), spec.strategy, "spec.strategy")
-        report = await asyncio.to_thread(self._checked_dataset, spec, spec.dataset_id, "spec.dataset")
+        report = await self._checked_dataset(spec, spec.dataset_id, "spec.dataset")
         if spec.validation_dataset_id:
-            await asyncio.to_thread(self._checked_dataset, spec, spec.validation_dataset_id, "spec.validation_dataset")
-        rows = report.row_count - held_out_rows(report.row_count, spec.validation_fraction)
+            await self._checked_dataset(spec, spec.validation_dataset_id, "spec.validation_dataset")
+        rows = report.row_count - held_out_count(report.row_count, spec.validation_fraction)
         tokens = math.ceil(report.total_tokens * rows / report.row_count)
         prepared = await self._engine.prepare_job(spec.strategy, spec.config, rows, tokens)
         complete = TuningSpec(
@@ -235,14 +242,20 @@ class JobManager:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def _checked_dataset(self, spec: TuningSpec, dataset_id: str, field: str) -> DatasetReport:
+    async def _check_in_thread(self, path: Path, max_sequence_tokens: int) -> DatasetReport:
+        def check() -> DatasetReport:
+            with path.open("rb") as file:
+                return check_dataset(read_lines(file), self._text, max_sequence_tokens)
+
+        return await asyncio.to_thread(check)
+
+    async def _checked_dataset(self, spec: TuningSpec, dataset_id: str, field: str) -> DatasetReport:
         if self._text is None:
             raise FailedPrecondition(
                 "the base model has no tokenizer, so nothing can be tuned on text", reason="TOKENIZER_MISSING"
             )
-        self._hub.registry.get_dataset(dataset_id, field)
-        with self._hub.store.dataset_path(dataset_id).open("rb") as file:
-            report = check_dataset(read_lines(file), self._text, self._row_limit(spec))
+        await asyncio.to_thread(self._hub.registry.get_dataset, dataset_id, field)
+        report = await self._check(self._hub.store.dataset_path(dataset_id), self._row_limit(spec))
         if not report.valid:
             where = [Violation(f"{field}: line {error.line}", error.reason) for error in report.errors]
             no_loss = report.error_count == 1 and report.total_tokens > 0 and report.loss_tokens == 0
@@ -261,11 +274,6 @@ class JobManager:
         if isinstance(limit, int | float) and 0 < limit < context:
             return int(limit)
         return context
-
-
-def held_out_rows(row_count: int, validation_fraction: float) -> int:
-    """Rows that are kept out of training: at least one if any are asked for."""
-    return max(1, round(row_count * validation_fraction)) if validation_fraction else 0
 
 
 def _check_spec(spec: TuningSpec) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from graftwork_plugins import BaseModelHandle, Strategy, Trainable, TrainingConfig, TrainingRow
+from graftwork_plugins import BaseModelHandle, TrainingConfig, TrainingRow
 from graftwork_server.errors import FailedPrecondition, InvalidArgument, body_of
 from graftwork_server.messages import (
     Failed,
@@ -42,10 +42,10 @@ from graftwork_server.tuning.schedule import split_rows
 from graftwork_server.types import TuningResult
 
 if TYPE_CHECKING:
-    from graftwork_server.tuning.checkpoint import Progressed
+    from graftwork_server.tuning.loop import Run
 
 RESULT_FILE = "result.json"
-"""In job_dir, written before the artifact appears: a tuner that dies in between need not train again."""
+"""In job_dir, beside a whole artifact: a tuner that is started again need not train again."""
 
 _NICENESS = 10
 _OOM_SCORE = "500"
@@ -75,26 +75,23 @@ def main() -> None:
 
 def run_job(command: StartTuning, send: Callable[[TunerEvent], None]) -> TuningResult:
     """Trains one job and writes its artifact. Raises GraftworkServerError, or what went wrong otherwise."""
+    from graftwork_server.tuning.loop import train
+
     job = command.job
     artifact_dir, result_file = Path(job.artifact_dir), Path(job.job_dir) / RESULT_FILE
     if artifact_dir.is_dir() and result_file.is_file():
         send(Note(text="the job had ended before; its artifact is whole"))
         return msgspec.json.decode(result_file.read_bytes(), type=TuningResult)
     peak = PeakMemory(command.model.device.partition(":")[0])
-    strategy = PluginHost().strategy(job.strategy)
-    config = parse_config(strategy, job.config)
-    rows, held_out = _read_rows(command, config, send)
-    base = _base_model(command)
-    trainable = _build(strategy, base, config)
-    for text in trainable.notes:
+    run = _prepared(command, send)
+    for text in run.trainable.notes:
         send(Note(text=text))
-    trained = sum(parameter.numel() for parameter in trainable.parameters.values())
-    state = _train(command, strategy, config, base, trainable, rows, held_out, send)
-    with guard(strategy.id, "save"):
-        saved = strategy.save(trainable)
+    state = train(run)
+    with guard(run.strategy.id, "save"):
+        saved = run.strategy.save(run.trainable)
     artifact_bytes = write_artifact(saved, artifact_dir)
     result = TuningResult(
-        trained_parameters=trained,
+        trained_parameters=sum(parameter.numel() for parameter in run.trainable.parameters.values()),
         peak_memory_bytes=peak.bytes(),
         artifact_bytes=artifact_bytes,
         train_ms=state.train_ms,
@@ -103,6 +100,41 @@ def run_job(command: StartTuning, send: Callable[[TunerEvent], None]) -> TuningR
     )
     write_json(result_file, msgspec.to_builtins(result))
     return result
+
+
+def _prepared(command: StartTuning, send: Callable[[TunerEvent], None]) -> Run:
+    """Everything up to the first step: rows, base model, what the strategy builds on it."""
+    # torch comes only now: importing it takes seconds of a core, which at this process's niceness are serving's first.
+    import torch
+
+    from graftwork_server.engine.describe import base_info
+    from graftwork_server.engine.weights import map_base_model
+    from graftwork_server.tuning.checkpoint import Checkpoints
+    from graftwork_server.tuning.gate import Gate
+    from graftwork_server.tuning.loop import Run
+
+    job, model = command.job, command.model
+    strategy = PluginHost().strategy(job.strategy)
+    config = parse_config(strategy, job.config)
+    rows, held_out = _read_rows(command, config, send)
+    torch.set_num_threads(command.threads)
+    base_model = map_base_model(command.weights)
+    base = BaseModelHandle(base_info(base_model, model), base_model, torch.device(model.device))
+    torch.manual_seed(config.seed)
+    with guard(strategy.id, "build"):
+        trainable = strategy.build(base, config)
+    identity = {"base": model.fingerprint, "strategy": f"{strategy.id} {strategy.version}"}
+    return Run(
+        strategy=strategy,
+        config=config,
+        trainable=trainable,
+        device=base.device,
+        rows=rows,
+        held_out=held_out,
+        checkpoints=Checkpoints(Path(job.job_dir) / "checkpoints", identity),
+        send=send,
+        gate=Gate(command.gate_fd, command.yield_ms),
+    )
 
 
 def _read_rows(
@@ -138,56 +170,6 @@ def _tokenized(path: Path, text: TextProcessor, longest: int) -> Iterator[Traini
         for row in tokenize_rows(read_lines(file), text, longest):
             # Four bytes a token instead of the 36 that a list of ints takes.
             yield TrainingRow(array("i", row.input_ids), array("i", row.labels))
-
-
-def _base_model(command: StartTuning) -> BaseModelHandle:
-    import torch
-
-    from graftwork_server.engine.describe import base_info
-    from graftwork_server.engine.weights import map_base_model
-
-    torch.set_num_threads(command.threads)
-    model = map_base_model(command.weights)
-    return BaseModelHandle(base_info(model, command.model), model, torch.device(command.model.device))
-
-
-def _build(strategy: Strategy, base: BaseModelHandle, config: TrainingConfig) -> Trainable:
-    import torch
-
-    torch.manual_seed(config.seed)
-    with guard(strategy.id, "build"):
-        trainable = strategy.build(base, config)
-    return trainable
-
-
-def _train(
-    command: StartTuning,
-    strategy: Strategy,
-    config: TrainingConfig,
-    base: BaseModelHandle,
-    trainable: Trainable,
-    rows: list[TrainingRow],
-    held_out: list[TrainingRow],
-    send: Callable[[TunerEvent], None],
-) -> Progressed:
-    from graftwork_server.tuning.checkpoint import Checkpoints
-    from graftwork_server.tuning.gate import Gate
-    from graftwork_server.tuning.loop import Run, train
-
-    identity = {"base": command.model.fingerprint, "strategy": f"{strategy.id} {strategy.version}"}
-    return train(
-        Run(
-            strategy=strategy,
-            config=config,
-            trainable=trainable,
-            device=base.device,
-            rows=rows,
-            held_out=held_out,
-            checkpoints=Checkpoints(Path(command.job.job_dir) / "checkpoints", identity),
-            send=send,
-            gate=Gate(command.gate_fd, command.yield_ms),
-        )
-    )
 
 
 def _explained(error: Exception) -> Exception:

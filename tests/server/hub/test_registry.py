@@ -184,7 +184,7 @@ async def test_names_resolve_to_versions(hub: Hub) -> None:
         assert (resolved.model, resolved.version) == ("a", version.number)
         assert resolved.adapter is not None
         assert resolved.adapter.digest == version.digest
-        assert Path(resolved.adapter.path).is_dir()
+        assert resolved.adapter.path == str(hub.store.artifact_path(version.digest))
     for name in ("b", "a@3"):
         with pytest.raises(NotFound):
             await hub.resolver.resolve(name)

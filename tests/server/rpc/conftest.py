@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import grpc
 import pytest
-import scripted_engine as script
-from google.rpc import error_details_pb2, status_pb2
+import pytest_asyncio
+from tests.server.rpc.rpc_harness import Refused, start_server
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from graftwork.v1 import adapters_pb2_grpc, generation_pb2_grpc, strategies_pb2_grpc, tuning_pb2_grpc
-from graftwork_server.config import ServerConfig
 from graftwork_server.engine import client as client_module
-from graftwork_server.front import Front
 
-TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 def byte_tokens() -> list[str]:
@@ -41,72 +40,41 @@ def tokenizer_dir(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+def pytest_collection_modifyitems(items):
+    """One loop for all tests here: the server that many share lives on it, and grpc.aio wants one per process."""
+    mark = pytest.mark.asyncio(loop_scope="session")
+    for item in items:
+        if Path(__file__).parent in item.path.parents and pytest_asyncio.is_async_test(item):
+            item.add_marker(mark, append=False)
+
+
+@pytest_asyncio.fixture(loop_scope="session")
 async def make_server(tmp_path, tokenizer_dir, monkeypatch):
     """Starts servers: `await make_server(options={...}, max_queue=...)`. All are stopped at the end."""
     monkeypatch.setattr(client_module, "FIRST_BACKOFF_SECONDS", 0.02)
     started = []
 
     async def make(options=None, **settings):
-        path = tmp_path / "options.json"
-        log = tmp_path / "log"
-        path.write_text(
-            json.dumps({"tokenizer_dir": str(tokenizer_dir), "log": str(log), "step_ms": 0.2, **(options or {})})
-        )
-        config = ServerConfig(model=str(path), data_dir=str(tmp_path / "data"), listen="127.0.0.1:0", **settings)
-        front = Front(config, engine_command=(sys.executable, script.__file__))
-        address = await front.start("127.0.0.1:0")
-        channel = grpc.aio.insecure_channel(address)
-        started.append((front, channel))
-        return SimpleNamespace(
-            front=front,
-            address=address,
-            channel=channel,
-            generation=generation_pb2_grpc.GenerationServiceStub(channel),
-            adapters=adapters_pb2_grpc.AdapterServiceStub(channel),
-            tuning=tuning_pb2_grpc.TuningServiceStub(channel),
-            strategies=strategies_pb2_grpc.StrategyServiceStub(channel),
-            heard=lambda kind: [e for e in map(json.loads, log.read_text().splitlines()) if e["type"] == kind],
-        )
+        started.append(await start_server(tmp_path, tokenizer_dir, options, **settings))
+        return started[-1]
 
     yield make
-    for front, channel in started:
-        await channel.close()
-        await front.stop()
+    for server in started:
+        await server.stop()
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def server(make_server):
-    """A server with default settings."""
+    """A server of the test's own, with default settings."""
     return await make_server()
 
 
-class Refused:
-    """What a failed call says: code, message, and the google.rpc details."""
-
-    def __init__(self, error: grpc.aio.AioRpcError) -> None:
-        self.code = error.code().name
-        self.message = error.details() or ""
-        self.trailers = dict(error.trailing_metadata() or ())
-        self.reason, self.domain, self.metadata = "", "", {}
-        self.fields: dict[str, str] = {}
-        self.retry_ms: int | None = None
-        status = status_pb2.Status.FromString(self.trailers.get("grpc-status-details-bin", b""))
-        for detail in status.details:
-            info, bad, retry = (
-                error_details_pb2.ErrorInfo(),
-                error_details_pb2.BadRequest(),
-                error_details_pb2.RetryInfo(),
-            )
-            if detail.Unpack(info):
-                self.reason, self.domain, self.metadata = info.reason, info.domain, dict(info.metadata)
-            elif detail.Unpack(bad):
-                self.fields = {violation.field: violation.description for violation in bad.field_violations}
-            elif detail.Unpack(retry):
-                self.retry_ms = retry.retry_delay.ToMilliseconds()
-
-    def __repr__(self) -> str:
-        return f"{self.code} {self.reason} {self.message!r} {self.fields}"
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def shared(tmp_path_factory, tokenizer_dir):
+    """A server for tests that leave nothing behind."""
+    server = await start_server(tmp_path_factory.mktemp("shared"), tokenizer_dir)
+    yield server
+    await server.stop()
 
 
 @pytest.fixture
@@ -114,11 +82,14 @@ def refused():
     """`await refused(call)`: the error of a call that must fail; a stream is read to its end."""
 
     async def read(call) -> Refused:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            if hasattr(call, "__aiter__"):
-                _ = [message async for message in call]
+        try:
+            if hasattr(call, "read"):
+                while await call.read() is not grpc.aio.EOF:
+                    pass
             else:
                 await call
-        return Refused(caught.value)
+        except grpc.aio.AioRpcError as error:
+            return Refused(error)
+        pytest.fail("the call was answered")
 
     return read

@@ -63,12 +63,14 @@ def show(
         )
         settings = item.config_schema.get("properties")
         if isinstance(settings, dict) and settings:
+            required = item.config_schema.get("required", [])
+            rows = [_setting(name, about, name in required) for name, about in settings.items()]
             print()
-            output.table(("SETTING", "DEFAULT", "ABOUT"), (_setting(name, about) for name, about in settings.items()))
+            output.table(("SETTING", "DEFAULT", "ABOUT"), rows)
 
 
-def _setting(name: str, about: object) -> tuple[str, str, str]:
+def _setting(name: str, about: object, required: bool) -> tuple[str, str, str]:
     if not isinstance(about, dict):  # JSON schema allows true and false here
         return name, "", ""
-    default = json.dumps(about["default"]) if "default" in about else "(required)"
+    default = json.dumps(about["default"]) if "default" in about else "(required)" if required else ""
     return name, default, str(about.get("description") or about.get("type") or "")

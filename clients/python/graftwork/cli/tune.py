@@ -161,7 +161,7 @@ def _show(job: TuningJobInfo, as_json: bool) -> None:
     if as_json:
         output.emit(job)
         return
-    settings = " ".join(f"{key}={json.dumps(value)}" for key, value in job.spec.config.items())
+    settings = " ".join(f"{key}={json.dumps(value)}" for key, value in sorted(job.spec.config.items()))
     pairs: list[tuple[str, Any]] = [
         ("job", job.job_id),
         ("state", job.state),

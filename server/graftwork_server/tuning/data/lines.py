@@ -148,7 +148,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
     if line.startswith(b"\xef\xbb\xbf"):
         raise LineProblem("the line starts with a byte order mark; save the file as UTF-8 without one")
     try:
-        text = line.decode("utf-8")
+        text = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         utf16 = line.startswith((b"\xff\xfe", b"\xfe\xff"))
         hint = "; it looks like UTF-16, save it as UTF-8" if utf16 else ""

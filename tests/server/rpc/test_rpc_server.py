@@ -6,14 +6,13 @@ import asyncio
 import json
 import logging
 import socket
-import time
 
 import grpc
 import pytest
-import scripted_engine as script
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from tests.server import scripted_engine as script
 
 from graftwork.v1 import generation_pb2 as pb
 from graftwork.v1 import strategies_pb2
@@ -21,13 +20,6 @@ from graftwork_server import logs
 from graftwork_server.errors import InvalidArgument, Violation
 from graftwork_server.rpc.interceptors import to_status
 from graftwork_server.rpc.server import SERVICES, ListenError, resolve_listen
-
-
-async def until(condition, seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        await asyncio.sleep(0.005)
 
 
 def hanging(server):
@@ -49,33 +41,33 @@ async def health_of(server, service="") -> str:
 # ---------------------------------------------------------------------------------------------- request ids
 
 
-async def test_a_request_id_comes_back_in_both_metadata(server):
-    call = server.generation.Tokenize(pb.TokenizeRequest(text="a"), metadata=(("x-request-id", "mine-1"),))
+async def test_a_request_id_comes_back_in_both_metadata(shared):
+    call = shared.generation.Tokenize(pb.TokenizeRequest(text="a"), metadata=(("x-request-id", "mine-1"),))
     await call
     assert dict(await call.initial_metadata())["x-request-id"] == "mine-1"
     assert dict(await call.trailing_metadata())["x-request-id"] == "mine-1"
 
 
 @pytest.mark.parametrize("sent", [None, "", "with space", "x" * 200, "[31m"])
-async def test_a_request_id_is_made_where_there_is_no_usable_one(server, sent):
+async def test_a_request_id_is_made_where_there_is_no_usable_one(shared, sent):
     metadata = (("x-request-id", sent),) if sent is not None else ()
-    call = server.generation.Tokenize(pb.TokenizeRequest(text="a"), metadata=metadata)
+    call = shared.generation.Tokenize(pb.TokenizeRequest(text="a"), metadata=metadata)
     await call
     made = dict(await call.trailing_metadata())["x-request-id"]
     assert made != sent
     assert len(made) == 16
 
 
-async def test_an_error_carries_the_request_id(server, refused):
+async def test_an_error_carries_the_request_id(shared, refused):
     error = await refused(
-        server.generation.Generate(pb.GenerateRequest(model="base"), metadata=(("x-request-id", "mine-2"),))
+        shared.generation.Generate(pb.GenerateRequest(model="base"), metadata=(("x-request-id", "mine-2"),))
     )
     assert error.trailers["x-request-id"] == "mine-2"
 
 
-async def test_the_access_log_has_one_line_per_call(server, caplog):
+async def test_the_access_log_has_one_line_per_call(shared, caplog):
     with caplog.at_level(logging.INFO, "graftwork.access"):
-        await server.generation.Tokenize(pb.TokenizeRequest(text="a"))
+        await shared.generation.Tokenize(pb.TokenizeRequest(text="a"))
     lines = [record.getMessage() for record in caplog.records if record.name == "graftwork.access"]
     assert len(lines) == 1
     assert lines[0].startswith("Tokenize OK ")
@@ -84,12 +76,12 @@ async def test_the_access_log_has_one_line_per_call(server, caplog):
 # ---------------------------------------------------------------------------------------------- errors
 
 
-async def test_a_defect_is_internal_without_a_trace_of_the_server(server, refused, monkeypatch, caplog):
-    def broken(*_):
+async def test_a_defect_is_internal_without_a_trace_of_the_server(shared, refused, monkeypatch, caplog):
+    def broken(*_, **__):
         raise RuntimeError("secret /srv/path")
 
     monkeypatch.setattr("graftwork_server.rpc.generation.check_prompt", broken)
-    error = await refused(server.generation.Generate(pb.GenerateRequest(model="base", text="x")))
+    error = await refused(shared.generation.Generate(pb.GenerateRequest(model="base", text="x")))
     assert (error.code, error.reason) == ("INTERNAL", "INTERNAL")
     assert "secret" not in error.message
     assert error.trailers["x-request-id"] in error.message
@@ -103,8 +95,8 @@ def test_a_hundred_violations_fit_the_trailers_of_any_client():
     assert len(status.message) <= 600
 
 
-async def test_control_characters_do_not_break_the_message(server, refused):
-    error = await refused(server.generation.Generate(pb.GenerateRequest(model="a\r\nb\0ü", text="x")))
+async def test_control_characters_do_not_break_the_message(shared, refused):
+    error = await refused(shared.generation.Generate(pb.GenerateRequest(model="a\r\nb\0ü", text="x")))
     assert error.code == "INVALID_ARGUMENT"
     assert "\n" not in error.message
 
@@ -112,11 +104,11 @@ async def test_control_characters_do_not_break_the_message(server, refused):
 # ---------------------------------------------------------------------------------------------- health, reflection
 
 
-async def test_health_tells_for_the_server_and_each_service(server):
+async def test_health_tells_for_the_server_and_each_service(shared):
     for service in ("", *SERVICES):
-        assert await health_of(server, service) == "SERVING"
+        assert await health_of(shared, service) == "SERVING"
     with pytest.raises(grpc.aio.AioRpcError):
-        await health_of(server, "nobody")
+        await health_of(shared, "nobody")
 
 
 async def test_health_follows_the_engine(make_server, refused):
@@ -132,8 +124,8 @@ async def test_health_follows_the_engine(make_server, refused):
     watch.cancel()
 
 
-async def test_reflection_lists_and_describes_all_services(server):
-    stub = reflection_pb2_grpc.ServerReflectionStub(server.channel)
+async def test_reflection_lists_and_describes_all_services(shared):
+    stub = reflection_pb2_grpc.ServerReflectionStub(shared.channel)
     wanted = (*SERVICES, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
     requests = [reflection_pb2.ServerReflectionRequest(list_services="")]
     requests += [reflection_pb2.ServerReflectionRequest(file_containing_symbol=service) for service in wanted]
@@ -160,7 +152,9 @@ async def test_a_drain_refuses_new_calls_and_lets_running_ones_finish(make_serve
     error = await refused(server.generation.Tokenize(pb.TokenizeRequest(text="a")))
     assert (error.code, error.reason) == ("UNAVAILABLE", "SHUTTING_DOWN")
     assert error.retry_ms > 0
-    rest = [m async for m in running]
+    rest = []
+    while (message := await running.read()) is not grpc.aio.EOF:
+        rest.append(message)
     assert first.text + "".join(m.text for m in rest) == "bcdefghijklmnopqrstu"
     assert rest[-1].finish_reason == pb.FINISH_REASON_LENGTH
     await asyncio.wait_for(drain, 5)
@@ -205,34 +199,34 @@ def test_an_unknown_host_is_said(monkeypatch):
         resolve_listen("nowhere.invalid:1", insecure=True)
 
 
-async def test_a_message_that_is_too_large_is_refused(server):
+async def test_a_message_that_is_too_large_is_refused(shared):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await server.generation.Tokenize(pb.TokenizeRequest(text="a" * (5 << 20)))
+        await shared.generation.Tokenize(pb.TokenizeRequest(text="a" * (5 << 20)))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    await server.generation.Tokenize(pb.TokenizeRequest(text="a" * 100_000))
+    await shared.generation.Tokenize(pb.TokenizeRequest(text="a" * 100_000))
 
 
 # ---------------------------------------------------------------------------------------------- strategies
 
 
-async def test_strategies_are_listed_a_page_at_a_time(server, refused):
-    first = await server.strategies.ListStrategies(strategies_pb2.ListStrategiesRequest(page_size=2))
+async def test_strategies_are_listed_a_page_at_a_time(shared, refused):
+    first = await shared.strategies.ListStrategies(strategies_pb2.ListStrategiesRequest(page_size=2))
     assert [s.strategy_id for s in first.strategies] == ["broken", "full"]
     assert "no module" in first.strategies[0].load_error
-    second = await server.strategies.ListStrategies(
+    second = await shared.strategies.ListStrategies(
         strategies_pb2.ListStrategiesRequest(page_size=2, page_token=first.next_page_token)
     )
     assert [s.strategy_id for s in second.strategies] == ["lora"]
     assert second.next_page_token == ""
     for wrong in ({"page_size": -1}, {"page_size": 1001}, {"page_token": "!!"}, {"page_token": "é"}):
-        error = await refused(server.strategies.ListStrategies(strategies_pb2.ListStrategiesRequest(**wrong)))
+        error = await refused(shared.strategies.ListStrategies(strategies_pb2.ListStrategiesRequest(**wrong)))
         assert next(iter(wrong)) in error.fields
 
 
-async def test_one_strategy(server, refused):
-    answer = await server.strategies.GetStrategy(strategies_pb2.GetStrategyRequest(name="strategies/lora"))
+async def test_one_strategy(shared, refused):
+    answer = await shared.strategies.GetStrategy(strategies_pb2.GetStrategyRequest(name="strategies/lora"))
     assert json.loads(answer.strategy.config_json_schema) == {"type": "object"}
-    error = await refused(server.strategies.GetStrategy(strategies_pb2.GetStrategyRequest(name="strategies/nope")))
+    error = await refused(shared.strategies.GetStrategy(strategies_pb2.GetStrategyRequest(name="strategies/nope")))
     assert (error.code, error.reason) == ("NOT_FOUND", "STRATEGY_NOT_FOUND")
 
 

@@ -8,16 +8,10 @@ import time
 
 import grpc
 import pytest
-import scripted_engine as script
+from tests.server import scripted_engine as script
+from tests.server.rpc.rpc_harness import until
 
 from graftwork.v1 import generation_pb2 as pb
-
-
-async def until(condition, seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        await asyncio.sleep(0.005)
 
 
 def request(text="a", model="base", **sampling) -> pb.GenerateRequest:
@@ -28,8 +22,8 @@ def of_ids(*ids, model="base", **sampling) -> pb.GenerateRequest:
     return pb.GenerateRequest(model=model, token_ids=pb.TokenIds(ids=ids), sampling=pb.SamplingParameters(**sampling))
 
 
-async def test_text_comes_in_pieces_and_the_last_says_why_it_ended(server):
-    messages = [m async for m in server.generation.Generate(request("xa", max_tokens=5))]
+async def test_text_comes_in_pieces_and_the_last_says_why_it_ended(shared):
+    messages = [m async for m in shared.generation.Generate(request("xa", max_tokens=5))]
     assert "".join(m.text for m in messages) == "bcdef"
     assert [id for m in messages for id in m.token_ids] == list(b"bcdef")
     assert (messages[0].model, messages[0].version) == ("base", 0)
@@ -39,8 +33,8 @@ async def test_text_comes_in_pieces_and_the_last_says_why_it_ended(server):
     assert not any(m.finish_reason or m.HasField("usage") for m in messages[:-1])
 
 
-async def test_the_end_of_sequence_token_counts_but_is_no_text(server):
-    messages = [m async for m in server.generation.Generate(of_ids(script.EOS, 97, max_tokens=50))]
+async def test_the_end_of_sequence_token_counts_but_is_no_text(shared):
+    messages = [m async for m in shared.generation.Generate(of_ids(script.EOS, 97, max_tokens=50))]
     assert "".join(m.text for m in messages) == "bc"
     assert [id for m in messages for id in m.token_ids] == [98, 99, script.EOS_ID]
     assert messages[-1].finish_reason == pb.FINISH_REASON_STOP
@@ -58,8 +52,8 @@ async def test_a_stop_text_ends_it_the_same_way_however_tokens_arrive(server, fi
         await until(lambda: server.heard("Cancel"))
 
 
-async def test_logprobs_name_their_tokens(server):
-    messages = [m async for m in server.generation.Generate(request(max_tokens=2, logprobs=2))]
+async def test_logprobs_name_their_tokens(shared):
+    messages = [m async for m in shared.generation.Generate(request(max_tokens=2, logprobs=2))]
     entries = [entry for m in messages for entry in m.logprobs]
     assert [(e.token_id, e.text, e.logprob) for e in entries] == [(98, "b", -0.25), (99, "c", -0.25)]
     assert [t.token_id for t in entries[0].top] == [98, 1]
@@ -84,8 +78,8 @@ async def test_chat_uses_the_template(server):
     assert bytes(server.heard("Generate")[0]["prompt"]) == b"user:hi;assistant:"
 
 
-async def test_score(server):
-    answer = await server.generation.Score(pb.ScoreRequest(model="base", text="abc", top_logprobs=1))
+async def test_score(shared):
+    answer = await shared.generation.Score(pb.ScoreRequest(model="base", text="abc", top_logprobs=1))
     assert [(t.token_id, t.text, t.HasField("logprob")) for t in answer.tokens] == [
         (97, "a", False),
         (98, "b", True),
@@ -94,16 +88,16 @@ async def test_score(server):
     assert (answer.total_logprob, answer.model, answer.version) == (-1.0, "base", 0)
     assert len(answer.tokens[1].top) == 1
     # A whole context can be scored: nothing is to be generated.
-    whole = await server.generation.Score(pb.ScoreRequest(model="base", text="a" * 128))
+    whole = await shared.generation.Score(pb.ScoreRequest(model="base", text="a" * 128))
     assert len(whole.tokens) == 128
 
 
-async def test_tokenize(server):
-    answer = await server.generation.Tokenize(pb.TokenizeRequest(text="héy"))
+async def test_tokenize(shared):
+    answer = await shared.generation.Tokenize(pb.TokenizeRequest(text="héy"))
     assert bytes(answer.token_ids) == "héy".encode()
     assert list(answer.tokens) == ["h", "�", "�", "y"]
     assert answer.context_tokens == 128
-    chat = await server.generation.Tokenize(pb.TokenizeRequest(messages=[pb.ChatMessage(role="user", content="x")]))
+    chat = await shared.generation.Tokenize(pb.TokenizeRequest(messages=[pb.ChatMessage(role="user", content="x")]))
     assert bytes(chat.token_ids) == b"user:x;assistant:"
 
 
@@ -132,7 +126,7 @@ WRONG_SAMPLING = [
 
 
 @pytest.mark.parametrize(("sampling", "field", "accepted"), WRONG_SAMPLING)
-async def test_a_parameter_out_of_range_is_named(server, refused, sampling, field, accepted):
+async def test_a_parameter_out_of_range_is_named(shared, refused, sampling, field, accepted):
     chat = pb.ChatRequest(
         model="base",
         messages=[pb.ChatMessage(role="", content="")]
@@ -140,16 +134,16 @@ async def test_a_parameter_out_of_range_is_named(server, refused, sampling, fiel
         else [pb.ChatMessage(role="u", content="")],
         sampling=pb.SamplingParameters(**sampling),
     )
-    error = await refused(server.generation.Generate(request("a", **sampling)))
+    error = await refused(shared.generation.Generate(request("a", **sampling)))
     assert error.code == "INVALID_ARGUMENT", error
     assert error.domain == "graftwork"
     assert accepted in error.fields[field], error
-    assert field in (await refused(server.generation.Chat(chat))).fields
-    assert not server.front.engine.running
+    assert field in (await refused(shared.generation.Chat(chat))).fields
+    assert not shared.front.engine.running
 
 
-async def test_all_wrong_fields_are_named_at_once(server, refused):
-    error = await refused(server.generation.Generate(request(temperature=-1, top_p=2, max_tokens=0)))
+async def test_all_wrong_fields_are_named_at_once(shared, refused):
+    error = await refused(shared.generation.Generate(request(temperature=-1, top_p=2, max_tokens=0)))
     assert set(error.fields) == {"sampling.temperature", "sampling.top_p", "sampling.max_tokens"}
 
 
@@ -170,39 +164,39 @@ async def test_all_wrong_fields_are_named_at_once(server, refused):
         (request(model="x" * 5000), "model", ""),
     ],
 )
-async def test_a_wrong_prompt_or_model_is_named(server, refused, wrong, field, words):
-    error = await refused(server.generation.Generate(wrong))
+async def test_a_wrong_prompt_or_model_is_named(shared, refused, wrong, field, words):
+    error = await refused(shared.generation.Generate(wrong))
     assert error.code == "INVALID_ARGUMENT", error
     assert words in error.fields[field], error
 
 
 @pytest.mark.parametrize("model", ["nobody", "nobody@3", "Base", "tuned.v2"])
-async def test_an_unknown_adapter_is_never_answered_by_the_base(server, refused, model):
+async def test_an_unknown_adapter_is_never_answered_by_the_base(shared, refused, model):
     for call in (
-        server.generation.Generate(request(model=model)),
-        server.generation.Chat(pb.ChatRequest(model=model, messages=[pb.ChatMessage(role="u", content="x")])),
-        server.generation.Score(pb.ScoreRequest(model=model, text="x")),
+        shared.generation.Generate(request(model=model)),
+        shared.generation.Chat(pb.ChatRequest(model=model, messages=[pb.ChatMessage(role="u", content="x")])),
+        shared.generation.Score(pb.ScoreRequest(model=model, text="x")),
     ):
         error = await refused(call)
         assert error.code == "NOT_FOUND", error
 
 
-async def test_wrong_scores_chats_and_tokenizations_are_named(server, refused):
-    error = await refused(server.generation.Score(pb.ScoreRequest(model="base", text="a", top_logprobs=21)))
+async def test_wrong_scores_chats_and_tokenizations_are_named(shared, refused):
+    error = await refused(shared.generation.Score(pb.ScoreRequest(model="base", text="a", top_logprobs=21)))
     assert "0 to 20" in error.fields["top_logprobs"]
-    error = await refused(server.generation.Score(pb.ScoreRequest(model="base", text="a" * 129)))
+    error = await refused(shared.generation.Score(pb.ScoreRequest(model="base", text="a" * 129)))
     assert "at most 128" in error.fields["text"]
-    error = await refused(server.generation.Score(pb.ScoreRequest(model="base")))
+    error = await refused(shared.generation.Score(pb.ScoreRequest(model="base")))
     assert "input" in error.fields
-    error = await refused(server.generation.Chat(pb.ChatRequest(model="base")))
+    error = await refused(shared.generation.Chat(pb.ChatRequest(model="base")))
     assert "messages" in error.fields
-    error = await refused(server.generation.Chat(pb.ChatRequest(model="base", messages=[pb.ChatMessage(content="x")])))
+    error = await refused(shared.generation.Chat(pb.ChatRequest(model="base", messages=[pb.ChatMessage(content="x")])))
     assert "messages[0].role" in error.fields
     for wrong in (
         pb.TokenizeRequest(),
         pb.TokenizeRequest(text="x", messages=[pb.ChatMessage(role="u", content="x")]),
     ):
-        assert (await refused(server.generation.Tokenize(wrong))).code == "INVALID_ARGUMENT"
+        assert (await refused(shared.generation.Tokenize(wrong))).code == "INVALID_ARGUMENT"
 
 
 async def test_without_a_tokenizer_only_token_ids_work(make_server, refused):
@@ -215,6 +209,19 @@ async def test_without_a_tokenizer_only_token_ids_work(make_server, refused):
     messages = [m async for m in server.generation.Generate(of_ids(1, max_tokens=2))]
     assert [id for m in messages for id in m.token_ids] == [2, 3]
     assert not any(m.text for m in messages)
+
+
+async def test_without_a_chat_template_there_is_no_chat(make_server, refused, tokenizer_dir, tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    server = await make_server(options={"tokenizer_dir": str(tmp_path / "tokenizer")})
+    message = pb.ChatMessage(role="user", content="x")
+    for call in (
+        server.generation.Chat(pb.ChatRequest(model="base", messages=[message])),
+        server.generation.Tokenize(pb.TokenizeRequest(messages=[message])),
+    ):
+        error = await refused(call)
+        assert (error.code, error.reason) == ("FAILED_PRECONDITION", "NO_CHAT_TEMPLATE")
 
 
 # ---------------------------------------------------------------------------------------------- ends
@@ -244,8 +251,8 @@ async def test_a_score_whose_client_goes_away_cancels(server):
     await until(lambda: server.front.engine.running == 0)
 
 
-async def test_an_error_of_the_engine_reaches_the_client(server, refused):
-    error = await refused(server.generation.Generate(of_ids(script.FAIL)))
+async def test_an_error_of_the_engine_reaches_the_client(shared, refused):
+    error = await refused(shared.generation.Generate(of_ids(script.FAIL)))
     assert (error.code, error.reason, error.message) == ("RESOURCE_EXHAUSTED", "KV_FULL", "no room")
 
 
