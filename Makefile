@@ -1,0 +1,45 @@
+# make demo    everything once: serve, hot-load, tune with two strategies, compare (about ten minutes on two cores)
+# make test    formatting, types, import rules, proto lint and all tests
+# make bench   the serving benchmark; results go to benchmarks/results
+# make proto   regenerates the committed stubs
+# make clean   removes what the other targets made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint bench proto install clean
+
+install: $(STAMP)
+
+# torch comes first and pinned: without the pin a resolver may choose a build that brings gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Graftwork needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[server,dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/dates/demo.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint proto
+
+# Toy models are too small for two threads each; two test processes use the cores better.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/serving.py
+
+proto: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python proto/generate.py
+
+clean:
+	rm -rf $(VENV) .demo .bench .mypy_cache .pytest_cache .ruff_cache .hypothesis
