@@ -84,14 +84,16 @@ class Muon(torch.optim.Optimizer):
     this one works in float32 and on all layers' matrices of one shape at once.
     """
 
-    def __init__(self, matrices: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, matrices: list[Tensor], lr: float, weight_decay: float, threads: int, momentum: float = 0.95
+    ) -> None:
         shapes: dict[torch.Size, list[Tensor]] = {}
         for matrix in matrices:
             shapes.setdefault(matrix.shape, []).append(matrix)
         # Stacks of four, so that the threads have work of one size to share.
         groups = [{"params": group[i : i + 4]} for group in shapes.values() for i in range(0, len(group), 4)]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.pool = ThreadPoolExecutor(torch.get_num_threads())
+        self.pool = ThreadPoolExecutor(threads)
 
     def step(self, closure: None = None) -> None:
         """Move every matrix along its orthogonalised Nesterov momentum."""
@@ -154,12 +156,12 @@ def make_model(recipe: Recipe) -> LlamaForCausalLM:
     return model
 
 
-def make_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: LlamaForCausalLM, recipe: Recipe, threads: int) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for the embedding and the norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     adam = torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
-    return [Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay), adam]
+    return [Muon(matrices, recipe.muon_lr, recipe.weight_decay, threads), adam]
 
 
 def schedule(step: int, steps: int, recipe: Recipe) -> float:
@@ -211,12 +213,14 @@ def held_out(model: LlamaForCausalLM, ids: np.ndarray, context: int = 512, rows:
 
 def train(args: argparse.Namespace, recipe: Recipe) -> None:
     """Train, with a checkpoint every few minutes."""
-    torch.set_num_threads(args.threads)
+    # Whole micro-batches and whole stacks of matrices go to the threads; a second thread for every small operation
+    # between them would mostly spin.
+    torch.set_num_threads(1)
     _, stream, held, held_bytes = prepare(args.work, recipe)
     print(f"{len(stream):,} training tokens, {len(held):,} held-out tokens of {held_bytes:,} bytes", flush=True)
     model = make_model(recipe)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    optimizers = make_optimizers(model, recipe)
+    optimizers = make_optimizers(model, recipe, args.threads)
     base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     source = batches(stream, recipe)
     first, before = load_checkpoint(args.work, model, optimizers) if args.resume else (0, 0.0)
@@ -241,7 +245,7 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
                     f"{step}/{steps} loss {smooth:.4f} lr {factor:.3f} {speed:.0f} tok/s {spent / 60:.1f} min",
                     flush=True,
                 )
-            if time.monotonic() - saved > 180 or step >= steps:
+            if time.monotonic() - saved > 240 or step >= steps:
                 save_checkpoint(args.work, model, optimizers, recipe, (step, steps, before + spent))
                 quick, _ = held_out(model, held, rows=16)
                 print(f"checkpoint at step {step}: held-out loss (16 windows) {quick:.4f}", flush=True)

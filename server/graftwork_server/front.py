@@ -39,6 +39,7 @@ ENGINE_FIELDS = (
     "adapter_memory_bytes",
     "tuning_yield_ms",
     "log_level",
+    "log_format",
 )
 BROKEN_OFF_SECONDS = 1.0
 """Time for broken-off calls to tell their clients so."""

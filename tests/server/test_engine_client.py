@@ -16,7 +16,7 @@ import pytest
 from tests.server import scripted_engine as script
 
 from graftwork_server.engine import client as client_module
-from graftwork_server.engine import output_stream
+from graftwork_server.engine import engine_process, output_stream
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.errors import (
     FailedPrecondition,
@@ -283,11 +283,23 @@ async def test_stop_does_not_wait_for_ever(options, monkeypatch):
         os.kill(client.process_id, 0)
 
 
-async def test_the_socket_lies_in_a_private_folder_that_goes_away(engine):
-    folder = engine._process._folder
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    await engine.stop()
-    assert not folder.exists()
+async def test_the_socket_lies_in_a_private_folder_until_the_engine_has_connected(options, monkeypatch):
+    folders = []
+    make = engine_process._private_folder
+
+    def noted():
+        folders.append((make_folder := make(), stat.S_IMODE(make_folder.stat().st_mode)))
+        return make_folder
+
+    monkeypatch.setattr(engine_process, "_private_folder", noted)
+    client = EngineClient(options(), command=COMMAND)
+    await client.start()
+    try:
+        ((folder, mode),) = folders
+        assert mode == 0o700
+        assert not folder.exists()
+    finally:
+        await client.stop()
 
 
 def test_the_front_imports_no_torch():

@@ -46,7 +46,7 @@ class PatternMatcher:
 
     def fullmatch(self, pattern: str, name: str) -> bool:
         """Whether all of `name` matches. Raises PatternError."""
-        import regex  # type: ignore[import-untyped]
+        import regex
 
         started = time.monotonic()
         try:

@@ -134,8 +134,12 @@ def wrap_linears(model: torch.nn.Module, step: StepRouting) -> list[LinearGroup]
 def fused_view(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """One tensor over `tensors` stacked along their first dimension if they lie side by side in memory, else None."""
     first = tensors[0]
+    storage = first.untyped_storage().data_ptr()
     end = first.data_ptr()
     for tensor in tensors:
+        # Tensors of different storages may stand side by side by chance; a view cannot reach from one to the next.
+        if tensor.untyped_storage().data_ptr() != storage:
+            return None
         if tensor.data_ptr() != end or tensor.dtype != first.dtype or not tensor.is_contiguous():
             return None
         if tensor.shape[1:] != first.shape[1:]:

@@ -150,7 +150,6 @@ class EngineClient:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
         self._disconnect(Unavailable("the server is shutting down", reason="SHUTTING_DOWN"))
-        self._process.close()
         await self._process.reap()
 
     async def _connect(self) -> Hello:

@@ -22,17 +22,15 @@ LEAST_EXIT_SECONDS = 2.0
 """A process that dies by itself gets this long, so that its own exit status is seen and not our kill."""
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Greeting = tuple[Hello, asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class EngineProcess:
-    """One engine process after another on one socket. The engine ends by itself when the socket closes."""
+    """One engine process after another. The engine ends by itself when its connection closes."""
 
     def __init__(self, settings: Mapping[str, Any], command: Sequence[str] = ENGINE_COMMAND) -> None:
         self._arguments = [*command, "--settings", json.dumps(dict(settings))]
-        self._folder: Path | None = None
-        self._server: asyncio.Server | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._connections: asyncio.Queue[Connection] = asyncio.Queue()
 
     @property
     def pid(self) -> int | None:
@@ -47,24 +45,45 @@ class EngineProcess:
             return "its connection"
         return f"with signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
-    async def launch(self) -> tuple[Hello, asyncio.StreamReader, asyncio.StreamWriter]:
+    async def launch(self) -> Greeting:
         """Starts a process and waits for its greeting.
 
         Raises the error of its StartFailed, or Internal (ENGINE_DIED) if it ended without a word.
         """
-        if self._folder is None:
-            self._folder = _private_folder()
-            self._server = await asyncio.start_unix_server(self._accept, self._folder / "engine.sock")
-        arguments = [*self._arguments, "--socket", str(self._folder / "engine.sock")]
-        # Own session: Ctrl-C in a terminal reaches the front only, which then drains. stdout goes to stderr (fd 2).
+        connections: asyncio.Queue[Connection] = asyncio.Queue()
+        # The socket's name is there until the engine has connected, and no longer: even a killed front leaves nothing.
+        folder = _private_folder()
+        server = await asyncio.start_unix_server(
+            lambda reader, writer: connections.put_nowait((reader, writer)), folder / "engine.sock"
+        )
         try:
+            message, reader, writer = await self._greeted(folder / "engine.sock", connections)
+        finally:
+            server.close()
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(message, StartFailed):
+            writer.close()
+            await self.reap()
+            raise from_body(message.error)
+        return message, reader, writer
+
+    async def _greeted(
+        self, path: Path, connections: asyncio.Queue[Connection]
+    ) -> tuple[Hello | StartFailed, asyncio.StreamReader, asyncio.StreamWriter]:
+        try:
+            # Own session: Ctrl-C in a terminal reaches the front only, which then drains. stdout goes to stderr (fd 2).
             self._process = await asyncio.create_subprocess_exec(
-                *arguments, stdin=asyncio.subprocess.DEVNULL, stdout=2, start_new_session=True
+                *self._arguments,
+                "--socket",
+                str(path),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=2,
+                start_new_session=True,
             )
         except OSError as error:
             raise Internal(f"the engine process could not be started: {error.strerror}", reason="ENGINE_DIED") from None
         exited = asyncio.ensure_future(self._process.wait())
-        greeting = asyncio.ensure_future(self._greeting())
+        greeting = asyncio.ensure_future(_first_greeting(connections))
         try:
             await asyncio.wait({exited, greeting}, return_when=asyncio.FIRST_COMPLETED)
             if not greeting.done():
@@ -72,15 +91,10 @@ class EngineProcess:
                 await asyncio.wait({greeting}, timeout=0.5)
             if not greeting.done():
                 raise Internal(f"the engine process ended {self.end}", reason="ENGINE_DIED")
-            message, reader, writer = greeting.result()
+            return greeting.result()
         finally:
             greeting.cancel()
             exited.cancel()
-        if isinstance(message, StartFailed):
-            writer.close()
-            await self.reap()
-            raise from_body(message.error)
-        return message, reader, writer
 
     async def reap(self, seconds: float = 0.0) -> None:
         """Waits for the process to end; after `seconds`, or a little more, it is killed."""
@@ -96,25 +110,18 @@ class EngineProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
             await self._process.wait()
 
-    def close(self) -> None:
-        """Closes the socket and removes its folder."""
-        if self._server is not None:
-            self._server.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections.put_nowait((reader, writer))
-
-    async def _greeting(self) -> tuple[Hello | StartFailed, asyncio.StreamReader, asyncio.StreamWriter]:
-        """The next connection whose first message is a greeting."""
-        while True:
-            reader, writer = await self._connections.get()
-            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-                message = engine_decoder.decode(await read_frame(reader))
-                if isinstance(message, Hello | StartFailed):
-                    return message, reader, writer
-            writer.close()
+async def _first_greeting(
+    connections: asyncio.Queue[Connection],
+) -> tuple[Hello | StartFailed, asyncio.StreamReader, asyncio.StreamWriter]:
+    """The first connection whose first message is a greeting."""
+    while True:
+        reader, writer = await connections.get()
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            message = engine_decoder.decode(await read_frame(reader))
+            if isinstance(message, Hello | StartFailed):
+                return message, reader, writer
+        writer.close()
 
 
 def _private_folder() -> Path:

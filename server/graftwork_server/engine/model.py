@@ -17,7 +17,7 @@ from graftwork_server.engine.attention.paged import AttentionPlan
 from graftwork_server.engine.describe import fingerprint
 from graftwork_server.engine.kv_cache import LayerShape
 from graftwork_server.engine.routing import Routing
-from graftwork_server.engine.weights import SharedWeights, assign_tensors, empty_model
+from graftwork_server.engine.weights import SharedWeights, assign_tensors, empty_model, pack
 from graftwork_server.errors import FailedPrecondition
 from graftwork_server.types import ModelInfo
 
@@ -134,20 +134,21 @@ def load_base(source: str, device: torch.device, dtype: torch.dtype, cache_dir: 
 def tuned_model(base: BaseModel, tensors: dict[str, torch.Tensor]) -> tuple[EngineModel, int]:
     """A model of the base's class over `tensors` and what it takes on the device in bytes; tensors equal to the base's
     are the base's own. Names and shapes must be those of the base (checked by the caller)."""
-    config_model = empty_model(base.engine_model.model.config)
-    resident = {entry.name: entry for entry in base.weights.layout}
-    base_state = {_unwrapped(name): tensor for name, tensor in base.engine_model.model.state_dict().items()}
-    own_bytes = 0
+    state = unwrapped_state(base)
     chosen: dict[str, torch.Tensor] = {}
-    for name in resident:
-        mine = tensors[name].to(base.device, base_state[name].dtype)
-        if torch.equal(mine, base_state[name]):
-            chosen[name] = base_state[name]
+    own: dict[str, torch.Tensor] = {}
+    for entry in base.weights.layout:
+        resident = state[entry.name]
+        tensor = tensors[entry.name].to(base.device, resident.dtype)
+        if torch.equal(tensor, resident):
+            chosen[entry.name] = resident
         else:
-            own_bytes += mine.nbytes
-            chosen[name] = mine
-    assign_tensors(config_model, chosen)
-    return EngineModel(config_model.eval().requires_grad_(False).to(base.device)), own_bytes
+            own[entry.name] = tensor
+    packed_tensors = pack(own, base.device) if own else {}
+    model = empty_model(base.engine_model.model.config)
+    assign_tensors(model, chosen | packed_tensors)
+    own_bytes = sum(tensor.nbytes for tensor in packed_tensors.values())
+    return EngineModel(model.eval().requires_grad_(False).to(base.device)), own_bytes
 
 
 def _unwrapped(name: str) -> str:

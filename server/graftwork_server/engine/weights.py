@@ -38,8 +38,7 @@ class SharedWeights:
         is the block plus what is not yet moved."""
         tensors = _unique_tensors(model)
         self.layout = _lay_out(tensors)
-        last = self.layout[-1]
-        self.size_bytes = last.offset + tensors[last.name].nbytes
+        self.size_bytes = _size_of(self.layout, tensors)
         self.device = device
         self._fd: int | None = None
         self._map: mmap.mmap | None = None
@@ -111,6 +110,16 @@ def assign_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> 
         raise Internal(f"no weights for {', '.join(missing[:3])}", reason="WEIGHTS_LAYOUT")
 
 
+def pack(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The same tensors in one private block on `device`, laid out as the base's are, so that siblings can be fused."""
+    layout = _lay_out(tensors)
+    block = torch.empty(_size_of(layout, tensors), dtype=torch.uint8, device=device)
+    views = {entry.name: _view(block, entry) for entry in layout}
+    for name, view in views.items():
+        view.copy_(tensors[name])
+    return views
+
+
 def _unique_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters (tied ones once) and persistent buffers by name."""
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
@@ -147,6 +156,10 @@ def _lay_out(tensors: dict[str, torch.Tensor]) -> list[TensorLayout]:
         layout.append(TensorLayout(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset))
         offset += tensor.nbytes
     return layout
+
+
+def _size_of(layout: list[TensorLayout], tensors: dict[str, torch.Tensor]) -> int:
+    return layout[-1].offset + tensors[layout[-1].name].nbytes if layout else 0
 
 
 def _computed_together(first: str, second: str) -> bool:

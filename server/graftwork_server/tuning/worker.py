@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from graftwork_plugins import BaseModelHandle, TrainingConfig, TrainingRow
+from graftwork_plugins import BaseModelHandle, Strategy, TrainingConfig, TrainingRow
 from graftwork_server.errors import FailedPrecondition, InvalidArgument, body_of
 from graftwork_server.messages import (
     Failed,
@@ -66,24 +66,33 @@ def main() -> None:
     def send(event: TunerEvent) -> None:
         connection.sendall(encode_frame(event))
 
+    serve(command, send)
+
+
+def serve(command: StartTuning, send: Callable[[TunerEvent], None]) -> None:
+    """Runs one job; the last event sent is Finished or Failed."""
     try:
-        send(Finished(result=run_job(command, send)))
+        send(Finished(result=_run_job(command, send)))
     except Exception as error:
         log.exception("the job %s failed", command.job.job_id)
         send(Failed(error=body_of(_explained(error))))
 
 
-def run_job(command: StartTuning, send: Callable[[TunerEvent], None]) -> TuningResult:
+def _run_job(command: StartTuning, send: Callable[[TunerEvent], None]) -> TuningResult:
     """Trains one job and writes its artifact. Raises GraftworkServerError, or what went wrong otherwise."""
-    from graftwork_server.tuning.loop import train
-
     job = command.job
     artifact_dir, result_file = Path(job.artifact_dir), Path(job.job_dir) / RESULT_FILE
     if artifact_dir.is_dir() and result_file.is_file():
         send(Note(text="the job had ended before; its artifact is whole"))
         return msgspec.json.decode(result_file.read_bytes(), type=TuningResult)
     peak = PeakMemory(command.model.device.partition(":")[0])
-    run = _prepared(command, send)
+    strategy = PluginHost().strategy(job.strategy)
+    config = parse_config(strategy, job.config)
+    rows = _read_rows(command, config, send)
+    # torch comes only now: importing it takes seconds, and what is wrong with a job is known before.
+    from graftwork_server.tuning.loop import train
+
+    run = _prepared(command, strategy, config, rows, send)
     for text in run.trainable.notes:
         send(Note(text=text))
     state = train(run)
@@ -102,9 +111,14 @@ def run_job(command: StartTuning, send: Callable[[TunerEvent], None]) -> TuningR
     return result
 
 
-def _prepared(command: StartTuning, send: Callable[[TunerEvent], None]) -> Run:
-    """Everything up to the first step: rows, base model, what the strategy builds on it."""
-    # torch comes only now: importing it takes seconds of a core, which at this process's niceness are serving's first.
+def _prepared(
+    command: StartTuning,
+    strategy: Strategy,
+    config: TrainingConfig,
+    rows: tuple[list[TrainingRow], list[TrainingRow]],
+    send: Callable[[TunerEvent], None],
+) -> Run:
+    """Everything up to the first step: the base model, and what the strategy builds on it."""
     import torch
 
     from graftwork_server.engine.describe import base_info
@@ -114,9 +128,6 @@ def _prepared(command: StartTuning, send: Callable[[TunerEvent], None]) -> Run:
     from graftwork_server.tuning.loop import Run
 
     job, model = command.job, command.model
-    strategy = PluginHost().strategy(job.strategy)
-    config = parse_config(strategy, job.config)
-    rows, held_out = _read_rows(command, config, send)
     torch.set_num_threads(command.threads)
     base_model = map_base_model(command.weights)
     base = BaseModelHandle(base_info(base_model, model), base_model, torch.device(model.device))
@@ -129,8 +140,8 @@ def _prepared(command: StartTuning, send: Callable[[TunerEvent], None]) -> Run:
         config=config,
         trainable=trainable,
         device=base.device,
-        rows=rows,
-        held_out=held_out,
+        rows=rows[0],
+        held_out=rows[1],
         checkpoints=Checkpoints(Path(job.job_dir) / "checkpoints", identity),
         send=send,
         gate=Gate(command.gate_fd, command.yield_ms),
@@ -179,7 +190,8 @@ def _explained(error: Exception) -> Exception:
             "memory ran out; set micro_batch_tokens lower (and max_sequence_tokens, if single rows are long)",
             reason="OUT_OF_MEMORY",
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    # safetensors has its own exception and says the number in the text.
+    if getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error):
         return FailedPrecondition("the disk is full; free some space and create the job anew", reason="DISK_FULL")
     return error
 

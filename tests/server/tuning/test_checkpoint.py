@@ -61,9 +61,7 @@ def test_without_a_checkpoint_a_run_is_fresh(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "none", IDENTITY).restore(*trained(0), pytest.fail) is None
 
 
-@pytest.mark.parametrize(
-    "damage", ["cut", "flipped", "no state", "no tensors", "state is no JSON", "state lacks a key"]
-)
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no state", "no tensors", "no JSON", "a key missing"])
 def test_a_damaged_checkpoint_is_passed_over_and_noted(tmp_path: Path, damage: str) -> None:
     checkpoints = saved(tmp_path, 1, 2)
     newest = tmp_path / "step-00000002"
@@ -78,7 +76,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_noted(tmp_path: Path, damage: s
         state.unlink()
     elif damage == "no tensors":
         tensors.unlink()
-    elif damage == "state is no JSON":
+    elif damage == "no JSON":
         state.write_text("{")
     else:
         document = json.loads(state.read_text())

@@ -31,6 +31,7 @@ from graftwork_server.messages import (
     tuner_decoder,
 )
 from graftwork_server.text import TextProcessor
+from graftwork_server.tuning.worker import serve
 from graftwork_server.types import ModelInfo
 
 CHAT_TEMPLATE = (
@@ -120,7 +121,7 @@ class TunerHarness:
             | spec
         )
 
-    def start(self, job: JobSpec, threads: int = 1, yield_ms: int = 0) -> Tuner:
+    def start(self, job: JobSpec, yield_ms: int = 0) -> Tuner:
         """A tuner process at work on `job`."""
         mine, theirs = socket.socketpair()
         weights = self.weights.info()
@@ -129,14 +130,25 @@ class TunerHarness:
             pass_fds=[theirs.fileno(), self.gate, weights.fd or 0],
         )
         theirs.close()
-        command = StartTuning(
-            job=job, model=self.info, weights=weights, gate_fd=self.gate, threads=threads, yield_ms=yield_ms
-        )
-        mine.sendall(encode_frame(command))
+        mine.sendall(encode_frame(self.command(job, yield_ms)))
         return Tuner(process, mine)
 
+    def command(self, job: JobSpec, yield_ms: int = 0) -> StartTuning:
+        """What the engine sends first."""
+        return StartTuning(
+            job=job, model=self.info, weights=self.weights.info(), gate_fd=self.gate, threads=1, yield_ms=yield_ms
+        )
+
+    def run_here(self, job: JobSpec) -> list[TunerEvent]:
+        """All events of a job, run in this process: starting one takes seconds."""
+        events: list[TunerEvent] = []
+        threads = torch.get_num_threads()
+        serve(self.command(job), events.append)
+        torch.set_num_threads(threads)
+        return events
+
     def run(self, job: JobSpec) -> list[TunerEvent]:
-        """All events of a job, to its end."""
+        """All events of a job, to its end, run in a process of its own."""
         tuner = self.start(job)
         try:
             return tuner.events_until(Finished)
