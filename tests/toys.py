@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     Phi3Config,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -92,3 +95,53 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 41, (count,), generator=generator).tolist()
     return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def save_tokenizer(directory: Path) -> int:
+    """Saves a small byte-level BPE tokenizer with a chat template in `directory`; returns its vocabulary size.
+
+    <pad>, <s> and </s> are 0, 1 and 2, as the models here have them.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog; one two three four five"] * 20, trainer
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
+    )
+    fast.save_pretrained(directory)
+    return len(fast)
+
+
+def make_text_model(directory: Path, seed: int = 0, **config: Any) -> Path:
+    """Saves a random Llama with a tokenizer of its own in `directory`; returns it. `config` goes to LlamaConfig."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**(_COMMON | {"vocab_size": save_tokenizer(directory)} | config)))
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(directory)
+    return directory
+
+
+def make_checkpoint(model_dir: Path, directory: Path, seed: int = 0) -> Path:
+    """Saves the model with every weight a little changed, as full tuning would, in `directory`; returns it."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    model.save_pretrained(directory)
+    return directory

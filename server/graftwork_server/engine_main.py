@@ -21,6 +21,7 @@ from graftwork_server.engine.engine import EngineLimits
 from graftwork_server.engine.model import choose_device, choose_dtype, load_base
 from graftwork_server.engine.worker import EngineWorker
 from graftwork_server.errors import body_of
+from graftwork_server.logs import set_up
 from graftwork_server.messages import StartFailed, encode_frame
 from graftwork_server.plugin_host import PluginHost
 
@@ -48,11 +49,7 @@ def main() -> int:
 
 
 def _configure(settings: dict[str, Any]) -> None:
-    logging.basicConfig(
-        level=str(settings.get("log_level", "info")).upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    set_up(str(settings.get("log_level", "info")), str(settings.get("log_format", "text")))
     # transformers and its libraries draw progress bars and give advice that an operator of this server cannot follow.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging as transformers_logging

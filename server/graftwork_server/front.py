@@ -15,7 +15,6 @@ from graftwork_server.engine.engine_process import ENGINE_COMMAND
 from graftwork_server.errors import Unavailable
 from graftwork_server.hub.hub import Hub
 from graftwork_server.rpc.adapters import AdapterService
-from graftwork_server.rpc.dataset_check import DatasetChecker
 from graftwork_server.rpc.generation import GenerationService
 from graftwork_server.rpc.interceptors import Drain
 from graftwork_server.rpc.limits import Admission
@@ -23,6 +22,7 @@ from graftwork_server.rpc.server import HealthReporter, RpcServer
 from graftwork_server.rpc.strategies import StrategyService
 from graftwork_server.rpc.tuning import TuningService
 from graftwork_server.text import TextProcessor
+from graftwork_server.tuning.dataset_check import DatasetChecker
 from graftwork_server.tuning.jobs import JobManager
 from graftwork_server.types import ModelInfo
 
@@ -68,6 +68,7 @@ class Front:
         model = (await self.engine.start()).model
         hub.resolver.base_fingerprint = model.fingerprint
         text = await asyncio.to_thread(_tokenizer, model)
+        checker = DatasetChecker(text, model.tokenizer_dir, model.context_tokens)
         self._jobs = jobs = JobManager(
             hub,
             self.engine,
@@ -75,10 +76,10 @@ class Front:
             strategies=lambda: self.engine.strategies,
             text=text,
             max_concurrent_jobs=self._config.max_concurrent_jobs,
+            check=checker.check,
         )
         self.engine.add_listener(jobs)
         self.engine.add_listener(HealthReporter(self._rpc))
-        checker = DatasetChecker(text, model.tokenizer_dir, model.context_tokens)
         await self._rpc.start(
             GenerationService(self.engine, hub.resolver, hub.leases, text, self.admission),
             AdapterService(self.engine, hub, self._config.max_upload_bytes),

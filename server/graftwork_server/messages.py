@@ -347,14 +347,19 @@ def encode_frame(message: Any) -> bytes:
 
 async def read_frame(reader: asyncio.StreamReader) -> bytes:
     """The next frame's body. Raises asyncio.IncompleteReadError at the end of the stream."""
-    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    return await reader.readexactly(length)
+    return await reader.readexactly(_body_length(await reader.readexactly(_LENGTH.size)))
 
 
 def receive_frame(sock: socket.socket) -> bytes:
     """The next frame's body, blocking. Raises EOFError at the end of the stream."""
-    (length,) = _LENGTH.unpack(_receive_exactly(sock, _LENGTH.size))
-    return bytes(_receive_exactly(sock, length))
+    return bytes(_receive_exactly(sock, _body_length(_receive_exactly(sock, _LENGTH.size))))
+
+
+def _body_length(header: bytes | bytearray) -> int:
+    (length,) = _LENGTH.unpack(header)
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {length} bytes is over the limit of {MAX_FRAME_BYTES}")
+    return int(length)
 
 
 def _receive_exactly(sock: socket.socket, size: int) -> bytearray:

@@ -33,7 +33,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: int
     eos_token_ids: list[int]
     tokenizer_dir: str | None
-    """Directory with tokenizer.json, tokenizer_config.json and perhaps chat_template.jinja; None: only token ids work."""
+    """Directory with tokenizer.json and tokenizer_config.json, perhaps a chat template; None: only token ids work."""
     kv_tokens: int
     """Tokens that fit the KV cache at once."""
     max_sequences: int

@@ -55,14 +55,18 @@ class GenerationService(GenerationServiceServicer):
         self._admission = admission
         self._token_text = lru_cache(TOKEN_TEXT_CACHE)(text.token_text if text else lambda id: "")
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
+    async def Generate(  # type: ignore[override]  # writes to the context instead of yielding
+        self, request: pb.GenerateRequest, context: Context
+    ) -> None:
         """Continues a prompt."""
         with self._admission.admit():
             field = request.WhichOneof("prompt") or "prompt"
             prompt_ids = await self._prompt_ids(request, field)
             await self._stream(request.model, prompt_ids, field, request.sampling, pb.GenerateResponse, context)
 
-    async def Chat(self, request: pb.ChatRequest, context: Context) -> None:
+    async def Chat(  # type: ignore[override]  # writes to the context instead of yielding
+        self, request: pb.ChatRequest, context: Context
+    ) -> None:
         """Continues a conversation."""
         with self._admission.admit():
             prompt_ids = await self._chat_ids(request.messages)

@@ -66,7 +66,7 @@ class RpcServer:
     def __init__(self, max_queue: int, drain: Drain) -> None:
         self._drain = drain
         self._server = grpc.aio.server(interceptors=[CallInterceptor(drain)], options=_options(max_queue))
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # loaded lazily by the package
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)

@@ -15,11 +15,11 @@ from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import DatasetRecord
 from graftwork_server.hub.uploads import DatasetUpload
 from graftwork_server.rpc.convert import dataset_message, event_message, job_message, report_message, tuning_spec
-from graftwork_server.rpc.dataset_check import DatasetChecker, refuse_bad_lines
 from graftwork_server.rpc.interceptors import Drain
 from graftwork_server.rpc.names import dataset_id, job_id
 from graftwork_server.rpc.streaming import check_chunk, first_payload, to_its_end
 from graftwork_server.tuning.data import DatasetReport
+from graftwork_server.tuning.dataset_check import DatasetChecker, refuse_bad_lines
 from graftwork_server.tuning.jobs import JobManager
 
 MAX_DISPLAY_NAME = 200
@@ -110,7 +110,9 @@ class TuningService(TuningServiceServicer):
         """Ends a job without a version."""
         return pb.CancelTuningJobResponse(job=job_message(await self._jobs.cancel(job_id(request.name))))
 
-    async def WatchTuningJob(self, request: pb.WatchTuningJobRequest, context: Context) -> None:
+    async def WatchTuningJob(  # type: ignore[override]  # writes to the context instead of yielding
+        self, request: pb.WatchTuningJobRequest, context: Context
+    ) -> None:
         """Streams a job's events until it has ended. A drain breaks it off: the client resumes after its last event."""
         identifier = job_id(request.name)
         watching = asyncio.ensure_future(self._watch(identifier, request.after_sequence, context))

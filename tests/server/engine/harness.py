@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
 from graftwork_plugins import LowRank
 from graftwork_server.engine.engine import Engine, EngineLimits
 from graftwork_server.engine.loading import bind
 from graftwork_server.engine.model import BaseModel, load_base
 from graftwork_server.messages import Generate, Sampling, SequenceOutput
 from graftwork_server.types import AdapterRef
-from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 CPU = torch.device("cpu")
 

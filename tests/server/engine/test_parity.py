@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
 from tests import toys
 from tests.server.engine.harness import Harness, Reference, assert_greedy_matches, deltas_of
+from transformers import AutoModelForCausalLM
 
 ADAPTERS = {
     "all-linear": {"r": 8},

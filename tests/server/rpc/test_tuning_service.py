@@ -13,7 +13,7 @@ from tests.server.rpc.rpc_harness import until
 
 from graftwork.v1 import adapters_pb2, generation_pb2
 from graftwork.v1 import tuning_pb2 as pb
-from graftwork_server.rpc import dataset_check
+from graftwork_server.tuning import dataset_check
 
 ROWS = b"".join(json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}).encode() + b"\n" for n in range(10))
 STATE = pb.TuningJobState

@@ -197,9 +197,7 @@ def test_what_is_raised_while_training_is_explained(
         safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_a_full_disk_is_explained(
-    harness: TunerHarness, monkeypatch: pytest.MonkeyPatch, raised: Exception
-) -> None:
+def test_a_full_disk_is_explained(harness: TunerHarness, monkeypatch: pytest.MonkeyPatch, raised: Exception) -> None:
     def save_file(*arguments: Any, **named: Any) -> None:
         raise raised
 

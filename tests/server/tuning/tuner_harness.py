@@ -162,7 +162,7 @@ class Tuner:
     def __init__(self, process: subprocess.Popen[bytes], connection: socket.socket) -> None:
         self.process = process
         self.connection = connection
-        connection.settimeout(60)
+        connection.settimeout(300)
 
     def events_until(self, kind: type) -> list[TunerEvent]:
         """Events up to the first of `kind`, or to a failure."""

@@ -1,7 +1,7 @@
 """Checks a data set's file away from the event loop: a small one in a thread, a large one in a process of its own,
 because tokenising millions of rows in this process would take the interpreter from the token streams.
 
-`python -m graftwork_server.rpc.dataset_check FILE MAX_SEQUENCE_TOKENS [TOKENIZER_DIR]` prints the report as JSON.
+`python -m graftwork_server.tuning.dataset_check FILE MAX_SEQUENCE_TOKENS [TOKENIZER_DIR]` prints the report as JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from graftwork_server.text import TextProcessor
 from graftwork_server.tuning.data import DatasetReport, check_dataset, read_lines
 
 IN_PROCESS_BYTES = 256 << 10
-MODULE = "graftwork_server.rpc.dataset_check"
+MODULE = "graftwork_server.tuning.dataset_check"
 
 
 class DatasetChecker:
