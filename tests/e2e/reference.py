@@ -30,11 +30,11 @@ class Reference:
         table = torch.log_softmax(self.logits(ids)[:-1], dim=-1)
         return [float(table[position, token]) for position, token in enumerate(ids[1:])]
 
-    def assert_greedy(self, prompt: Sequence[int], answer: Sequence[int]) -> None:
+    def assert_greedy(self, prompt: Sequence[int], answer: Sequence[int], who: str = "") -> None:
         """Each token of the answer must be the most likely one after what precedes it."""
         rows = self.logits([*prompt, *answer])[len(prompt) - 1 : -1]
         for position, (row, token) in enumerate(zip(rows, answer, strict=True)):
-            assert row[token] >= row.max() - TOLERANCE, f"token {position} is {token}, not {int(row.argmax())}"
+            assert row[token] >= row.max() - TOLERANCE, f"{who}: token {position} is {token}, not {int(row.argmax())}"
 
     def assert_scored(self, ids: Sequence[int], logprobs: Sequence[float | None]) -> None:
         """The server's logprobs of `ids` must be ours."""

@@ -66,7 +66,7 @@ async def test_greedy_answers_in_one_mixed_batch_are_pefts(server: Server, refer
     assert together == set(references), "nothing ran side by side"
     for (name, prompt), answer in zip(requests, answers, strict=True):
         assert len(answer) == 32
-        references[name].assert_greedy(prompt, answer)
+        references[name].assert_greedy(prompt, answer, name)
     assert len({tuple(answer) for answer in answers}) == len(requests), "two models gave the same answer"
 
 

@@ -8,6 +8,7 @@ that one GEMM over the block serves them all without a second copy.
 
 from __future__ import annotations
 
+import copy
 import json
 import mmap
 import os
@@ -86,6 +87,8 @@ def map_base_model(info: SharedWeightsInfo) -> torch.nn.Module:
 
 def empty_model(config: Any) -> torch.nn.Module:
     """A model of `config` whose parameters have no storage yet; its computed buffers (rotary tables) are real."""
+    # from_config writes the attention's name into what it gets, and a model that runs in another thread reads it there.
+    config = copy.deepcopy(config)
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, attn_implementation=packed.NAME)
 
