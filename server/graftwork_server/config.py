@@ -48,7 +48,7 @@ class ServerConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the base model lives; auto takes a GPU if there is one. Default: auto."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Data type of the base weights; auto: float32 on a CPU, bfloat16 on a GPU. Default: auto."""
+    """Data type of the base weights; auto: bfloat16 where the hardware has it, else float32. Default: auto."""
     insecure: bool = False
     """Allow a listen address that other machines can reach; there are no keys and no TLS yet. Default: false."""
     threads: int = Field(0, ge=0, le=1024)

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def main() -> int:
 
 def _configure(settings: dict[str, Any]) -> None:
     set_up(str(settings.get("log_level", "info")), str(settings.get("log_format", "text")))
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     # transformers and its libraries draw progress bars and give advice that an operator of this server cannot follow.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging as transformers_logging

@@ -50,7 +50,7 @@ def test_a_lora_job_through_the_client(client: Client, server: Server, model_dir
     assert [report.step for report in evaluations] == [8, 16]
     assert evaluations[1].loss < evaluations[0].loss
     assert [event.checkpoint_step for event in events if event.kind == "checkpoint"] == [4, 8, 12]
-    assert [event.state for event in events if event.kind == "state"] == ["running", "succeeded"]
+    assert [event.state for event in events if event.kind == "state"] == ["pending", "running", "succeeded"]
 
     result = job.wait()
     assert result.adapter_version == "adapters/tuned-lora/versions/1"

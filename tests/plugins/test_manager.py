@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -167,3 +168,12 @@ def test_every_hook_is_described() -> None:
     assert {hook.__name__ for hook in hooks} == {"graftwork_register_strategies", "graftwork_identify_artifact"}
     for hook in hooks:
         assert "Called" in (hook.__doc__ or ""), f"{hook.__name__} does not say who calls it"
+
+
+def test_strategies_are_listed_without_torch() -> None:
+    code = (
+        "import sys; from graftwork_plugins.manager import PluginManager;"
+        "assert {'lora', 'full'} <= set(PluginManager.load().strategies);"
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,8 +61,8 @@ class KVCache:
 
     def __init__(self, shapes: Sequence[LayerShape], num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         rows = num_blocks * BLOCK_TOKENS
-        self.keys = [torch.zeros(s.kv_heads, rows, s.key_dim, dtype=dtype, device=device) for s in shapes]
-        self.values = [torch.zeros(s.kv_heads, rows, s.value_dim, dtype=dtype, device=device) for s in shapes]
+        self.keys = [_zeros((s.kv_heads, rows, s.key_dim), dtype, device) for s in shapes]
+        self.values = [_zeros((s.kv_heads, rows, s.value_dim), dtype, device) for s in shapes]
 
     def write(self, layer: int, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Stores key and value [kv_heads, tokens, dim] in cache rows `rows` [tokens]."""
@@ -76,6 +77,14 @@ class KVCache:
     def gather(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value [kv_heads, n, dim] of cache rows `rows` [n]."""
         return self.keys[layer].index_select(1, rows), self.values[layer].index_select(1, rows)
+
+
+def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that on CPU take no memory until they are written; torch.zeros would touch every page."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = shape[0] * shape[1] * shape[2] * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype).view(shape)
 
 
 def rows_of(block_table: Sequence[int], start: int, end: int) -> list[int]:

@@ -293,5 +293,7 @@ def _fast_tokenizer(source: str, cache_dir: Path, name: str) -> str | None:
         except Exception:
             # No tokenizer files at all: the model still answers token ids, and the front says so for text.
             return None
+        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+            return None  # transformers made one up from the configuration: nothing but special tokens
         tokenizer.save_pretrained(target)
     return str(target) if (target / "tokenizer.json").is_file() else None

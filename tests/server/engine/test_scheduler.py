@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
+import torch
 from tests import toys
 from tests.server.engine.harness import Harness, Reference, assert_greedy_matches, deltas_of
 
-from graftwork_server.engine.kv_cache import BLOCK_TOKENS
+from graftwork_server.engine.kv_cache import BLOCK_TOKENS, KVCache, LayerShape
 from graftwork_server.engine.model import BaseModel
 
 
@@ -127,3 +129,16 @@ def test_any_budget_gives_the_same_tokens(llama_dir: Path, llama: BaseModel, max
     reference = Reference(llama_dir, {})
     assert_greedy_matches(harness, reference, 1, prompt, None)
     assert_greedy_matches(harness, reference, 2, [4, 5], None)
+
+
+def test_the_cache_takes_memory_only_where_it_was_written() -> None:
+    before = resident_bytes()
+    shape = LayerShape(kv_heads=4, key_dim=64, value_dim=64)
+    cache = KVCache([shape] * 4, 65536, torch.float32, torch.device("cpu"))  # 8 GiB of rows
+    assert cache.keys[0][0, -1].abs().sum() == 0
+    assert resident_bytes() - before < 100 * 2**20
+
+
+def resident_bytes() -> int:
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * resource.getpagesize()

@@ -1,0 +1,143 @@
+"""The engine as a process, driven by the front's own client over the real socket, with the real plugins."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from tests import toys
+
+from graftwork_server.engine.client import EngineClient
+from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument
+from graftwork_server.messages import Sampling
+from graftwork_server.types import AdapterRef
+
+GREEDY = Sampling(max_tokens=8, ignore_eos=True)
+
+
+def settings(model: Path, cache: Path, /, **changes: Any) -> dict[str, Any]:
+    values = {"model": str(model), "device": "cpu", "dtype": "float32", "threads": 1, "cache_dir": str(cache)}
+    return values | {"max_sequences": 4, "max_step_tokens": 64, "log_level": "warning"} | changes
+
+
+@pytest.fixture(scope="module")
+def adapters(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return [toys.make_adapter(llama_dir, folder / f"a{seed}", seed) for seed in range(3)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EngineClient]:
+    client = EngineClient(settings(llama_dir, tmp_path_factory.mktemp("cache")))
+    await client.start()
+    yield client
+    await client.stop()
+
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+def ref(path: Path, digest: str = "") -> AdapterRef:
+    return AdapterRef(digest=digest or path.name, path=str(path), strategy="lora")
+
+
+async def tokens(engine: EngineClient, adapter: AdapterRef | None, sampling: Sampling = GREEDY) -> list[int]:
+    found: list[int] = []
+    async for output in engine.generate([5, 6, 7], sampling, adapter):
+        found.extend(output.token_ids)
+    return found
+
+
+async def test_adapters_load_on_demand_once_for_all_waiters(engine: EngineClient, adapters: list[Path]) -> None:
+    answers = await asyncio.gather(*(tokens(engine, ref(adapters[0])) for _ in range(6)), tokens(engine, None))
+    assert len({tuple(answer) for answer in answers[:6]}) == 1
+    assert answers[6] != answers[0]
+    assert engine.loaded == {"a0"}
+    report = await engine.load(ref(adapters[0]))
+    assert report.already_loaded
+    assert (report.modules_bound, report.rank) == (21, 8)
+
+
+async def test_load_unload_load_gives_the_same_answers(engine: EngineClient, adapters: list[Path]) -> None:
+    report = await engine.load(ref(adapters[1]))
+    assert not report.already_loaded
+    assert report.load_ms > 0
+    first = await tokens(engine, ref(adapters[1]))
+    assert await engine.unload("a1")
+    assert "a1" not in engine.loaded
+    assert not await engine.unload("a1")
+    assert await tokens(engine, ref(adapters[1])) == first
+
+
+async def test_unload_waits_for_the_stream_that_uses_it(engine: EngineClient, adapters: list[Path]) -> None:
+    stream = engine.generate([5, 6, 7], Sampling(max_tokens=200, ignore_eos=True), ref(adapters[2]))
+    received = len((await anext(stream)).token_ids)
+    unloading = asyncio.create_task(engine.unload("a2"))
+    async for output in stream:
+        received += len(output.token_ids)
+    assert received == 200
+    assert await unloading
+    assert "a2" not in engine.loaded
+
+
+async def test_closing_a_stream_frees_its_place(engine: EngineClient) -> None:
+    """Four places: four closed streams of 200 tokens each must not keep the next four waiting for their ends."""
+    for _ in range(3):
+        streams = [engine.generate([5, 6], Sampling(max_tokens=240, ignore_eos=True)) for _ in range(4)]
+        for stream in streams:
+            await anext(stream)
+            await stream.aclose()
+    assert len(await tokens(engine, None)) == 8
+    assert engine.running == 0
+
+
+async def test_a_bad_artifact_fails_its_own_requests_only(
+    engine: EngineClient, adapters: list[Path], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for file in adapters[0].iterdir():
+        (bad / file.name).write_bytes(file.read_bytes())
+    config = json.loads((bad / "adapter_config.json").read_text()) | {"use_dora": True}
+    (bad / "adapter_config.json").write_text(json.dumps(config))
+    good, failed = await asyncio.gather(tokens(engine, None), tokens(engine, ref(bad)), return_exceptions=True)
+    assert isinstance(good, list)
+    assert isinstance(failed, FailedPrecondition)
+    assert "use_dora" in failed.message
+    with pytest.raises(FailedPrecondition, match="use_dora"):
+        await engine.inspect(str(bad), None)
+    with pytest.raises(FailedPrecondition, match="use_dora"):
+        await engine.load(ref(bad, "other"))
+
+
+async def test_inspect_says_what_is_in_an_artifact(engine: EngineClient, adapters: list[Path]) -> None:
+    info = await engine.inspect(str(adapters[0]), None)
+    assert (info.strategy, info.rank, info.modules_bound) == ("lora", 8, 21)
+    assert "never-loaded" not in engine.loaded
+
+
+async def test_prepare_fills_defaults_and_names_wrong_keys(engine: EngineClient) -> None:
+    prepared = await engine.prepare_job("lora", {"r": 4.0}, 100, 2000)
+    assert prepared.config["r"] == 4
+    assert prepared.config["lora_alpha"] == 32
+    assert prepared.estimate.trained_parameters > 0
+    with pytest.raises(InvalidArgument) as raised:
+        await engine.prepare_job("lora", {"rank": 4}, 100, 2000)
+    assert [violation.field for violation in raised.value.violations] == ["spec.config.rank"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"model": "does/not/exist"}, "cannot load the model"), ({"device": "cuda"}, "no CUDA device")],
+)
+async def test_an_engine_that_cannot_start_says_why(
+    llama_dir: Path, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    client = EngineClient(settings(llama_dir, tmp_path, **changes))
+    with pytest.raises(GraftworkServerError, match=says):
+        await client.start()
