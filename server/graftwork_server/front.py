@@ -42,7 +42,7 @@ ENGINE_FIELDS = (
     "log_format",
 )
 BROKEN_OFF_SECONDS = 1.0
-"""Time for broken-off calls to tell their clients so."""
+"""Time for broken-off and refused calls to tell their clients so."""
 
 
 class Front:
@@ -101,7 +101,8 @@ class Front:
         """Ends everything, whatever of it was started."""
         if self._jobs is not None:
             await self._jobs.stop()
-        await self._rpc.stop(0)
+        # Not at once: a call that is just being refused, a watch that was just told, would be CANCELLED instead.
+        await self._rpc.stop(BROKEN_OFF_SECONDS)
         await self.engine.stop()
         if self._hub is not None:
             await asyncio.to_thread(self._hub.close)

@@ -54,7 +54,9 @@ class Server:
     def __init__(self, model: Path, data_dir: Path, *flags: str) -> None:
         self.data_dir = data_dir
         self.log = data_dir.with_name(f"{data_dir.name}.log")
-        command = serve_command("--model", str(model), "--data-dir", str(data_dir), "--threads", "1", *flags)
+        command = serve_command(
+            "--model", str(model), "--data-dir", str(data_dir), "--threads", "1", "--dtype", "float32", *flags
+        )
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL, text=True, env=environment()

@@ -146,7 +146,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "another method": (change_config(peft_type="IA3"), "peft_type"),
     "a rank of nothing": (change_config(r=0), "r"),
-    "an endless pattern": (change_config(target_modules="(([a-z._0-9]+)+)+!"), "target_modules"),
+    "an endless pattern": (change_config(target_modules="a" * 5000), "over 4096"),
+    "a broken pattern": (change_config(target_modules="("), "no regular expression"),
     "no JSON": (lambda directory: (directory / CONFIG).write_text("{"), CONFIG),
 }
 

@@ -46,6 +46,7 @@ def references(client: Client, model_dir: Path, tmp_path_factory: pytest.TempPat
 
 
 async def test_greedy_answers_in_one_mixed_batch_are_pefts(server: Server, references: dict[str, Reference]) -> None:
+    """The checkpoint is cold: it is loaded while the others run, and must not disturb them."""
     requests = [(name, prompt) for prompt in PROMPTS for name in references]
     running, together = set(), set()
 

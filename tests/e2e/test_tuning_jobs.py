@@ -32,7 +32,14 @@ def test_a_lora_job_through_the_client(client: Client, server: Server, model_dir
         dataset=dataset,
         validation=client.datasets.upload(prompt_rows(8, start=40)),
         adapter="tuned-lora",
-        config={"r": 4, "max_steps": 16, "batch_size": 8, "learning_rate": 5e-3, "eval_steps": 8, "checkpoint_steps": 4},
+        config={
+            "r": 4,
+            "max_steps": 16,
+            "batch_size": 8,
+            "learning_rate": 5e-3,
+            "eval_steps": 8,
+            "checkpoint_steps": 4,
+        },
         load=True,
     )
     assert job.info.estimate is not None
@@ -56,7 +63,7 @@ def test_a_lora_job_through_the_client(client: Client, server: Server, model_dir
     assert result.adapter_version == "adapters/tuned-lora/versions/1"
     assert result.validation_loss == pytest.approx(evaluations[-1].loss)
     adapter = client.adapters.get("tuned-lora")
-    assert (adapter.strategy, adapter.rank, adapter.tuning_job, adapter.loaded) == ("lora", 4, job.id, True)
+    assert (adapter.strategy, adapter.rank, adapter.tuning_job, adapter.loaded) == ("lora", 4, job.info.name, True)
     assert_served_as(Reference(model_dir, server.artifact(adapter.digest)), client, "tuned-lora")
     # A second watcher sees the same, from wherever it begins.
     again = list(client.tuning.get(job.id).events(after_sequence=10))
@@ -99,7 +106,9 @@ def test_bad_lines_are_reported_with_their_numbers(client: Client, server: Serve
     assert [violation.field for violation in caught.value.field_violations] == [f"line {n}" for n in (2, 3, 5, 6, 7, 9)]
     checked = run_cli("dataset", "check", str(file), address=server.address)
     assert checked.returncode == 1
-    assert [f"{file}:{line}:" in checked.stdout for line in range(1, 10)] == [n in (2, 3, 5, 6, 7, 9) for n in range(1, 10)]
+    assert [f"{file}:{line}:" in checked.stdout for line in range(1, 10)] == [
+        n in (2, 3, 5, 6, 7, 9) for n in range(1, 10)
+    ]
     many = client.datasets.validate(b"nonsense\n" * 300)
     assert (len(many.errors), many.error_count) == (100, 300)
 

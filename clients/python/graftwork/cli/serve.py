@@ -15,6 +15,8 @@ def serve(ctx: typer.Context) -> None:
         print('error: the server is not installed; install it with: pip install "graftwork[server]"', file=sys.stderr)
         raise typer.Exit(1)
     sys.stdout.flush()
+    # gRPC's core writes a line of its own to stderr when a port is taken; the server says it in one plain line.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # Replaces this process, so that signals and exit codes are the server's. -P: a file in the working directory that
     # happens to be called like a module must not be imported in its place.
     os.execv(sys.executable, [sys.executable, "-P", "-m", "graftwork_server", *ctx.args])

@@ -1,0 +1,91 @@
+"""What keeps a server from starting is one plain line and an exit code; settings come from three places."""
+
+from __future__ import annotations
+
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from tests.e2e.serving import START_SECONDS, Server, environment, serve_command
+
+
+def failure(*flags: str, **variables: str) -> tuple[int, str]:
+    """Exit code and the last line on stderr of a server that does not start; all else must be log lines."""
+    done = subprocess.run(
+        serve_command(*flags), capture_output=True, text=True, timeout=START_SECONDS, env=environment(**variables)
+    )
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("graftwork: ")]
+    assert len(lines) == 1, done.stderr
+    return done.returncode, lines[0]
+
+
+def test_a_data_directory_has_one_server(server: Server, model_dir: Path) -> None:
+    code, line = failure("--model", str(model_dir), "--data-dir", str(server.data_dir))
+    assert code == 1
+    assert "another graftwork server uses this data directory" in line
+
+
+def test_a_port_has_one_server(server: Server, model_dir: Path, tmp_path: Path) -> None:
+    code, line = failure("--model", str(model_dir), "--data-dir", str(tmp_path), "--listen", server.address)
+    assert code == 1
+    assert "port is in use" in line
+    assert server.address in line
+
+
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    missing = tmp_path / "no-such-model"
+    code, line = failure("--model", str(missing), "--data-dir", str(tmp_path / "data"))
+    assert code == 1
+    assert str(missing) in line
+    assert "config.json" in line
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0"])
+def test_an_address_that_others_can_reach_needs_insecure(tmp_path: Path, address: str) -> None:
+    code, line = failure("--listen", address, "--data-dir", str(tmp_path))
+    assert code == 2
+    assert "--insecure" in line
+
+
+def test_an_unknown_setting_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+    file = tmp_path / "graftwork.toml"
+    file.write_text("max_sequencse = 3\n")
+    code, line = failure("--config", str(file))
+    assert code == 2
+    assert "max_sequencse" in line
+    assert str(file) in line
+    code, line = failure(GRAFTWORK_MAX_SEQUENCSE="3")
+    assert code == 2
+    assert "GRAFTWORK_MAX_SEQUENCSE" in line
+    flag = subprocess.run(serve_command("--max-sequencse", "3"), capture_output=True, text=True, env=environment())
+    assert flag.returncode == 2
+    assert "--max-sequencse" in flag.stderr
+    assert "Traceback" not in flag.stderr
+
+
+def test_print_config_shows_what_wins_and_where_it_came_from(tmp_path: Path) -> None:
+    file = tmp_path / "graftwork.toml"
+    file.write_text("threads = 3\nmax_sequences = 5\nmax_queue = 7\n")
+    done = subprocess.run(
+        serve_command("--config", str(file), "--threads", "1", "--print-config"),
+        capture_output=True,
+        text=True,
+        env=environment(GRAFTWORK_MAX_SEQUENCES="6", GRAFTWORK_THREADS="2"),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    settings = tomllib.loads(done.stdout)
+    assert (settings["threads"], settings["max_sequences"], settings["max_queue"]) == (1, 6, 7)
+    lines = {line.split(" = ")[0]: line for line in done.stdout.splitlines()}
+    assert lines["threads"].endswith("# flag --threads")
+    assert lines["max_sequences"].endswith("# environment GRAFTWORK_MAX_SEQUENCES")
+    assert lines["max_queue"].endswith(f"# file {file}")
+    assert lines["dtype"].endswith("# default")
+    again = tmp_path / "printed.toml"
+    again.write_text(done.stdout)
+    reprinted = subprocess.run(
+        serve_command("--config", str(again), "--print-config"), capture_output=True, text=True, env=environment()
+    )
+    assert tomllib.loads(reprinted.stdout) == settings
