@@ -149,7 +149,9 @@ async def upload(address: str, adapters: list[Path]) -> list[float]:
     async with AsyncClient(address=address) as client:
         for index, adapter in enumerate(adapters):
             await client.adapters.create(f"a{index}", adapter)
-            times.append((await client.adapters.load(f"a{index}")).load_ms)
+            report = (await client.adapters.load(f"a{index}")).load_report
+            assert report is not None
+            times.append(report.load_ms)
     return times
 
 

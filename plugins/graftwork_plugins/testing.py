@@ -281,8 +281,9 @@ class StrategyBattery:
             assert name.endswith((".safetensors", ".json"))
             assert not (artifact.path / name).read_bytes().startswith(_PICKLE_OR_ZIP)
 
-    def test_the_estimate_bounds_the_measurement(self, tmp_path: Path) -> None:
-        tokens, vocabulary = 1024, 2048
+    @pytest.mark.parametrize("tokens", [64, 1024])
+    def test_the_estimate_bounds_the_measurement(self, tmp_path: Path, tokens: int) -> None:
+        vocabulary = 2048
         # Warm-up: what libraries allocate once is the host's to count.
         train_steps(self.strategy, self.built()[1], make_rows(), 1, 0.0)
         sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": vocabulary}

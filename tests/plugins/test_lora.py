@@ -78,7 +78,12 @@ LLAMA_PATTERNS: dict[str, dict[str, Any]] = {
     "exclude regex": {"target_modules": "all-linear", "exclude_modules": r".*mlp.*"},
     "patterns": {
         "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\..*": 5, "^model.layers.2.self_attn.k_proj": 2},
-        "alpha_pattern": {"down_proj": 7, "model.layers.0.self_attn.v_proj": 1, r"self_attn\.[qk]_proj": 20},
+        "alpha_pattern": {
+            "proj": 99,
+            "down_proj": 7,
+            "model.layers.0.self_attn.v_proj": 1,
+            r"self_attn\.[qk]_proj": 20,
+        },
         "use_rslora": True,
     },
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from graftwork_plugins.testing import base_handle, make_model
 from graftwork_server.engine.attention import packed
 from graftwork_server.tuning import loop
 from graftwork_server.tuning.checkpoint import Checkpoints
+from graftwork_server.tuning.gate import Gate
 from graftwork_server.tuning.loop import Run, evaluate
 from graftwork_server.tuning.schedule import (
     held_out_count,
@@ -151,3 +155,19 @@ def test_the_split_is_seeded_and_disjoint() -> None:
         0,
         1,
     )
+
+
+def test_the_gate_waits_while_serving_runs_and_no_longer_than_allowed() -> None:
+    fd = os.memfd_create("gate")
+    os.ftruncate(fd, 8)
+    gate = Gate(fd, 50)
+
+    def waited() -> float:
+        started = time.monotonic()
+        gate.wait()
+        return time.monotonic() - started
+
+    assert waited() < 0.05
+    os.pwrite(fd, struct.pack("=q", 2), 0)
+    assert gate.busy
+    assert waited() >= 0.05
