@@ -120,7 +120,7 @@ def test_training_gives_way_and_ends_with_the_engine(harness: TunerHarness) -> N
     os.pwrite(harness.gate, struct.pack("=q", 3), 0)
     try:
         tuner.connection.settimeout(1)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(TimeoutError):  # noqa: PT012 - it says something until it waits
             while True:
                 tuner.events_until(Progress)
         # While it waits it has nothing to say, so only its watchdog can notice.
