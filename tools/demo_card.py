@@ -55,12 +55,10 @@ come from the same packages as the training documents, so this is the loss on te
 ## How it was trained
 
 `tools/build_demo_model.py` downloads the packages below, cleans them, trains the tokenizer and the model, and writes
-this folder. It is seeded (seed {seed}). The run took {minutes:.0f} minutes on {machine}, in float32 on the
-processor. Matrices are updated by Muon, the embedding and the norms by AdamW; the learning rate warms up over
+this folder. It is seeded (seed {seed}). The run took {minutes:.0f} minutes on {machine}; matrix products in {compute},
+weights and optimizer state in float32. Matrices are updated by Muon, the embedding and the norms by AdamW; the learning rate warms up over
 {warmup} steps, holds, and falls linearly to zero over the last {decay:.0%} of the steps. Rows of 256, 512 and 1024
-tokens are mixed. The run was allowed a number of minutes, and {scheduled:,} steps fitted in; `--steps {scheduled}`
-gives a run of that length without the clock, whose learning rates differ a little from those of the clocked run. The
-same arithmetic gives the same weights; another processor or another version of PyTorch rounds differently and gives a
+tokens are mixed. The same arithmetic gives the same weights; another processor or another version of PyTorch rounds differently and gives a
 slightly different model. `training.json` has the recipe and the measurements.
 {note}
 ## Data and licences
@@ -80,9 +78,10 @@ under its text's licence.
 
 ## What it can and cannot do
 
-It writes recognisable English in the manner of software manuals (and now and then of Jane Austen), keeps to a
-subject for a sentence or so, and knows the shape of a chat turn and where a turn ends. Tuning it to a narrow task of
-copying and rewriting works well within minutes on a processor: `examples/dates` is one that it cannot do untuned.
+It writes recognisable English in the manner of software manuals (and now and then of Jane Austen) whose sentences
+are mostly well formed and seldom mean much, and it knows the shape of a chat turn and where a turn ends. It can be
+tuned to a narrow task of copying and rewriting within minutes on a processor: `examples/dates` is one that it cannot
+do untuned.
 
 It states falsehoods with the same ease as anything else, does not calculate, does not reason, does not follow
 instructions that it was not tuned for, repeats itself, and knows no language but English. It has had no safety
@@ -148,7 +147,7 @@ def write_card(folder: Path, machine: str, note: str) -> None:
         megabytes=weights.stat().st_size / 1e6,
         tokens_seen=record["tokens_seen"],
         steps=record["steps_made"],
-        scheduled=record["steps_made"],
+        compute=recipe["compute"],
         step_tokens=record["tokens_seen"] // record["steps_made"],
         stream=record["training_stream_tokens"],
         passes=record["tokens_seen"] / record["training_stream_tokens"],
