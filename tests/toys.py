@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -15,10 +24,12 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCAB = 160
@@ -61,11 +72,19 @@ CONFIGS: dict[str, Any] = {
     "phi3": Phi3Config(**_COMMON),
 }
 
+MIXTURES: dict[str, Any] = {
+    "mixtral": MixtralConfig(**_COMMON, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": Qwen3MoeConfig(
+        **_COMMON, head_dim=16, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, decoder_sparse_step=1
+    ),
+}
+"""Architectures with a mixture of experts."""
+
 
 def make_model(architecture: str, directory: Path, seed: int = 0) -> Path:
     """Saves a random model of an architecture in `directory`; returns it."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture])
+    model = AutoModelForCausalLM.from_config((CONFIGS | MIXTURES)[architecture])
     # GPT-2 and others start biases and norms at 0 and 1, which would hide a dropped bias.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -85,9 +104,96 @@ def make_adapter(model_dir: Path, directory: Path, seed: int = 0, **config: Any)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     peft_model.save_pretrained(directory)
     return directory
+
+
+def make_peft(model_dir: Path, directory: Path, config: PeftConfig, seed: int = 0) -> Path:
+    """Saves a PEFT adapter of the model, every trained parameter moved a little, in `directory`; returns it."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of each tied weight
+        peft_model = get_peft_model(model, config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in peft_model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
+        peft_model.save_pretrained(directory)
+    return directory
+
+
+_NAMES = {
+    "gpt2": {"q": "c_attn", "down": "c_proj", "embedding": "wte", "norm": "ln_f", "mlp": "h.1.mlp"},
+    "phi3": {"q": "qkv_proj"},
+}
+_USUAL = {"q": "q_proj", "down": "down_proj", "embedding": "embed_tokens", "norm": "norm", "mlp": "layers.1.mlp"}
+
+
+def lora_features(architecture: str) -> dict[str, dict[str, Any]]:
+    """LoraConfig settings by the name of what they show: what PEFT's LoRA can express."""
+    names = _USUAL | _NAMES.get(architecture, {})
+    q, down, embedding, norm, mlp = (names[key] for key in ("q", "down", "embedding", "norm", "mlp"))
+    tied = {"target_modules": [q, embedding, "lm_head"], "ensure_weight_tying": True}
+    if architecture == "gpt2":
+        tied = {"target_modules": [q, embedding], "ensure_weight_tying": True}  # PEFT ties no wte, see below
+    if architecture in MIXTURES:
+        experts: dict[str, Any] = {"r": 3, "target_modules": ["q_proj"]}
+        return {
+            "lora": {},
+            "gates of experts": experts | {"target_parameters": ["mlp.experts.gate_up_proj"]},
+            "experts": experts
+            | {
+                "target_parameters": ["experts.down_proj", "experts.gate_up_proj"],
+                "use_rslora": True,
+                "rank_pattern": {"gate_up_proj": 2},
+                "alpha_pattern": {r"layers\.1\.mlp\.experts\.down_proj": 5},
+                "modules_to_save": ["norm"],
+            },
+            "experts alone": {"target_modules": [], "target_parameters": ["layers.1.mlp.experts.down_proj"]},
+            "dora of attention": {"target_modules": ["q_proj", "o_proj"], "use_dora": True},
+            "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
+        }
+    return {
+        "lora": {},
+        "rank 512": {"r": 512, "target_modules": [q]},
+        "all biases": {"bias": "all", "target_modules": [q]},
+        "biases of adapted": {"bias": "lora_only"},
+        "lora_bias": {"lora_bias": True},
+        "output layer": {"target_modules": [q, "lm_head"]},
+        "norms and output layer": {"modules_to_save": [norm, "lm_head"]},
+        "whole embedding": {"modules_to_save": [embedding], "target_modules": [down]},
+        "whole embedding, tied": {"modules_to_save": [embedding], "ensure_weight_tying": True},
+        "whole mlp": {"modules_to_save": [mlp], "r": 2},
+        "tokens": {"trainable_token_indices": [3, 7, 5, 100]},
+        "tokens of both": {"trainable_token_indices": {embedding: [3, 9, 80], "lm_head": [4]}},
+        "embedding": {"target_modules": [q, embedding], "use_rslora": True},
+        "embedding, tied": tied,
+        "dora": {"use_dora": True},
+        "dora and biases": {"use_dora": True, "bias": "all", "r": 3, "modules_to_save": [norm]},
+        "dora of embedding and output": {"use_dora": True, "target_modules": [embedding, "lm_head", down]},
+    }
+
+
+def other_peft_configs(architecture: str) -> dict[str, PeftConfig]:
+    """PEFT configurations of other kinds than LoRA that are served, by the name of what they show."""
+    names = _USUAL | _NAMES.get(architecture, {})
+    ia3 = {"target_modules": [names["q"], names["down"]], "feedforward_modules": [names["down"]]}
+    if architecture == "gpt2":
+        ia3 = {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}
+    task: Any = {"task_type": "CAUSAL_LM"}
+    return {
+        "ia3": IA3Config(**task, **ia3),
+        "ia3 with a norm": IA3Config(**task, **ia3, modules_to_save=[names["norm"]]),
+        "prompt tuning": PromptTuningConfig(**task, num_virtual_tokens=5),
+        "a long prompt": PromptTuningConfig(**task, num_virtual_tokens=20),
+        "p-tuning": PromptEncoderConfig(**task, num_virtual_tokens=3, encoder_hidden_size=16),
+        "prefix tuning": PrefixTuningConfig(**task, num_virtual_tokens=7),
+        "projected prefix": PrefixTuningConfig(
+            **task, num_virtual_tokens=17, prefix_projection=True, encoder_hidden_size=16
+        ),
+    }
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:

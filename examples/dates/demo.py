@@ -37,7 +37,7 @@ import graftwork
 DEMO_DIR = Path(__file__).resolve().parents[2] / ".demo"
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "lora": {"num_epochs": 4, "learning_rate": 5e-3},
+    "lora": {"num_epochs": 4, "learning_rate": 3e-3},
     "full": {"num_epochs": 4, "learning_rate": 1e-3},
 }
 """What differs from the strategies' defaults; see README.md for how they were found."""

@@ -21,7 +21,7 @@ Nothing here imports torch or graftwork_server. Within one API version the contr
 import pluggy
 
 from graftwork_plugins.batches import IGNORED_LABEL, PackedBatch, TrainingRow
-from graftwork_plugins.deltas import Delta, FullWeights, LowRank
+from graftwork_plugins.deltas import Delta, FullWeights, Head, LowRank, Prefix, Replace, Scale
 from graftwork_plugins.strategy import (
     API_VERSION,
     Artifact,
@@ -57,9 +57,13 @@ __all__ = [
     "DeviceInfo",
     "Estimate",
     "FullWeights",
+    "Head",
     "LowRank",
     "PackedBatch",
+    "Prefix",
+    "Replace",
     "SavedArtifact",
+    "Scale",
     "Strategy",
     "Trainable",
     "TrainingConfig",

@@ -56,6 +56,14 @@ class BaseInfo:
     parameter_count: int
     weight_bytes: int
     dtype: str
+    embedding_modules: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """embedding layers by dotted name: (number of embeddings, their size)"""
+    input_module: str | None = None
+    """name of the embedding that the tokens go through"""
+    tied_modules: Sequence[str] = ()
+    """modules whose weight is the input embedding's own: the output layer, where they are tied"""
+    parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """shapes of all parameters by dotted name, a tied one under each of its names"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,9 @@ Needs torch, transformers and pytest. Every model is small, random and made here
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +36,9 @@ from graftwork_plugins import (
     DeviceInfo,
     FullWeights,
     LowRank,
+    Replace,
     SavedArtifact,
+    Scale,
     Strategy,
     Trainable,
     TrainingRow,
@@ -66,22 +71,34 @@ def base_handle(model: torch.nn.Module) -> BaseModelHandle:
     """`model` as a strategy gets it."""
     any_model: Any = model
     output = any_model.get_output_embeddings()
+    embedding = any_model.get_input_embeddings()
     linear: dict[str, tuple[int, int]] = {}
+    embeddings: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
         if isinstance(module, Conv1D):
             linear[name] = (module.weight.shape[0], module.weight.shape[1])
         elif isinstance(module, torch.nn.Linear):
             linear[name] = (module.in_features, module.out_features)
+        elif isinstance(module, torch.nn.Embedding):
+            embeddings[name] = (module.num_embeddings, module.embedding_dim)
+    names = {module: name for name, module in model.named_modules()}
+    tied = [
+        n for n, m in model.named_modules() if getattr(m, "weight", None) is embedding.weight and m is not embedding
+    ]
     parameters = list(model.parameters())
     info = BaseInfo(
         fingerprint="sha256:kit",
         architecture=type(model).__name__,
         config=any_model.config.to_dict(),
         linear_modules=linear,
-        output_module=next((name for name, module in model.named_modules() if module is output), None),
+        output_module=names.get(output),
         parameter_count=sum(parameter.numel() for parameter in parameters),
         weight_bytes=sum(parameter.nbytes for parameter in parameters),
         dtype=str(parameters[0].dtype).removeprefix("torch."),
+        embedding_modules=embeddings,
+        input_module=names[embedding],
+        tied_modules=tied,
+        parameters={n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)},
     )
     return BaseModelHandle(info, model, _CPU)
 
@@ -125,24 +142,72 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def apply_deltas(model: torch.nn.Module, deltas: Sequence[Delta]) -> None:
-    """Changes `model` as the engine would serve it with `deltas`: the reference that engines are compared with."""
-    for delta in deltas:
+    """Changes `model` as the engine would serve it with `deltas`: the reference that engines are compared with.
+
+    For every kind but Prefix, which is no change of modules, and stacked experts.
+    """
+    # What other deltas compute from the base's weights must not see them replaced.
+    for delta in sorted(deltas, key=lambda delta: isinstance(delta, Replace)):
         if isinstance(delta, FullWeights):
             state = model.state_dict()
             for name, tensor in delta.tensors.items():
                 state[name].copy_(tensor)
-        else:
+        elif isinstance(delta, LowRank) and delta.parameter is None:
             # Beside the weight, not in it: a tied weight is the embedding too.
-            model.get_submodule(delta.module).register_forward_hook(_update_of(delta))
+            module = model.get_submodule(delta.module)
+            module.register_forward_hook(_update_of(delta, module))
+        elif isinstance(delta, Scale):
+            _scale(model.get_submodule(delta.module), delta)
+        elif isinstance(delta, Replace):
+            _replace(model.get_submodule(delta.module), delta)
+        else:
+            raise NotImplementedError(f"the kit does not apply {type(delta).__name__} deltas of this form")
 
 
-def _update_of(delta: LowRank) -> Any:
-    def add_update(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        x = inputs[0].float()  # [..., in_features]
-        update = delta.scaling * (x @ delta.a.float().t()) @ delta.b.float().t()
-        return output + update.to(output.dtype)
+def _update_of(delta: LowRank, module: torch.nn.Module) -> Any:
+    a, b = delta.a.float(), delta.b.float()
+    factor: torch.Tensor | None = None
+    if delta.magnitude is not None:
+        weight: Any = module.weight
+        matrix = weight.t() if isinstance(module, Conv1D | torch.nn.Embedding) else weight
+        factor = delta.magnitude.float() / (matrix.float() + delta.scaling * b @ a).norm(dim=1)
+
+    def add_update(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        is_embedding = isinstance(module, torch.nn.Embedding)
+        product = a.t()[inputs[0]] if is_embedding else inputs[0].float() @ a.t()  # [..., rank]
+        update = delta.scaling * product @ b.t()
+        if is_embedding:
+            update = update * getattr(module, "embed_scale", 1.0)
+        if delta.bias is not None:
+            update = update + delta.scaling * delta.bias.float()
+        if factor is None:
+            return output + update.to(output.dtype)
+        bias = getattr(module, "bias", None)
+        bias = 0.0 if bias is None else bias
+        return (factor * (output.float() - bias + update) + bias).to(output.dtype)
 
     return add_update
+
+
+def _scale(module: torch.nn.Module, delta: Scale) -> None:
+    factors = delta.factors.float()
+    if delta.of == "input":
+        module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * factors.to(inputs[0].dtype),))
+    else:
+        module.register_forward_hook(lambda module, inputs, output: output * factors.to(output.dtype))
+
+
+def _replace(module: torch.nn.Module, delta: Replace) -> None:
+    for name, tensor in delta.tensors.items():
+        old = module._parameters[name]
+        assert old is not None, f"{delta.module} has no {name}"
+        if delta.copy_of_base:
+            assert torch.equal(tensor.to(old), old), f"{delta.module}.{name} is no copy of the base's"
+            continue
+        new = old.detach().clone()
+        new[torch.tensor(delta.rows) if delta.rows is not None else ...] = tensor.to(new)
+        # A parameter of its own: a tied one keeps its value elsewhere.
+        module._parameters[name] = torch.nn.Parameter(new, requires_grad=False)
 
 
 def write_artifact(saved: SavedArtifact, folder: Path) -> Artifact:
@@ -161,6 +226,10 @@ class PeakResidentMemory:
     bytes = 0
 
     def __enter__(self) -> PeakResidentMemory:
+        gc.collect()
+        with contextlib.suppress(AttributeError):
+            # glibc keeps what was freed; memory used again would not show as growth.
+            ctypes.CDLL(None).malloc_trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
         except OSError:

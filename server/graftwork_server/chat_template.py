@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 import jinja2.ext
@@ -92,6 +92,16 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
+class Template(Protocol):
+    """What renders conversations: ChatTemplate, or template_process.IsolatedTemplate for templates of strangers."""
+
+    marks_generation: bool
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **variables: Any) -> str: ...
+    def render_unfinished(self, messages: Sequence[Message], **variables: Any) -> str: ...
+    def render_with_spans(self, messages: Sequence[Message], **variables: Any) -> tuple[str, list[Span]]: ...
+
+
 class ChatTemplate:
     """One compiled template. Safe to use from several threads.
 
@@ -104,7 +114,7 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
             raise FailedPrecondition(
-                f"the base model's chat template cannot be compiled: {error}", reason="CHAT_TEMPLATE_BROKEN"
+                f"the chat template cannot be compiled: {error}", reason="CHAT_TEMPLATE_BROKEN"
             ) from error
         self._variables = dict(variables)
         self.marks_generation = _GENERATION_BLOCK.search(source) is not None
@@ -122,10 +132,31 @@ class ChatTemplate:
         except Exception as error:  # A template is a program: on messages it was not written for, it may fail anyhow.
             detail = str(error) or type(error).__name__
             raise InvalidArgument(
-                f"the base model's chat template does not accept these messages: {detail}",
+                f"the chat template does not accept these messages: {detail}",
                 reason="CHAT_TEMPLATE_REJECTED",
                 field="messages",
             ) from error
+
+    def render_unfinished(self, messages: Sequence[Message], **variables: Any) -> str:
+        """The conversation up to where the last message's content ends, so that it can be continued.
+
+        Where the template takes white space off a message's end, it is taken off here too, as transformers'
+        `continue_final_message` does. Raises InvalidArgument if the content is not in what the template renders.
+        """
+        # The space at the mark's end tells whether the template strips.
+        mark = f"{secrets.token_hex(16)} "
+        *before, last = messages
+        unfinished = {**last, "content": f"{last['content']}{mark}"}
+        text = self.render([*before, unfinished], add_generation_prompt=False, **variables)
+        position = text.rfind(mark.strip(" "))
+        if position < 0:
+            raise InvalidArgument(
+                "the chat template does not render the last message's content, so it cannot be continued",
+                reason="CHAT_TEMPLATE_REJECTED",
+                field="continue_final_message",
+            )
+        kept = text[:position]
+        return kept if text.startswith(mark, position) else kept.rstrip()
 
     def render_with_spans(self, messages: Sequence[Message], **variables: Any) -> tuple[str, list[Span]]:
         """The conversation as text, and the spans of its generation blocks, in order."""

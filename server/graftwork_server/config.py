@@ -53,6 +53,8 @@ class ServerConfig(BaseModel):
     """Allow a listen address that other machines can reach; there are no keys and no TLS yet. Default: false."""
     threads: int = Field(0, ge=0, le=1024)
     """CPU threads of the engine. Default: 0, all cores."""
+    native_kernels: Literal["auto", "off"] = "auto"
+    """CPU kernels compiled for this machine at the first start; off: torch's own only. Default: auto."""
     max_sequences: int = Field(64, ge=1, le=4096)
     """Sequences that are decoded together. Default: 64."""
     max_queue: int = Field(1024, ge=1, le=100_000)
@@ -60,7 +62,7 @@ class ServerConfig(BaseModel):
     kv_memory_bytes: Bytes = 0
     """Bytes of the KV cache. Default: 0, chosen by the engine."""
     max_step_tokens: int = Field(1024, ge=16, le=1 << 20)
-    """Prompt tokens that one engine step takes at most. Default: 1024."""
+    """Tokens, of prompts and of decoding sequences, that one engine step takes at most. Default: 1024."""
     adapter_memory_bytes: Bytes = 0
     """Bytes of the device pool for loaded adapters. Default: 0, chosen by the engine."""
     max_upload_bytes: Bytes = Field(4 << 30, ge=1)

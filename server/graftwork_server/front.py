@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from graftwork_server.adapter_text import AdapterTexts
 from graftwork_server.config import ServerConfig
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.engine.engine_process import ENGINE_COMMAND
@@ -33,6 +34,7 @@ ENGINE_FIELDS = (
     "device",
     "dtype",
     "threads",
+    "native_kernels",
     "max_sequences",
     "kv_memory_bytes",
     "max_step_tokens",
@@ -54,6 +56,7 @@ class Front:
         self._rpc = RpcServer(config.max_queue, self._drain)
         self._hub: Hub | None = None
         self._jobs: JobManager | None = None
+        self._texts: AdapterTexts | None = None
         self.engine = EngineClient(engine_settings(config), command=engine_command)
         self.admission = Admission(config.max_queue)
 
@@ -68,6 +71,7 @@ class Front:
         model = (await self.engine.start()).model
         hub.resolver.base_fingerprint = model.fingerprint
         text = await asyncio.to_thread(_tokenizer, model)
+        self._texts = texts = AdapterTexts(text, model.tokenizer_dir, model.vocab_size)
         checker = DatasetChecker(text, model.tokenizer_dir, model.context_tokens)
         self._jobs = jobs = JobManager(
             hub,
@@ -81,8 +85,8 @@ class Front:
         self.engine.add_listener(jobs)
         self.engine.add_listener(HealthReporter(self._rpc))
         await self._rpc.start(
-            GenerationService(self.engine, hub.resolver, hub.leases, text, self.admission),
-            AdapterService(self.engine, hub, self._config.max_upload_bytes),
+            GenerationService(self.engine, hub.resolver, hub.leases, texts, self.admission),
+            AdapterService(self.engine, hub, texts, self._config.max_upload_bytes),
             TuningService(hub, jobs, checker, self._drain, self._config.max_dataset_bytes),
             StrategyService(self.engine),
         )
@@ -104,6 +108,8 @@ class Front:
         # Not at once: a call that is just being refused, a watch that was just told, would be CANCELLED instead.
         await self._rpc.stop(BROKEN_OFF_SECONDS)
         await self.engine.stop()
+        if self._texts is not None:
+            await asyncio.to_thread(self._texts.close)
         if self._hub is not None:
             await asyncio.to_thread(self._hub.close)
 

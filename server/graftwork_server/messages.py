@@ -36,8 +36,15 @@ MAX_FRAME_BYTES = 256 * 1024 * 1024
 # ---------------------------------------------------------------------------------------------- front -> engine
 
 
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """What an output must look like. kind: "json_schema", "regex", "choice" (text: a JSON list) or "lark"."""
+
+    kind: str
+    text: str
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How one sequence is sampled; validated by the front. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing."""
+    """How one sequence is sampled; validated by the front. temperature 0 is greedy; what stands here cuts nothing."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -47,6 +54,19 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     """None: none. k: the chosen token's and those of the k most likely tokens."""
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    bad_words: list[list[int]] = []
+    """Token sequences that must not be completed."""
+    stop_token_ids: list[int] = []
+    """End the sequence beside the model's own end-of-sequence tokens."""
+    min_tokens: int = 0
+    """So many tokens are sampled before one that ends the sequence."""
+    grammar: Grammar | None = None
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):

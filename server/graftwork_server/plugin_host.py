@@ -23,8 +23,6 @@ from graftwork_plugins import (
     DatasetInfo,
     Delta,
     DeviceInfo,
-    FullWeights,
-    LowRank,
     Strategy,
     TrainingConfig,
 )
@@ -112,7 +110,7 @@ class PluginHost:
             if not deltas:
                 raise ArtifactError("tensors", "the artifact changes nothing: it holds no tensors")
             for delta in deltas:
-                if not isinstance(delta, LowRank | FullWeights):
+                if not isinstance(delta, Delta):
                     raise TypeError(f"load returned {type(delta).__name__}, which is no delta")
             return deltas
 

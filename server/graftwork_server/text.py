@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,32 @@ import msgspec
 from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from graftwork_server.chat_template import ChatTemplate, Message, Span
+from graftwork_server.chat_template import ChatTemplate, Message, Span, Template
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _REPLACEMENT = "\ufffd"
+_TOKEN_TEXTS = 65_536
+"""Tokens whose text is remembered."""
+
+
+CompileTemplate = Callable[[str, Mapping[str, str]], Template]
+"""From a chat template's source and variables to what renders it; ChatTemplate's signature."""
+
+
+class TokenizerFiles(msgspec.Struct, frozen=True):
+    """Where the three files are that say how text and tokens belong together; None for what there is not."""
+
+    tokenizer: Path | None
+    config: Path | None
+    template: Path | None
+
+    @classmethod
+    def of(cls, folder: Path) -> TokenizerFiles:
+        """The files that `folder` has."""
+        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        return cls(*(folder / name if (folder / name).is_file() else None for name in names))
 
 
 class TextProcessor:
@@ -31,8 +52,15 @@ class TextProcessor:
     (tokenizer_config.json) names are added, as transformers does when it loads the same files.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: Mapping[str, Any], chat_template: str | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: Mapping[str, Any],
+        chat_template: str | None,
+        compile_template: CompileTemplate = ChatTemplate,
+    ) -> None:
         self._tokenizer = tokenizer
+        self.chat_template_source = chat_template
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.named_tokens = {name: text for name in _NAMED_TOKENS if (text := _token_content(config.get(name)))}
@@ -46,32 +74,49 @@ class TextProcessor:
         self.byte_fallback_ids = _byte_fallback_ids(tokenizer)
         """Ids of the tokens that stand for one byte of a character outside the vocabulary."""
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
-        self._template: ChatTemplate | GraftworkServerError | None = None
+        self._token_text = lru_cache(_TOKEN_TEXTS)(self._make_token_text)
+        self._template: Template | GraftworkServerError | None = None
         if chat_template is not None:
             try:
-                self._template = ChatTemplate(chat_template, self.named_tokens)
+                self._template = compile_template(chat_template, self.named_tokens)
             except GraftworkServerError as error:
                 self._template = error  # Everything but chat works without it.
 
     @classmethod
     def from_dir(cls, path: str | Path) -> TextProcessor:
         """Reads the tokenizer's files in `path`. Raises FailedPrecondition (TOKENIZER_MISSING, TOKENIZER_INVALID)."""
-        folder = Path(path)
-        if not (folder / "tokenizer.json").is_file():
+        return cls.from_files(TokenizerFiles.of(Path(path)))
+
+    @classmethod
+    def from_files(
+        cls,
+        files: TokenizerFiles,
+        compile_template: CompileTemplate = ChatTemplate,
+        default_template: str | None = None,
+    ) -> TextProcessor:
+        """Reads the files; `default_template` is for those that bring none.
+
+        Raises FailedPrecondition (TOKENIZER_MISSING, TOKENIZER_INVALID).
+        """
+        if files.tokenizer is None:
             raise FailedPrecondition(
                 "the model brings no tokenizer.json; only token ids can be used with it", reason="TOKENIZER_MISSING"
             )
         try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            config_file = folder / "tokenizer_config.json"
-            config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
-            template_file = folder / "chat_template.jinja"
-            template = template_file.read_text("utf-8") if template_file.is_file() else config.get("chat_template")
+            tokenizer = Tokenizer.from_file(str(files.tokenizer))
+            config = json.loads(files.config.read_text("utf-8")) if files.config else {}
+            template = files.template.read_text("utf-8") if files.template else config.get("chat_template")
+            return cls(tokenizer, config, _default_template(template) or default_template, compile_template)
+        except GraftworkServerError:
+            raise
         except Exception as error:  # tokenizers raises plain Exception for damaged files
             raise FailedPrecondition(
-                f"the model's tokenizer files cannot be read: {error}", reason="TOKENIZER_INVALID"
+                f"the tokenizer files cannot be read: {_without_paths(error)}", reason="TOKENIZER_INVALID"
             ) from error
-        return cls(tokenizer, config, _default_template(template))
+
+    def to_json(self) -> str:
+        """The tokenizer as tokenizer.json would have it, with every token that the configuration adds."""
+        return str(self._tokenizer.to_str())
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with the special tokens that the tokenizer's post-processor adds."""
@@ -87,6 +132,9 @@ class TextProcessor:
 
     def token_text(self, id: int) -> str:
         """One token as text, special tokens included, a leading space kept. Ids outside the vocabulary are ""."""
+        return self._token_text(id)
+
+    def _make_token_text(self, id: int) -> str:
         token = self._tokenizer.id_to_token(id)
         if token is None:
             return ""
@@ -101,6 +149,11 @@ class TextProcessor:
         return self._tokenizer.token_to_id(token)
 
     @property
+    def greatest_id(self) -> int:
+        """Greatest id of any token."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @property
     def eos_token_id(self) -> int | None:
         """Id of the tokenizer's end-of-sequence token, if it names one."""
         eos = self.named_tokens.get("eos_token")
@@ -109,7 +162,12 @@ class TextProcessor:
     @property
     def has_chat_template(self) -> bool:
         """Whether render_chat and encode_chat can work."""
-        return isinstance(self._template, ChatTemplate)
+        return self._template is not None and not isinstance(self._template, GraftworkServerError)
+
+    @property
+    def template_is_slow(self) -> bool:
+        """Whether rendering waits for another process, so that no event loop should."""
+        return self.has_chat_template and not isinstance(self._template, ChatTemplate)
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool, **variables: Any) -> str:
         """The conversation as the model reads it; with `add_generation_prompt`, up to where its answer begins.
@@ -120,9 +178,21 @@ class TextProcessor:
         template = self._chat_template(messages)
         return template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of render_chat; its text already has every special token, so none is added."""
-        return self.encode_plain(self.render_chat(messages, add_generation_prompt))
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """Token ids of render_chat; its text already has every special token, so none is added.
+
+        With `continue_final_message` the text ends where the last message's content does, and nothing follows.
+        """
+        if continue_final_message:
+            return self.encode_plain(self._chat_template(messages).render_unfinished(messages, tools=tools))
+        return self.encode_plain(self.render_chat(messages, add_generation_prompt, tools=tools))
 
     def encode_chat_with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Token ids of a conversation, and 1 for each that the assistant writes: its content and what ends its turn.
@@ -146,7 +216,7 @@ class TextProcessor:
         except (UnicodeError, TypeError) as error:  # lone surrogates, as JSON's "\ud800" gives them
             raise InvalidArgument("the text is not valid Unicode", reason="TEXT_INVALID", field="text") from error
 
-    def _chat_template(self, messages: Sequence[Message]) -> ChatTemplate:
+    def _chat_template(self, messages: Sequence[Message]) -> Template:
         if isinstance(self._template, GraftworkServerError):
             raise self._template
         if self._template is None:
@@ -158,7 +228,7 @@ class TextProcessor:
             raise InvalidArgument("give at least one message", reason="MESSAGES_EMPTY", field="messages")
         return self._template
 
-    def _spans_by_prefix(self, template: ChatTemplate, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    def _spans_by_prefix(self, template: Template, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         text = template.render(messages, add_generation_prompt=False)
         spans: list[Span] = []
         for index, message in enumerate(messages):
@@ -216,8 +286,11 @@ class IncrementalDetokenizer:
         self._fresh = 0  # tokens at the window's end that came since the last certain text
         self._stopped: str | None = None
 
-    def feed(self, ids: Iterable[int]) -> TextPiece:
-        """The text that became certain with `ids`. After a stop text was met, nothing more comes."""
+    def feed(self, ids: Iterable[int], matching: bool = True) -> TextPiece:
+        """The text that became certain with `ids`. After a stop text was met, nothing more comes.
+
+        Text that became certain without `matching` is passed on, and no stop text begins in it.
+        """
         if self._stopped is not None:
             return TextPiece("", self._stopped)
         new = [id for id in ids if id not in self._skipped]
@@ -227,7 +300,8 @@ class IncrementalDetokenizer:
         self._fresh += len(new)
         if new[-1] in self._text.byte_fallback_ids:
             return TextPiece("")
-        return self._match(self._certain_text())
+        text = self._certain_text()
+        return self._match(text) if matching else TextPiece(text)
 
     def finish(self) -> TextPiece:
         """What is left once the last token came: half characters as U+FFFD, and what might have become a stop text."""
@@ -333,6 +407,11 @@ def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
         if current < len(spans) and start < spans[current][1] and end > spans[current][0]:
             mask[index] = 1
     return mask
+
+
+def _without_paths(error: Exception) -> str:
+    """What went wrong; the operating system's errors name files of the server's."""
+    return (error.strerror or "unreadable") if isinstance(error, OSError) else str(error)
 
 
 def _token_content(token: Any) -> str | None:

@@ -53,7 +53,45 @@ def test_generate_json(server: ScriptedServer, run: Any) -> None:
         "usage": {"prompt_tokens": 2, "completion_tokens": 3},
         "model": "m",
         "version": 3,
+        "completions": [{"index": 0, "score": None} | {key: answer[key] for key in COMPLETION}],
+        "prompt_logprobs": None,
     }
+
+
+def test_generate_new_options(server: ScriptedServer, run: Any, tmp_path: Any) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    server.on("Generate", [last(), last(), last(), last()])
+    flags = "--min-p 0.5 --repetition-penalty 2 --presence-penalty 1 --frequency-penalty 0.5 --min-tokens 3 --echo"
+    objects(run("generate", "base", "x", *flags.split(), "--n", "1", "--best-of", "4", "--regex", "a+", "--json"))
+    objects(run("generate", "base", "x", "--json-schema", str(schema), "--json"))
+    objects(run("generate", "base", "x", "--choice", "a", "--choice", "b", "--json"))
+    first, second, third = (request.sampling for request in server.requests("Generate"))
+    assert first == g.SamplingParameters(
+        min_p=0.5,
+        repetition_penalty=2,
+        presence_penalty=1,
+        frequency_penalty=0.5,
+        min_tokens=3,
+        echo=True,
+        n=1,
+        best_of=4,
+        structured_output=g.StructuredOutput(regex="a+"),
+    )
+    assert second.structured_output.json_schema == '{"type": "object"}'
+    assert list(third.structured_output.choice.texts) == ["a", "b"]
+
+
+def test_several_completions_are_printed_one_after_the_other(server: ScriptedServer, run: Any) -> None:
+    stop, usage = g.FINISH_REASON_STOP, g.Usage(prompt_tokens=1, completion_tokens=2)
+    second = g.GenerateResponse(text="two", index=1, finish_reason=stop, score=-1.5)
+    first = g.GenerateResponse(text="one", index=0, finish_reason=stop, score=-0.5, usage=usage)
+    server.on("Generate", [second, first])
+    shown = run("generate", "base", "x", "--n", "2", "--best-of", "2").stdout
+    assert shown == "--- 0  score -0.5000\none\n--- 1  score -1.5000\ntwo\n"
+
+
+COMPLETION = ("text", "token_ids", "finish_reason", "logprobs")
 
 
 def test_generate_options(server: ScriptedServer, run: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import Any
 
 import pytest
 from tests.clients.protos import as_chat, last, piece
@@ -24,7 +25,35 @@ def test_whole_answer(server: ScriptedServer, client: graftwork.Client) -> None:
         usage=graftwork.Usage(2, 3),
         model="dates",
         version=3,
+        completions=(graftwork.Completion(0, "Once upon", (5, 6, 7), "stop", None, None),),
     )
+
+
+def test_several_completions_are_put_together(server: ScriptedServer, client: graftwork.Client) -> None:
+    def of(index: int, text: str, token: int, finish: int = 0, **fields: Any) -> g.GenerateResponse:
+        return g.GenerateResponse(text=text, token_ids=[token], index=index, finish_reason=finish, **fields)
+
+    stop, length = g.FINISH_REASON_STOP, g.FINISH_REASON_LENGTH
+    usage = g.Usage(prompt_tokens=2, completion_tokens=4)
+    prompt = [g.TokenLogprob(token_id=8, text="x")]
+    answers = [of(1, "a", 1), of(0, "b", 2, prompt_logprobs=prompt), of(1, "c", 3, stop, score=-0.5)]
+    server.on("Generate", [*answers, of(0, "d", 4, length, score=-1.5, usage=usage)])
+    answer = client.generate("base", "x", n=2, best_of=2, prompt_logprobs=0)
+    assert answer.completions == (
+        graftwork.Completion(0, "bd", (2, 4), "length", None, -1.5),
+        graftwork.Completion(1, "ac", (1, 3), "stop", None, -0.5),
+    )
+    assert (answer.text, answer.finish_reason, answer.usage) == ("bd", "length", graftwork.Usage(2, 4))
+    assert answer.prompt_logprobs == (graftwork.TokenLogprob(8, "x", None),)
+    server.on("Generate", [of(1, "a", 1), of(0, "d", 4, length, usage=usage)])
+    with pytest.raises(graftwork.InternalError) as caught:
+        client.generate("base", "x", n=2)
+    assert caught.value.reason == "STREAM_TRUNCATED"
+
+
+def test_an_option_that_there_is_not_is_refused(server: ScriptedServer, client: graftwork.Client) -> None:
+    with pytest.raises(TypeError, match="there is no option 'top_q'"):
+        client.generate("base", "x", top_q=1)  # type: ignore[call-overload]
 
 
 def test_unset_options_stay_unset(server: ScriptedServer, client: graftwork.Client) -> None:

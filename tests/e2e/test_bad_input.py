@@ -138,7 +138,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no safetensors": (lambda directory: (directory / WEIGHTS).write_bytes(b"\xff" * 500), WEIGHTS),
     "use_dora": (change_config(use_dora=True), "use_dora"),
     "modules_to_save": (change_config(modules_to_save=["lm_head"]), "modules_to_save"),
-    "bias": (change_config(bias="all"), "bias"),
+    "bias": (change_config(bias="some"), "bias"),
     "an unknown key": (change_config(brand_new=17), "brand_new"),
     "a module to import": (
         change_config(auto_mapping={"base_model_class": "x", "parent_library": "os"}),

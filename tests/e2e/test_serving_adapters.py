@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 from tests import toys
 from tests.e2e.reference import Reference
 from tests.e2e.serving import START_SECONDS, Server, run_cli
@@ -21,8 +22,11 @@ ADAPTERS = {
         "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 12},
         "alpha_pattern": {"down_proj": 3, "layers.0.self_attn.v_proj": 40},
     },
+    "dora": {"r": 5, "use_dora": True, "modules_to_save": ["model.norm"], "trainable_token_indices": [20, 45, 211]},
 }
-RANKS = {"plain": 8, "subset": 3, "rslora": 4, "patterns": 12}
+RANKS = {"plain": 8, "subset": 3, "rslora": 4, "patterns": 12, "dora": 5}
+MODULES = {"subset": 6, "dora": 21 + 1 + 1}
+"""Bound modules where they are not the 21 linear layers: DoRA's norm and embedding."""
 PROMPTS = [[1, 20, 45, 77, 130, 99], [1, 211, 8, 16, 250, 33, 61, 90, 12, 140, 7, 19]]
 
 
@@ -32,11 +36,15 @@ def references(client: Client, model_dir: Path, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("adapters")
     known = {"base": Reference(model_dir)}
     for seed, (name, config) in enumerate(ADAPTERS.items()):
-        directory = toys.make_adapter(model_dir, folder / name, seed, **config)
+        if name == "dora":
+            settings = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | config
+            directory = toys.make_peft(model_dir, folder / name, LoraConfig(**settings), seed)
+        else:
+            directory = toys.make_adapter(model_dir, folder / name, seed, **config)
         published = client.adapters.create(name, directory, load=True)
         assert (published.version, published.strategy, published.rank) == (1, "lora", RANKS[name])
         assert published.load_report is not None
-        assert published.load_report.modules_bound == (6 if name == "subset" else 21)
+        assert published.load_report.modules_bound == MODULES.get(name, 21)
         known[name] = Reference(model_dir, directory)
     directory = toys.make_checkpoint(model_dir, folder / "checkpoint", seed=9)
     published = client.adapters.create("checkpoint", directory)

@@ -56,6 +56,15 @@ def test_reflection_lists_every_service_with_every_method(channel: grpc.Channel)
         assert {method.name for method in service.method} == methods
 
 
+def test_reflection_finds_a_single_method(channel: grpc.Channel) -> None:
+    """What `grpcurl describe graftwork.v1.GenerationService.Chat` asks for."""
+    answer = reflect(channel, file_containing_symbol="graftwork.v1.GenerationService.Chat").file_descriptor_response
+    files = [FileDescriptorProto.FromString(data) for data in answer.file_descriptor_proto]
+    assert "GenerationService" in [service.name for file in files for service in file.service]
+    unknown = reflect(channel, file_containing_symbol="graftwork.v1.GenerationService.Sing")
+    assert unknown.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
+
+
 def test_every_listed_method_is_there(channel: grpc.Channel) -> None:
     """An empty request may be refused, but no method may be unknown or fall over."""
     for name, methods in METHODS.items():

@@ -7,7 +7,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tests import toys
 from tests.e2e.serving import START_SECONDS, Server, environment, serve_command
+
+from graftwork import FailedPreconditionError
 
 
 def failure(*flags: str, **variables: str) -> tuple[int, str]:
@@ -89,3 +92,16 @@ def test_print_config_shows_what_wins_and_where_it_came_from(tmp_path: Path) -> 
         serve_command("--config", str(again), "--print-config"), capture_output=True, text=True, env=environment()
     )
     assert tomllib.loads(reprinted.stdout) == settings
+
+
+def test_a_model_without_a_tokenizer_takes_token_ids_and_says_so_about_text(tmp_path: Path) -> None:
+    model = toys.make_model("llama", tmp_path / "model")
+    server = Server(model, tmp_path / "data")
+    try:
+        with server.client() as client:
+            assert len(client.generate("base", [1, 5, 9], max_tokens=3, ignore_eos=True).token_ids) == 3
+            with pytest.raises(FailedPreconditionError) as refused:
+                client.generate("base", "Hello", max_tokens=3)
+        assert refused.value.reason == "TOKENIZER_MISSING"
+    finally:
+        server.close()

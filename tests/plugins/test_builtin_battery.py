@@ -1,8 +1,9 @@
-"""Both strategies on board pass the kit that outsiders are given."""
+"""The strategies on board that train pass the kit that outsiders are given."""
 
 from __future__ import annotations
 
 from graftwork_plugins.builtin.full import FullTuning
+from graftwork_plugins.builtin.ia3 import Ia3
 from graftwork_plugins.builtin.lora import Lora
 from graftwork_plugins.testing import StrategyBattery
 
@@ -33,3 +34,14 @@ class TestFull(StrategyBattery):
 
     strategy = FullTuning()
     learning_rate = 0.003
+
+
+class TestIa3(StrategyBattery):
+    """On more layers than by default: the toy needs some parameters to learn with."""
+
+    strategy = Ia3()
+    settings = {
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    }
+    learning_rate = 0.3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests import toys
 from transformers import AutoModelForCausalLM
 
-from graftwork_plugins import Artifact, ArtifactError, BaseInfo, ConfigError, LowRank
+from graftwork_plugins import Artifact, ArtifactError, BaseInfo, ConfigError, DatasetInfo, DeviceInfo, LowRank
 from graftwork_plugins.builtin.lora import Lora, LoraConfig, graftwork_identify_artifact
 from graftwork_plugins.testing import apply_deltas, base_handle, make_rows, train_steps, write_artifact
 
@@ -103,6 +104,27 @@ def test_reads_what_peft_writes(models: dict[str, Path], tmp_path: Path, archite
     assert graftwork_identify_artifact(Artifact(adapter)) == "lora"
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_kit_applies_every_feature_as_peft_does(models: dict[str, Path], tmp_path: Path, architecture: str) -> None:
+    for name, settings in toys.lora_features(architecture).items():
+        config = PeftLoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings)
+        adapter = toys.make_peft(models[architecture], tmp_path / name, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = logits(PeftModel.from_pretrained(plain_model(models[architecture]), adapter).eval())
+        served = plain_model(models[architecture])
+        apply_deltas(served, Lora().load(Artifact(adapter), base_handle(served).info))
+        assert torch.allclose(logits(served), expected, atol=1e-4, rtol=0), name
+
+
+def test_tensors_that_peft_would_not_load_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT saves an update of GPT-2's output layer that it ties to the embedding's, and drops it when it loads."""
+    config = PeftLoraConfig(target_modules=["c_attn", "lm_head"], ensure_weight_tying=True, task_type="CAUSAL_LM")
+    artifact = Artifact(toys.make_peft(models["gpt2"], tmp_path, config))
+    with pytest.raises(ArtifactError, match=r"has tensors of lm_head, which target_modules .* does not name"):
+        Lora().load(artifact, base_handle(plain_model(models["gpt2"])).info)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_peft_reads_what_is_saved(models: dict[str, Path], tmp_path: Path, architecture: str) -> None:
     strategy, model = Lora(), plain_model(models[architecture]).requires_grad_(False)
@@ -119,11 +141,14 @@ def test_peft_reads_what_is_saved(models: dict[str, Path], tmp_path: Path, archi
 KEYS: list[tuple[str, Any]] = [
     ("peft_type", "LOHA"),
     ("task_type", "SEQ_CLS"),
-    ("bias", "all"),
-    ("use_dora", True),
-    ("lora_bias", True),
-    ("modules_to_save", ["lm_head"]),
-    ("trainable_token_indices", [3]),
+    ("bias", "some"),
+    ("use_dora", "yes"),
+    ("lora_bias", 1),
+    ("modules_to_save", "lm_head"),
+    ("modules_to_save", ["score"]),
+    ("trainable_token_indices", 3),
+    ("trainable_token_indices", {"embed_tokens": ["a"]}),
+    ("ensure_weight_tying", "yes"),
     ("target_parameters", ["experts"]),
     ("layer_replication", [[0, 2]]),
     ("megatron_config", {"a": 1}),
@@ -169,15 +194,82 @@ def rename(old: str, new: str) -> Callable[[dict[str, Any], dict[str, torch.Tens
 
 
 EMBEDDING = "base_model.model.model.embed_tokens"
+TOKENS = ".token_adapter.trainable_tokens_delta"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 TENSORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], object], str, str]] = {
     "unknown name": (rename(f"{Q0}.lora_A.weight", f"{Q0}.lora_C.weight"), f"{Q0}.lora_C.weight", "not supported"),
-    "embedding": (
-        lambda config, tensors: tensors.update(
-            {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 2)}
-        ),
-        "base_model.model.model.embed_tokens.lora_embedding_A",
-        "embedding",
+    "embedding without B": (
+        lambda config, tensors: [
+            tensors.update({f"{EMBEDDING}.lora_embedding_A": torch.ones(8, 160)}),
+            config.update({"target_modules": [*config["target_modules"], "embed_tokens"]}),
+        ],
+        f"{EMBEDDING}.lora_embedding_B",
+        "lora_embedding_A but no lora_embedding_B",
+    ),
+    "embedding of a linear layer": (
+        rename(f"{Q0}.lora_A.weight", f"{Q0}.lora_embedding_A"),
+        f"{Q0}.lora_embedding_A",
+        "which the base has not",
+    ),
+    "no magnitudes": (
+        lambda config, tensors: config.update({"use_dora": True}),
+        f"{Q0}.lora_magnitude_vector",
+        "is missing, but adapter_config.json has use_dora",
+    ),
+    "magnitudes' shape": (
+        lambda config, tensors: [
+            config.update({"use_dora": True, "target_modules": ["layers.0.self_attn.q_proj"]}),
+            [tensors.pop(name) for name in list(tensors) if not name.startswith(Q0)],
+            tensors.update({f"{Q0}.lora_magnitude_vector": torch.ones(1, 48)}),
+        ],
+        f"{Q0}.lora_magnitude_vector",
+        r"\[1, 48\]; this base takes \[48\]",
+    ),
+    "saved module's tensor missing": (
+        lambda config, tensors: config.update({"modules_to_save": ["model.norm"]}),
+        "modules_to_save",
+        "has no base_model.model.model.norm.weight",
+    ),
+    "saved module's tensor not asked for": (
+        lambda config, tensors: tensors.update({"base_model.model.model.norm.weight": torch.ones(48)}),
+        "base_model.model.model.norm.weight",
+        "modules_to_save does not name",
+    ),
+    "parameters of experts": (
+        lambda config, tensors: config.update({"target_parameters": ["mlp.experts.gate_up_proj"]}),
+        "target_parameters",
+        "which the base has not; this base has no experts",
+    ),
+    "parameters of a linear layer": (
+        lambda config, tensors: config.update({"target_parameters": ["q_proj.weight"]}),
+        "target_parameters",
+        "which is of no mixture of experts",
+    ),
+    "token rows missing": (
+        lambda config, tensors: config.update({"trainable_token_indices": [3]}),
+        "trainable_token_indices",
+        "has no trainable_tokens_delta",
+    ),
+    "token rows not asked for": (
+        lambda config, tensors: tensors.update({f"{EMBEDDING}{TOKENS}": torch.ones(1, 48)}),
+        f"{EMBEDDING}{TOKENS}",
+        "trainable_token_indices does not name",
+    ),
+    "token rows of another number": (
+        lambda config, tensors: [
+            config.update({"trainable_token_indices": [3, 4]}),
+            tensors.update({f"{EMBEDDING}{TOKENS}": torch.ones(1, 48)}),
+        ],
+        f"{EMBEDDING}{TOKENS}",
+        r"say \[2, 48\]",
+    ),
+    "token beyond the vocabulary": (
+        lambda config, tensors: [
+            config.update({"trainable_token_indices": [160]}),
+            tensors.update({f"{EMBEDDING}{TOKENS}": torch.ones(1, 48)}),
+        ],
+        "trainable_token_indices",
+        "from 0 to 159",
     ),
     "dora": (
         lambda config, tensors: tensors.update({f"{Q0}.lora_magnitude_vector": torch.ones(2)}),
@@ -185,9 +277,9 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], obj
         "DoRA",
     ),
     "base weights": (
-        lambda config, tensors: tensors.update({"base_model.model.lm_head.base_layer.weight": torch.ones(2, 2)}),
-        "base_model.model.lm_head.base_layer.weight",
-        "save_embedding_layers=False",
+        lambda config, tensors: tensors.update({f"{Q0}.base_layer.weight": torch.ones(48, 48)}),
+        f"{Q0}.base_layer.weight",
+        "modules_to_save does not name",
     ),
     "bias": (
         lambda config, tensors: tensors.update({f"{Q0}.lora_B.bias": torch.ones(2)}),
@@ -208,6 +300,16 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], obj
         lambda config, tensors: [tensors.pop(f"{Q0}.lora_{matrix}.weight") for matrix in "AB"],
         Q0.removeprefix("base_model.model."),
         "target_modules names",
+    ),
+    "not a target": (
+        lambda config, tensors: config.update({"target_modules": ["v_proj"]}),
+        Q0.removeprefix("base_model.model."),
+        "which target_modules .* does not name",
+    ),
+    "layer not chosen": (
+        lambda config, tensors: config.update({"layers_to_transform": [1]}),
+        Q0.removeprefix("base_model.model."),
+        "which target_modules .* does not name",
     ),
     "in_features": (
         lambda config, tensors: tensors.update({f"{Q0}.lora_A.weight": torch.ones(8, 47)}),
@@ -328,3 +430,48 @@ def test_scaling_of_each_module(adapter: Path, info: BaseInfo, tmp_path: Path) -
     deltas: list[LowRank] = list(Lora().load(edited(adapter, tmp_path, edit), info))
     scalings = {delta.module.rpartition(".")[2]: delta.scaling for delta in deltas}
     assert scalings == pytest.approx({"q_proj": 2 / 8**0.5, "v_proj": 16 / 8**0.5})
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random mixture of experts."""
+    return toys.make_model("mixtral", tmp_path_factory.mktemp("mixture") / "mixtral")
+
+
+def test_training_on_a_mixture_updates_its_linear_layers(mixture: Path, tmp_path: Path) -> None:
+    strategy, model = Lora(), plain_model(mixture).requires_grad_(False)
+    handle, config = base_handle(model), LoraConfig.model_validate({"r": 2})
+    trainable = strategy.build(handle, config)
+    device = DeviceInfo(type="cpu", total_memory_bytes=2**34, threads=1)
+    estimate = strategy.estimate(config, handle.info, DatasetInfo(row_count=1, total_tokens=1), device)
+    assert sum(parameter.numel() for parameter in trainable.parameters.values()) == estimate.trained_parameters
+    artifact = write_artifact(strategy.save(trainable), tmp_path)
+    deltas = strategy.load(artifact, handle.info)
+    assert {delta.module for delta in deltas} == set(handle.info.linear_modules) - {"lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "tensor", "says"),
+    [
+        ("lora_A.weight", torch.ones(7, 80), r"\[7, 80\]; for down_proj with 4 experts and the rank 2 .* \[8, 80\]"),
+        ("base_layer.lora_B.weight", torch.ones(160, 9), r"for gate_up_proj .* \[160, 8\]"),
+        ("base_layer.lora_A.weight", None, "target_parameters names .*gate_up_proj, but"),
+        ("base_layer.base_layer.lora_A.weight", torch.ones(8, 48), "has tensors of .*base_layer.base_layer, which"),
+    ],
+)
+def test_updates_of_experts_that_do_not_fit_are_refused(
+    mixture: Path, tmp_path: Path, suffix: str, tensor: torch.Tensor | None, says: str
+) -> None:
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    config = PeftLoraConfig(r=2, target_modules=[], target_parameters=parameters, task_type="CAUSAL_LM")
+    adapter = toys.make_peft(mixture, tmp_path / "adapter", config)
+    name = f"base_model.model.model.layers.1.mlp.experts.{suffix}"
+
+    def edit(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+
+    with pytest.raises(ArtifactError, match=says):
+        Lora().load(edited(adapter, tmp_path / "edited", edit), base_handle(plain_model(mixture)).info)

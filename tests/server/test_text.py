@@ -119,6 +119,37 @@ def test_render_and_encode_chat_equal_transformers(tmp_path: Path, template: str
         assert ours.encode_chat(messages, prompt) == theirs.apply_chat_template(messages, **options)["input_ids"]
 
 
+STRIPPING = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}{{ eos_token }}\n{% endfor %}"
+QUOTING = "{% for m in messages %}{{ m.content | tojson }}{% endfor %}{{ eos_token }}"
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED, STRIPPING, QUOTING])
+@pytest.mark.parametrize("content", ["the answer is", "is ", "x\n\n", "fox"])
+def test_an_unfinished_message_equals_transformers(tmp_path: Path, template: str, content: str) -> None:
+    ours = save(tmp_path, template)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    # The content stands elsewhere in the conversation too: where it is cut must not depend on that.
+    messages = chat("fox", "x", f"the answer is {content}", content)
+    expected = theirs.apply_chat_template(messages, continue_final_message=True)["input_ids"]
+    assert ours.encode_chat(messages, continue_final_message=True) == expected
+    assert expected != ours.encode_chat(messages, add_generation_prompt=False)
+
+
+def test_a_message_that_the_template_does_not_show_cannot_be_continued(tmp_path: Path) -> None:
+    hiding = save(tmp_path, "{% for m in messages %}{{ m.role }}{% endfor %}")
+    with pytest.raises(InvalidArgument) as caught:
+        hiding.encode_chat(chat("a", "b"), continue_final_message=True)
+    assert caught.value.violations[0].field == "continue_final_message"
+
+
+def test_tools_equal_transformers(tmp_path: Path) -> None:
+    ours = save(tmp_path, "{{ tools | tojson }}" + PLAIN)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    tools = [{"type": "function", "function": {"name": "wärme", "parameters": {"n": 1, "x": 1.5, "flag": True}}}]
+    expected = theirs.apply_chat_template(chat("x"), tools=tools, add_generation_prompt=True)["input_ids"]
+    assert ours.encode_chat(chat("x"), tools=tools) == expected
+
+
 def test_a_named_template_among_several(tmp_path: Path) -> None:
     save(tmp_path, None)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())

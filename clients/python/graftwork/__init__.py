@@ -37,6 +37,7 @@ from graftwork.requests import SamplingOptions
 from graftwork.streams import AsyncGenerationStream, GenerationStream
 from graftwork.types import (
     Adapter,
+    Completion,
     Dataset,
     DatasetReport,
     Generation,
@@ -70,6 +71,7 @@ __all__ = [
     "AsyncTuningJob",
     "CancelledError",
     "Client",
+    "Completion",
     "DataLossError",
     "Dataset",
     "DatasetReport",

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, Unpack, overload
 from graftwork import requests
 from graftwork.async_transport import AsyncTransport
 from graftwork.calls import Streaming
-from graftwork.requests import Messages, Prompt, SamplingOptions
+from graftwork.requests import Messages, Prompt, SamplingOptions, Tools
 from graftwork.resources.adapters import AsyncAdapters
 from graftwork.resources.datasets import AsyncDatasets
 from graftwork.resources.strategies import AsyncStrategies
@@ -99,6 +99,8 @@ class AsyncClient:
         *,
         stream: Literal[False] = False,
         timeout: float | None = None,
+        tools: Tools | None = None,
+        continue_final_message: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Generation: ...
     @overload
@@ -109,6 +111,8 @@ class AsyncClient:
         *,
         stream: Literal[True],
         timeout: float | None = None,
+        tools: Tools | None = None,
+        continue_final_message: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> AsyncGenerationStream: ...
     @overload
@@ -119,6 +123,8 @@ class AsyncClient:
         *,
         stream: bool,
         timeout: float | None = None,
+        tools: Tools | None = None,
+        continue_final_message: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Generation | AsyncGenerationStream: ...
     async def chat(
@@ -128,26 +134,36 @@ class AsyncClient:
         *,
         stream: bool = False,
         timeout: float | None = None,
+        tools: Tools | None = None,
+        continue_final_message: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Generation | AsyncGenerationStream:
         """As Client.chat; with stream=True, await it for an iterator for async for."""
-        return await self._answer(requests.chat(model, messages, options), stream, timeout, options)
+        call = requests.chat(model, messages, options, tools, continue_final_message)
+        return await self._answer(call, stream, timeout, options)
 
     async def _answer(
         self, call: Streaming[Any, GenerationChunk], stream: bool, timeout: float | None, options: SamplingOptions
     ) -> Generation | AsyncGenerationStream:
-        running = AsyncGenerationStream(
-            self._transport, call, timeout=timeout, logprobs=options.get("logprobs") is not None
-        )
+        running = AsyncGenerationStream(self._transport, call, timeout=timeout, options=options)
         return running if stream else await running.result()
 
     async def score(self, model: str, text: Prompt, *, top_logprobs: int = 0, timeout: float | None = None) -> Score:
         """As Client.score."""
         return await self._transport.unary(requests.score(model, text, top_logprobs), timeout)
 
-    async def tokenize(self, text: str | Messages, *, timeout: float | None = None) -> Tokenization:
+    async def tokenize(
+        self,
+        text: str | Messages,
+        *,
+        model: str = "base",
+        tools: Tools | None = None,
+        continue_final_message: bool = False,
+        timeout: float | None = None,
+    ) -> Tokenization:
         """As Client.tokenize."""
-        return await self._transport.unary(requests.tokenize(text), timeout)
+        call = requests.tokenize(text, model, tools, continue_final_message)
+        return await self._transport.unary(call, timeout)
 
     async def close(self) -> None:
         """Closes the connection; calls in flight are cancelled."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, Unpack, overload
 
 from graftwork import requests
 from graftwork.calls import Streaming
-from graftwork.requests import Messages, Prompt, SamplingOptions
+from graftwork.requests import Messages, Prompt, SamplingOptions, Tools
 from graftwork.resources.adapters import Adapters
 from graftwork.resources.datasets import Datasets
 from graftwork.resources.strategies import Strategies
@@ -92,7 +92,7 @@ class Client:
     ) -> Generation | GenerationStream:
         """Continues a prompt, a text or token ids.
 
-        Options: max_tokens, temperature, top_p, top_k, seed, stop, logprobs, ignore_eos; see SamplingOptions.
+        Options: max_tokens, temperature, top_p, top_k, seed, stop, logprobs, n and more; see SamplingOptions.
         Returns the whole generation, or with stream=True an iterator of its chunks that can be closed.
         Raises NotFoundError for an unknown model, InvalidArgumentError with the wrong field, and APIError.
         """
@@ -106,6 +106,8 @@ class Client:
         *,
         stream: Literal[False] = False,
         timeout: float | None = None,
+        tools: Tools | None = None,
+        continue_final_message: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Generation: ...
     @overload
@@ -116,6 +118,8 @@ class Client:
         *,
         stream: Literal[True],
         timeout: float | None = None,
+        tools: Tools | None = None,
+        continue_final_message: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream: ...
     @overload
@@ -126,6 +130,8 @@ class Client:
         *,
         stream: bool,
         timeout: float | None = None,
+        tools: Tools | None = None,
+        continue_final_message: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Generation | GenerationStream: ...
     def chat(
@@ -135,19 +141,24 @@ class Client:
         *,
         stream: bool = False,
         timeout: float | None = None,
+        tools: Tools | None = None,
+        continue_final_message: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Generation | GenerationStream:
         """Answers a conversation: messages are mappings with role and content, oldest first.
 
+        tools: descriptions of tools that the chat template shows to the model. continue_final_message: go on with the
+        last message, the assistant's, instead of beginning a new one.
         Options, return value and errors are those of generate; FailedPreconditionError: the base model has no chat
         template.
         """
-        return self._answer(requests.chat(model, messages, options), stream, timeout, options)
+        call = requests.chat(model, messages, options, tools, continue_final_message)
+        return self._answer(call, stream, timeout, options)
 
     def _answer(
         self, call: Streaming[Any, GenerationChunk], stream: bool, timeout: float | None, options: SamplingOptions
     ) -> Generation | GenerationStream:
-        running = GenerationStream(self._transport, call, timeout=timeout, logprobs=options.get("logprobs") is not None)
+        running = GenerationStream(self._transport, call, timeout=timeout, options=options)
         return running if stream else running.result()
 
     def score(self, model: str, text: Prompt, *, top_logprobs: int = 0, timeout: float | None = None) -> Score:
@@ -157,9 +168,20 @@ class Client:
         """
         return self._transport.unary(requests.score(model, text, top_logprobs), timeout)
 
-    def tokenize(self, text: str | Messages, *, timeout: float | None = None) -> Tokenization:
-        """Returns the token ids that the server makes of a text, or of a conversation with its chat template."""
-        return self._transport.unary(requests.tokenize(text), timeout)
+    def tokenize(
+        self,
+        text: str | Messages,
+        *,
+        model: str = "base",
+        tools: Tools | None = None,
+        continue_final_message: bool = False,
+        timeout: float | None = None,
+    ) -> Tokenization:
+        """Returns the token ids that the server makes of a text, or of a conversation with its chat template.
+
+        tools and continue_final_message are as in chat.
+        """
+        return self._transport.unary(requests.tokenize(text, model, tools, continue_final_message), timeout)
 
     def close(self) -> None:
         """Closes the connection; calls in flight end with CancelledError."""

@@ -6,10 +6,11 @@ attempt. Not retried are deleting and cancelling: a second attempt could report 
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 from graftwork import responses, types
 from graftwork.calls import Message, Page, Streaming, Unary, Upload
@@ -17,7 +18,8 @@ from graftwork.uploads import AdapterFiles
 from graftwork.v1 import adapters_pb2, generation_pb2, strategies_pb2
 
 Prompt: TypeAlias = str | Sequence[int]
-Messages: TypeAlias = Sequence[types.Message | Mapping[str, str]]
+Messages: TypeAlias = Sequence[types.Message | Mapping[str, Any]]
+Tools: TypeAlias = Sequence[Mapping[str, Any]]
 
 _GENERATION = "/graftwork.v1.GenerationService/"
 _ADAPTERS = "/graftwork.v1.AdapterService/"
@@ -30,7 +32,16 @@ class SamplingOptions(TypedDict, total=False):
     max_tokens: most tokens to generate. temperature: 0 (the default) takes the most likely token. top_p: nucleus mass
     in (0, 1]. top_k: sample among so many tokens. seed: of this request's own random stream. stop: a text or texts that
     end the generation and are not returned. logprobs: how many alternatives to return with each token, 0 for the
-    chosen token's log probability alone. ignore_eos: go on after an end-of-sequence token.
+    chosen token's log probability alone. ignore_eos: go on after an end-of-sequence token. min_p: sample only tokens at
+    least this share as likely as the most likely one. typical_p: mass of the most typical tokens.
+    repetition_penalty: divides positive and multiplies negative logits of tokens of prompt and completion.
+    presence_penalty: taken from the logit of each token in the completion. frequency_penalty: the same, for each time
+    that it is there. logit_bias: added to the logits of token ids. bad_words: texts not to be generated.
+    stop_token_ids: tokens that end the generation. min_tokens: so many tokens come before any end.
+    n: completions to return. best_of: sample so many and return the n with the highest mean log probability.
+    prompt_logprobs: as logprobs, for the prompt's tokens. echo: begin each completion's text with the prompt.
+    At most one of these says what the output must look like. json_schema: a mapping, or JSON. regex: the whole output
+    matches it. choice: one of these texts. lark: a grammar in llguidance's variant of Lark.
     """
 
     max_tokens: int | None
@@ -41,6 +52,23 @@ class SamplingOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     logprobs: int | None
     ignore_eos: bool
+    min_p: float | None
+    typical_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    bad_words: Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    min_tokens: int | None
+    n: int | None
+    best_of: int | None
+    prompt_logprobs: int | None
+    echo: bool
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    choice: Sequence[str] | None
+    lark: str | None
 
 
 def new_request_id() -> str:
@@ -48,35 +76,46 @@ def new_request_id() -> str:
     return uuid.uuid4().hex
 
 
-def sampling(
-    *,
-    max_tokens: int | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    seed: int | None = None,
-    stop: str | Sequence[str] | None = None,
-    logprobs: int | None = None,
-    ignore_eos: bool = False,
-) -> generation_pb2.SamplingParameters:
-    """SamplingParameters of SamplingOptions; what is None stays unset, so that the server's default holds."""
-    return generation_pb2.SamplingParameters(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=[stop] if isinstance(stop, str) else list(stop or ()),
-        logprobs=logprobs,
-        ignore_eos=ignore_eos,
-    )
+def sampling(options: SamplingOptions) -> generation_pb2.SamplingParameters:
+    """SamplingParameters of SamplingOptions; what is None stays unset, so that the server's default holds.
+
+    Raises TypeError for an option that there is not, ValueError for two that exclude each other.
+    """
+    unknown = sorted(set(options) - set(SamplingOptions.__annotations__))
+    if unknown:
+        raise TypeError(f"there is no option {unknown[0]!r}; known are {', '.join(SamplingOptions.__annotations__)}")
+    values: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if isinstance(values.get("stop"), str):
+        values["stop"] = [values["stop"]]
+    formats = {name: values.pop(name) for name in ("json_schema", "regex", "choice", "lark") if name in values}
+    if len(formats) > 1:
+        raise ValueError(f"{' and '.join(formats)}: give at most one of them")
+    if formats:
+        values["structured_output"] = _structured(**formats)
+    return generation_pb2.SamplingParameters(**values)
+
+
+def _structured(
+    json_schema: Mapping[str, Any] | str | None = None,
+    choice: Sequence[str] | None = None,
+    regex: str | None = None,
+    lark: str | None = None,
+) -> generation_pb2.StructuredOutput:
+    if json_schema is not None:
+        schema = json_schema if isinstance(json_schema, str) else json.dumps(json_schema, ensure_ascii=False)
+        return generation_pb2.StructuredOutput(json_schema=schema)
+    if choice is not None:
+        return generation_pb2.StructuredOutput(choice=generation_pb2.Choices(texts=choice))
+    if regex is not None:
+        return generation_pb2.StructuredOutput(regex=regex)
+    return generation_pb2.StructuredOutput(lark=lark or "")
 
 
 def generate(
     model: str, prompt: Prompt, options: SamplingOptions
 ) -> Streaming[generation_pb2.GenerateResponse, types.GenerationChunk]:
     """Generate."""
-    request = generation_pb2.GenerateRequest(model=model, sampling=sampling(**options))
+    request = generation_pb2.GenerateRequest(model=model, sampling=sampling(options))
     if isinstance(prompt, str):
         request.text = prompt
     else:
@@ -88,14 +127,18 @@ def generate(
 
 
 def chat(
-    model: str, messages: Messages, options: SamplingOptions
+    model: str, messages: Messages, options: SamplingOptions, tools: Tools | None, continue_final_message: bool
 ) -> Streaming[generation_pb2.ChatResponse, types.GenerationChunk]:
-    """Chat."""
+    """Chat. Raises ValueError for tools or tool calls that JSON cannot hold."""
+    request = generation_pb2.ChatRequest(
+        model=model,
+        messages=_messages(messages),
+        sampling=sampling(options),
+        tools_json=_json(tools),
+        continue_final_message=continue_final_message,
+    )
     return Streaming(
-        path=_GENERATION + "Chat",
-        request=generation_pb2.ChatRequest(model=model, messages=_messages(messages), sampling=sampling(**options)),
-        response=generation_pb2.ChatResponse,
-        parse=responses.chunk,
+        path=_GENERATION + "Chat", request=request, response=generation_pb2.ChatResponse, parse=responses.chunk
     )
 
 
@@ -116,12 +159,17 @@ def score(model: str, text: Prompt, top_logprobs: int) -> Unary[generation_pb2.S
     )
 
 
-def tokenize(text: str | Messages) -> Unary[generation_pb2.TokenizeResponse, types.Tokenization]:
+def tokenize(
+    text: str | Messages, model: str, tools: Tools | None, continue_final_message: bool
+) -> Unary[generation_pb2.TokenizeResponse, types.Tokenization]:
     """Tokenize, of a text or of a conversation."""
-    if isinstance(text, str):
-        request = generation_pb2.TokenizeRequest(text=text)
-    else:
-        request = generation_pb2.TokenizeRequest(messages=_messages(text))
+    request = generation_pb2.TokenizeRequest(
+        text=text if isinstance(text, str) else "",
+        messages=() if isinstance(text, str) else _messages(text),
+        model=model,
+        tools_json=_json(tools),
+        continue_final_message=continue_final_message,
+    )
     return Unary(
         path=_GENERATION + "Tokenize",
         request=request,
@@ -132,7 +180,20 @@ def tokenize(text: str | Messages) -> Unary[generation_pb2.TokenizeResponse, typ
 
 
 def _messages(messages: Messages) -> list[generation_pb2.ChatMessage]:
-    return [generation_pb2.ChatMessage(role=message["role"], content=message["content"]) for message in messages]
+    return [
+        generation_pb2.ChatMessage(
+            role=message["role"],
+            content=message.get("content") or "",
+            tool_calls_json=_json(message.get("tool_calls")),
+            tool_call_id=message.get("tool_call_id") or "",
+            name=message.get("name") or "",
+        )
+        for message in messages
+    ]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) if value else ""
 
 
 def adapter_name(adapter: str | types.Adapter) -> str:

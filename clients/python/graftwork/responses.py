@@ -55,14 +55,18 @@ def chunk(message: generation_pb2.GenerateResponse | generation_pb2.ChatResponse
         usage=usage if message.HasField("usage") else None,
         model=message.model,
         version=message.version,
+        index=message.index,
+        score=message.score if message.HasField("score") else None,
+        prompt_logprobs=tuple(token_logprob(entry) for entry in message.prompt_logprobs),
     )
 
 
 class Collector:
     """Puts the pieces of one generation together, and knows whether it is whole."""
 
-    def __init__(self, *, wants_logprobs: bool) -> None:
+    def __init__(self, *, wants_logprobs: bool, wants_prompt_logprobs: bool = False) -> None:
         self._wants_logprobs = wants_logprobs
+        self._wants_prompt_logprobs = wants_prompt_logprobs
         self._chunks: list[types.GenerationChunk] = []
 
     @property
@@ -91,17 +95,35 @@ class Collector:
         """The whole generation. Raises InternalError if it is not whole."""
         self.check_whole(request_id)
         last = self._chunks[-1]
-        assert last.finish_reason is not None  # check_whole
-        assert last.usage is not None
-        logprobs = tuple(entry for piece in self._chunks for entry in piece.logprobs)
+        assert last.usage is not None  # check_whole
+        completions = tuple(self._completion(index) for index in sorted({piece.index for piece in self._chunks}))
+        first = completions[0]
+        prompt_logprobs = tuple(entry for piece in self._chunks for entry in piece.prompt_logprobs)
         return types.Generation(
-            text="".join(piece.text for piece in self._chunks),
-            token_ids=tuple(token for piece in self._chunks for token in piece.token_ids),
-            finish_reason=last.finish_reason,
-            logprobs=logprobs if self._wants_logprobs else None,
+            text=first.text,
+            token_ids=first.token_ids,
+            finish_reason=first.finish_reason,
+            logprobs=first.logprobs,
             usage=last.usage,
             model=last.model,
             version=last.version,
+            completions=completions,
+            prompt_logprobs=prompt_logprobs if self._wants_prompt_logprobs else None,
+        )
+
+    def _completion(self, index: int) -> types.Completion:
+        pieces = [piece for piece in self._chunks if piece.index == index]
+        finish_reason = pieces[-1].finish_reason
+        if finish_reason is None:
+            raise InternalError(f"completion {index} has no end", reason="STREAM_TRUNCATED")
+        logprobs = tuple(entry for piece in pieces for entry in piece.logprobs)
+        return types.Completion(
+            index=index,
+            text="".join(piece.text for piece in pieces),
+            token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+            finish_reason=finish_reason,
+            logprobs=logprobs if self._wants_logprobs else None,
+            score=pieces[-1].score,
         )
 
 

@@ -11,13 +11,21 @@ from typing import Any, Self
 from graftwork.async_transport import AsyncServerStream, AsyncTransport
 from graftwork.calls import Streaming
 from graftwork.errors import APIError
+from graftwork.requests import SamplingOptions
 from graftwork.responses import Collector
 from graftwork.transport import ServerStream, Transport
 from graftwork.types import Generation, GenerationChunk
 
 
+def _collector(options: SamplingOptions) -> Collector:
+    return Collector(
+        wants_logprobs=options.get("logprobs") is not None,
+        wants_prompt_logprobs=options.get("prompt_logprobs") is not None,
+    )
+
+
 class GenerationStream:
-    """The chunks of one generation.
+    """The chunks of one generation; those of several completions come mixed, told apart by index.
 
     Iterate over it; closing it, or leaving its with block, cancels the call, and the server ends the sequence. The call
     starts with the first chunk asked for, and is sent again after a transient failure only before that chunk came.
@@ -25,12 +33,17 @@ class GenerationStream:
     """
 
     def __init__(
-        self, transport: Transport, call: Streaming[Any, GenerationChunk], *, timeout: float | None, logprobs: bool
+        self,
+        transport: Transport,
+        call: Streaming[Any, GenerationChunk],
+        *,
+        timeout: float | None,
+        options: SamplingOptions,
     ) -> None:
         self._transport = transport
         self._call = call
         self._attempts = transport.settings.attempts(retry=True, timeout=timeout)
-        self._collector = Collector(wants_logprobs=logprobs)
+        self._collector = _collector(options)
         self._stream: ServerStream[GenerationChunk] | None = None
         self._request_id = ""
         self._closed = False
@@ -86,12 +99,17 @@ class AsyncGenerationStream:
     """The chunks of one generation, as GenerationStream, for async for and async with."""
 
     def __init__(
-        self, transport: AsyncTransport, call: Streaming[Any, GenerationChunk], *, timeout: float | None, logprobs: bool
+        self,
+        transport: AsyncTransport,
+        call: Streaming[Any, GenerationChunk],
+        *,
+        timeout: float | None,
+        options: SamplingOptions,
     ) -> None:
         self._transport = transport
         self._call = call
         self._attempts = transport.settings.attempts(retry=True, timeout=timeout)
-        self._collector = Collector(wants_logprobs=logprobs)
+        self._collector = _collector(options)
         self._stream: AsyncServerStream[GenerationChunk] | None = None
         self._request_id = ""
         self._closed = False

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 JobState: TypeAlias = Literal["unspecified", "pending", "running", "succeeded", "failed", "cancelled"]
@@ -14,10 +14,17 @@ EventKind: TypeAlias = Literal["state", "progress", "evaluation", "checkpoint", 
 
 
 class Message(TypedDict):
-    """One message of a conversation: role is "system", "user" or "assistant", or another that the template knows."""
+    """One message of a conversation: role is "system", "user" or "assistant", or another that the template knows.
+
+    tool_calls: what the assistant called, as the template reads it. tool_call_id: the call that a message answers.
+    name: who speaks, such as a tool.
+    """
 
     role: str
     content: str
+    tool_calls: NotRequired[Sequence[Mapping[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -55,9 +62,11 @@ class Usage:
 class GenerationChunk:
     """One piece of a streamed generation.
 
-    text is what became certain with this piece; the concatenation over the stream is the whole text. logprobs has one
-    entry per token of this piece if asked for. finish_reason and usage are set on the last piece only. model and
-    version say who answers (version 0: the base model).
+    text is what became certain with this piece; a completion's pieces together are its whole text. logprobs has one
+    entry per token of this piece if asked for. finish_reason is set on a completion's last piece, usage on the stream's
+    last one. model and version say who answers (version 0: the base model). index: which completion of several this
+    belongs to. score: with best_of, the mean log probability of its tokens, on its last piece. prompt_logprobs: of the
+    prompt's tokens, on one piece, if asked for.
     """
 
     text: str
@@ -67,14 +76,34 @@ class GenerationChunk:
     usage: Usage | None
     model: str
     version: int
+    index: int = 0
+    score: float | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One of the completions of a request.
+
+    finish_reason: "stop" (end-of-sequence or stop token, stop text, the end of a grammar) or "length" (max_tokens).
+    logprobs: one entry per token, None if not asked for. score: with best_of, the mean log probability of its tokens.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None
+    score: float | None
 
 
 @dataclass(frozen=True)
 class Generation:
     """A whole generation.
 
-    finish_reason: "stop" (end-of-sequence token or stop text) or "length" (max_tokens). logprobs: one entry per token,
-    None if not asked for. model and version: who answered (version 0: the base model).
+    text, token_ids, finish_reason and logprobs are those of the first completion; completions has all n of them, with
+    best_of the best first. prompt_logprobs: one entry per prompt token, None if not asked for. model and version: who
+    answered (version 0: the base model).
     """
 
     text: str
@@ -84,6 +113,8 @@ class Generation:
     usage: Usage
     model: str
     version: int
+    completions: tuple[Completion, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True)

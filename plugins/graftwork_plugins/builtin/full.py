@@ -80,10 +80,11 @@ class FullTuning(Strategy):
         """The float32 copy, its gradients and AdamW's two moments; then the activations, and the saved tensors."""
         trained = base.parameter_count
         activations = activation_bytes(base, config.micro_batch_tokens, compute_bytes=4)
-        # While the artifact is written, its tensors stand where gradients and activations stood.
+        # While the artifact is written, its tensors stand where gradients and activations stood. A tenth more for what
+        # the allocator cannot use.
         return Estimate(
             trained_parameters=trained,
-            memory_bytes=16 * trained + max(activations, base.weight_bytes),
+            memory_bytes=16 * trained * 11 // 10 + max(activations, base.weight_bytes),
             artifact_bytes=base.weight_bytes + 65_536 + 256 * len(base.linear_modules),
         )
 

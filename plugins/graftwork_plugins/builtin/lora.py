@@ -1,16 +1,13 @@
 """LoRA (arXiv:2106.09685) through PEFT: low-rank updates of linear layers, saved in PEFT's own format.
 
-Training builds on PEFT. Serving reads adapter_config.json with an allow-list of its own (lora_config.py) and never
-runs PEFT on what a client sent.
+Training builds on PEFT. Serving reads adapter_config.json with an allow-list of its own (lora_config.py), makes deltas
+of the tensors (lora_tensors.py), and never runs PEFT on what a client sent.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -21,9 +18,9 @@ from graftwork_plugins import (
     BaseModelHandle,
     ConfigError,
     DatasetInfo,
+    Delta,
     DeviceInfo,
     Estimate,
-    LowRank,
     SavedArtifact,
     Strategy,
     Trainable,
@@ -37,15 +34,9 @@ from graftwork_plugins.builtin.lora_config import (
     read_adapter_config,
     targets_of_names,
 )
+from graftwork_plugins.builtin.lora_tensors import deltas_of
+from graftwork_plugins.builtin.peft_files import CONFIG_FILE, artifact_files, peft_type, read_tensors, saved_by_peft
 from graftwork_plugins.estimates import activation_bytes
-
-if TYPE_CHECKING:
-    import torch
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
 
 
 class LoraConfig(TrainingConfig):
@@ -76,7 +67,7 @@ class Lora(Strategy):
     id = "lora"
     version = "1.0"
     description = "LoRA: low-rank updates of linear layers. Artifacts are PEFT's, in both directions."
-    artifact_files = f"{CONFIG_FILE} with peft_type LORA and {WEIGHTS_FILE}, as PEFT's save_pretrained writes them"
+    artifact_files = artifact_files("LORA")
     Config = LoraConfig
 
     def validate(self, config: LoraConfig, base: BaseInfo) -> None:
@@ -129,7 +120,8 @@ class Lora(Strategy):
             lora_alpha=_whole(config.lora_alpha),
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
-            target_modules=config.target_modules,
+            # By name: for a mixture of experts, PEFT takes "all-linear" to mean the experts' stacked parameters too.
+            target_modules=_targets(config, base.info) if _has_stacks(base.info) else config.target_modules,
             rank_pattern=dict(config.rank_pattern),
             alpha_pattern={name: _whole(alpha) for name, alpha in config.alpha_pattern.items()},
             task_type="CAUSAL_LM",
@@ -142,29 +134,13 @@ class Lora(Strategy):
 
     def save(self, trainable: Trainable) -> SavedArtifact:
         """What PEFT's save_pretrained writes: adapter_config.json and adapter_model.safetensors."""
-        import peft
+        return saved_by_peft(trainable.model)
 
-        model: Any = trainable.model
-        state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-        tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
-        document = model.peft_config["default"].to_dict()
-        document |= {"inference_mode": True, "base_model_name_or_path": None}
-        return SavedArtifact(
-            tensors={WEIGHTS_FILE: tensors}, documents={CONFIG_FILE: json.loads(json.dumps(document, default=_plain))}
-        )
-
-    def load(self, artifact: Artifact, base: BaseInfo) -> Sequence[LowRank]:
-        """One LowRank for each adapted module. The tensors decide what is bound; the configuration must agree."""
+    def load(self, artifact: Artifact, base: BaseInfo) -> Sequence[Delta]:
+        """LowRank for each adapted module, Replace for what is saved whole (lora_tensors.py)."""
         config = read_adapter_config(artifact.json(CONFIG_FILE))
-        pairs = _pairs(_read_tensors(artifact), base)
         try:
-            targets = config.targets(base)
-            for module in targets:
-                if module not in pairs:
-                    raise ArtifactError(
-                        module, f"target_modules names {module}, but {WEIGHTS_FILE} has no tensors of it"
-                    )
-            return [_delta(module, pairs[module], config.patterns) for module in sorted(pairs)]
+            return deltas_of(read_tensors(artifact), config, base)
         except PatternError as error:
             raise ArtifactError(error.key, str(error)) from None
 
@@ -173,6 +149,10 @@ def _targets(config: LoraConfig, base: BaseInfo) -> list[str]:
     if isinstance(config.target_modules, list):
         return targets_of_names(config.target_modules, base.linear_modules)
     return [name for name in base.linear_modules if name != base.output_module]
+
+
+def _has_stacks(base: BaseInfo) -> bool:
+    return any(len(shape) == 3 for shape in base.parameters.values())
 
 
 def _matches_nothing(field: str, name: str, base: BaseInfo) -> str:
@@ -185,97 +165,6 @@ def _whole(alpha: float) -> Any:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _plain(value: Any) -> Any:
-    """PEFT keeps sets and enumerations in its configuration."""
-    return sorted(value) if isinstance(value, set | frozenset) else str(value)
-
-
-def _read_tensors(artifact: Artifact) -> dict[str, torch.Tensor]:
-    names = artifact.names()
-    if WEIGHTS_FILE not in names and "adapter_model.bin" in names:
-        raise ArtifactError(
-            "adapter_model.bin",
-            f"adapter_model.bin is a pickle, which is never read; save the adapter as {WEIGHTS_FILE} "
-            "(save_pretrained with safe_serialization=True)",
-        )
-    return artifact.tensors(WEIGHTS_FILE)
-
-
-def _pairs(tensors: Mapping[str, torch.Tensor], base: BaseInfo) -> dict[str, dict[str, torch.Tensor]]:
-    """A and B by module, each shown to fit the base."""
-    import torch
-
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        match = _TENSOR.fullmatch(name)
-        if match is None:
-            raise ArtifactError(name, f"tensor {name} is not supported: {_what_it_is(name)}")
-        module = match["module"]
-        if module not in base.linear_modules:
-            close = difflib.get_close_matches(module, base.linear_modules, 1)
-            hint = f"; the closest is {close[0]}" if close else ""
-            raise ArtifactError(name, f"tensor {name} is for the module {module}, which the base has not{hint}")
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise ArtifactError(name, f"tensor {name} is {tensor.dtype}; float32, bfloat16 and float16 are accepted")
-        if tensor.ndim != 2:
-            raise ArtifactError(name, f"tensor {name} has the shape {list(tensor.shape)}; a matrix is expected")
-        if not bool(torch.isfinite(tensor).all()):
-            raise ArtifactError(name, f"tensor {name} has values that are not finite")
-        pairs.setdefault(module, {})[match["matrix"]] = tensor
-    for module, pair in pairs.items():
-        for matrix, other in (("A", "B"), ("B", "A")):
-            if matrix not in pair:
-                raise ArtifactError(
-                    f"base_model.model.{module}.lora_{matrix}.weight", f"{module} has lora_{other} but no lora_{matrix}"
-                )
-        _check_shapes(module, pair["A"], pair["B"], base)
-    return pairs
-
-
-def _check_shapes(module: str, a: torch.Tensor, b: torch.Tensor, base: BaseInfo) -> None:
-    in_features, out_features = base.linear_modules[module]
-    name = f"base_model.model.{module}.lora_"
-    if a.shape[1] != in_features:
-        raise ArtifactError(
-            f"{name}A.weight",
-            f"lora_A of {module} takes {a.shape[1]} features; the base's layer has {in_features} (in) and "
-            f"{out_features} (out)",
-        )
-    if b.shape[0] != out_features:
-        raise ArtifactError(
-            f"{name}B.weight",
-            f"lora_B of {module} gives {b.shape[0]} features; the base's layer has {in_features} (in) and "
-            f"{out_features} (out)",
-        )
-    if a.shape[0] != b.shape[1] or a.shape[0] == 0:
-        raise ArtifactError(
-            f"{name}B.weight", f"lora_A of {module} has rank {a.shape[0]}, lora_B {b.shape[1]}; they must be equal"
-        )
-
-
-def _delta(module: str, pair: Mapping[str, torch.Tensor], patterns: LoraPatterns) -> LowRank:
-    rank = patterns.rank(module)
-    if pair["A"].shape[0] != rank:
-        raise ArtifactError(
-            f"base_model.model.{module}.lora_A.weight",
-            f"lora_A of {module} has rank {pair['A'].shape[0]}; r and rank_pattern in {CONFIG_FILE} say {rank}",
-        )
-    return LowRank(module=module, a=pair["A"], b=pair["B"], scaling=patterns.scaling(module))
-
-
-def _what_it_is(name: str) -> str:
-    accepted = "accepted are base_model.model.<linear layer>.lora_A.weight and lora_B.weight"
-    if "lora_embedding" in name:
-        return f"it adapts an embedding; {accepted}"
-    if "lora_magnitude_vector" in name:
-        return f"it belongs to DoRA; {accepted}"
-    if name.endswith(".base_layer.weight") or ".embed_tokens." in name:
-        return f"it is a copy of the base's weights; save with save_embedding_layers=False; {accepted}"
-    if name.endswith(".bias"):
-        return f"it is a bias; {accepted}"
-    return accepted
-
-
 @hookimpl
 def graftwork_register_strategies() -> list[Strategy]:
     """Brings `lora`."""
@@ -285,6 +174,4 @@ def graftwork_register_strategies() -> list[Strategy]:
 @hookimpl
 def graftwork_identify_artifact(artifact: Artifact) -> str | None:
     """PEFT's configuration says what it is."""
-    if CONFIG_FILE not in artifact.names():
-        return None
-    return Lora.id if artifact.json(CONFIG_FILE).get("peft_type") == "LORA" else None
+    return Lora.id if peft_type(artifact) == "LORA" else None

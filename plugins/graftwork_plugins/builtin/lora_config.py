@@ -16,7 +16,7 @@ from graftwork_plugins.strategy import ArtifactError, BaseInfo
 
 _ANY = frozenset(
     """
-    auto_mapping base_model_name_or_path bias eva_config fan_in_fan_out inference_mode init_lora_weights
+    auto_mapping base_model_name_or_path eva_config fan_in_fan_out inference_mode init_lora_weights
     lora_dropout megatron_core peft_version qalora_group_size revision runtime_config
     """.split()  # noqa: SIM905 - one name a line would fill a page
 )
@@ -24,6 +24,9 @@ _ANY = frozenset(
 
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
 """Initialisations that leave the base's weights as they were; PiSSA, OLoRA, LoftQ, CorDA and others change them."""
+
+_TIED_NAMES = ("embed_tokens", "lm_head")
+"""Names of layers for which PEFT heeds ensure_weight_tying."""
 
 _SECONDS = 2.0
 _MAX_PATTERN = 4096
@@ -109,10 +112,39 @@ class AdapterConfig:
     exclude_modules: str | Sequence[str] | None
     layers_to_transform: Sequence[int] | None
     layers_pattern: list[str]
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    """Which of the base's biases are saved with the adapter: none, all, or lora_only (of adapted layers)."""
+    modules_to_save: Sequence[str] = ()
+    """Modules that the adapter has whole, by the ends of their names."""
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] = ()
+    """Tokens with rows of their own in the input embedding, or in modules by the ends of their names."""
+    ensure_weight_tying: bool = False
+    target_parameters: Sequence[str] = ()
+    """Stacked parameters of experts, by the ends of their names."""
 
     def targets(self, base: BaseInfo) -> list[str]:
-        """Linear layers that the configuration names, by PEFT's rules. Raises PatternError."""
-        return [module for module in base.linear_modules if self._is_target(module, base)]
+        """Linear layers and embeddings that the configuration names, by PEFT's rules. Raises PatternError."""
+        modules = [*base.linear_modules, *base.embedding_modules]
+        return [module for module in modules if self._is_target(module, base)]
+
+    def is_saved_whole(self, module: str) -> bool:
+        """Whether `module`, or one that it is part of, is among modules_to_save."""
+        return any(is_within(module, name) for name in self.modules_to_save)
+
+    def ties_saved_modules(self) -> bool:
+        """Whether PEFT gives a saved input embedding to the layers tied to it too."""
+        return self.ensure_weight_tying and any(n.split(".")[-1] in _TIED_NAMES for n in self.modules_to_save)
+
+    def ties_targets(self) -> bool:
+        """Whether PEFT gives the update of the input embedding to the layers tied to it too. Raises PatternError."""
+        targets = self.target_modules
+        if not self.ensure_weight_tying or targets is None:
+            return False
+        if isinstance(targets, str):
+            return any(self.patterns.matcher.fullmatch(targets, name) for name in _TIED_NAMES)
+        return any(name.split(".")[-1] in _TIED_NAMES for name in targets)
 
     def _is_target(self, module: str, base: BaseInfo) -> bool:
         matcher = self.patterns.matcher
@@ -126,7 +158,7 @@ class AdapterConfig:
             return False
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == "all-linear":
-                return module != base.output_module
+                return module in base.linear_modules and module != base.output_module
             return matcher.fullmatch(self.target_modules, module)
         if module in self.target_modules:
             return True
@@ -146,6 +178,14 @@ class AdapterConfig:
         return False
 
 
+def is_within(module: str, name: str) -> bool:
+    """Whether `module` is meant by `name` in modules_to_save, or is part of one that is.
+
+    PEFT compares the ends of names as text: "norm" means "input_layernorm" too."""
+    parts = module.split(".")
+    return any(".".join(parts[:end]).endswith(name) for end in range(1, len(parts) + 1))
+
+
 def targets_of_names(names: Sequence[str], modules: Iterable[str]) -> list[str]:
     """Modules that are named in full or by their last dotted parts."""
     wanted = set(names)
@@ -158,32 +198,31 @@ def _endings(parts: list[str]) -> Iterable[list[str]]:
 
 def read_adapter_config(document: Mapping[str, Any]) -> AdapterConfig:
     """`document` as far as it can be served. Raises ArtifactError naming the key that cannot, and what could."""
-    _require(document, "peft_type", document.get("peft_type") == "LORA", "LORA")
-    _require(document, "task_type", document.get("task_type") in (None, "CAUSAL_LM"), "CAUSAL_LM or null")
+    require(document, "peft_type", document.get("peft_type") == "LORA", "LORA")
+    require(document, "task_type", document.get("task_type") in (None, "CAUSAL_LM"), "CAUSAL_LM or null")
     bias = document.get("bias", "none")
-    _require(document, "bias", bias == "none", '"none"')
+    require(document, "bias", bias in ("none", "all", "lora_only"), '"none", "all" or "lora_only"')
     init = document.get("init_lora_weights", True)
-    _require(
+    require(
         document,
         "init_lora_weights",
         init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITS),
         "true, false, gaussian, eva or orthogonal; others change the base's weights, so convert the adapter first "
         "(path_initial_model_for_weight_conversion)",
     )
-    _require(document, "auto_mapping", _is_descriptive(document.get("auto_mapping")), "null, or what PEFT writes")
-    _require(
+    require(document, "auto_mapping", _is_descriptive(document.get("auto_mapping")), "null, or what PEFT writes")
+    require(
         document, "megatron_core", document.get("megatron_core") in (None, "megatron.core"), "megatron.core or null"
     )
-    _refuse_unknown(document)
+    refuse_unknown(document, _READ | _ANY)
     rank_pattern = _numbers(document, "rank_pattern", integers=True)
     alpha_pattern = _numbers(document, "alpha_pattern", integers=False)
     r = _number(document, "r", document.get("r", 8), integers=True)
     alpha = _number(document, "lora_alpha", document.get("lora_alpha", 8), integers=False)
-    rslora = document.get("use_rslora", False)
-    _require(document, "use_rslora", isinstance(rslora, bool), "true or false")
+    rslora = _flag(document, "use_rslora")
     layers = document.get("layers_to_transform") or []
     layers = layers if isinstance(layers, list) else [layers]
-    _require(document, "layers_to_transform", all(type(layer) is int for layer in layers), "layer numbers or null")
+    require(document, "layers_to_transform", all(type(layer) is int for layer in layers), "layer numbers or null")
     containers = _names(document, "layers_pattern") or []
     return AdapterConfig(
         patterns=LoraPatterns(int(r), alpha, {k: int(v) for k, v in rank_pattern.items()}, alpha_pattern, rslora),
@@ -191,13 +230,74 @@ def read_adapter_config(document: Mapping[str, Any]) -> AdapterConfig:
         exclude_modules=_names(document, "exclude_modules"),
         layers_to_transform=layers or None,
         layers_pattern=[containers] if isinstance(containers, str) else containers,
+        use_dora=_flag(document, "use_dora"),
+        lora_bias=_flag(document, "lora_bias"),
+        bias=bias,
+        modules_to_save=read_modules_to_save(document),
+        trainable_token_indices=_token_indices(document),
+        ensure_weight_tying=_flag(document, "ensure_weight_tying"),
+        target_parameters=_list_of_names(document, "target_parameters"),
     )
 
+
+def read_modules_to_save(document: Mapping[str, Any]) -> list[str]:
+    """modules_to_save as a list. Raises ArtifactError."""
+    return _list_of_names(document, "modules_to_save")
+
+
+def _list_of_names(document: Mapping[str, Any], key: str) -> list[str]:
+    value = document.get(key) or []
+    fits = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+    require(document, key, fits, "a list of names, or null")
+    return list(value)
+
+
+def _token_indices(document: Mapping[str, Any]) -> list[int] | dict[str, list[int]]:
+    value = document.get("trainable_token_indices") or []
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    fits = all(isinstance(tokens, list) and all(type(token) is int for token in tokens) for tokens in lists)
+    accepted = "a list of token ids, an object of such lists by module name, or null"
+    require(document, "trainable_token_indices", fits, accepted)
+    result: list[int] | dict[str, list[int]] = value
+    return result
+
+
+def _flag(document: Mapping[str, Any], key: str) -> bool:
+    value = document.get(key)
+    require(document, key, value is None or isinstance(value, bool), "true or false")
+    return bool(value)
+
+
+def read_ia3_config(document: Mapping[str, Any]) -> tuple[AdapterConfig, str | list[str]]:
+    """PEFT's adapter_config.json for IA3, and its feedforward_modules. Raises ArtifactError."""
+    require(document, "peft_type", document.get("peft_type") == "IA3", "IA3")
+    require(document, "task_type", document.get("task_type") in (None, "CAUSAL_LM"), "CAUSAL_LM or null")
+    require(document, "auto_mapping", _is_descriptive(document.get("auto_mapping")), "null, or what PEFT writes")
+    require(document, "target_modules", document.get("target_modules") is not None, "names, or a regular expression")
+    refuse_unknown(document, _IA3)
+    config = AdapterConfig(
+        patterns=LoraPatterns(1, 1.0, {}, {}, False),
+        target_modules=_names(document, "target_modules"),
+        exclude_modules=_names(document, "exclude_modules"),
+        layers_to_transform=None,
+        layers_pattern=[],
+        modules_to_save=read_modules_to_save(document),
+    )
+    return config, _names(document, "feedforward_modules") or []
+
+
+_IA3 = frozenset(
+    """
+    peft_type task_type target_modules exclude_modules feedforward_modules modules_to_save auto_mapping
+    base_model_name_or_path fan_in_fan_out inference_mode init_ia3_weights peft_version revision
+    """.split()  # noqa: SIM905 - one name a line would fill a page
+)
 
 _READ = frozenset(
     """
     peft_type task_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules
-    layers_to_transform layers_pattern
+    layers_to_transform layers_pattern use_dora lora_bias bias modules_to_save trainable_token_indices
+    ensure_weight_tying target_parameters
     """.split()  # noqa: SIM905 - one name a line would fill a page
 )
 
@@ -212,17 +312,21 @@ def _is_descriptive(auto_mapping: Any) -> bool:
     )
 
 
-def _refuse_unknown(document: Mapping[str, Any]) -> None:
-    """Features that are not served (use_dora, modules_to_save, ...) and keys of other versions are fine unless used."""
+def refuse_unknown(document: Mapping[str, Any], known: frozenset[str]) -> None:
+    """Features that are not served (layer_replication, ...) and keys of other versions are fine unless used.
+
+    Raises ArtifactError.
+    """
     for key, value in document.items():
-        if key in _READ or key in _ANY or value in (None, False, {}, [], ""):
+        if key in known or value in (None, False, {}, [], ""):
             continue
         raise ArtifactError(
             key, f"adapter_config.json: {key} = {_shown(value)} is not supported; null or false is accepted"
         )
 
 
-def _require(document: Mapping[str, Any], key: str, fits: bool, accepted: str) -> None:
+def require(document: Mapping[str, Any], key: str, fits: bool, accepted: str) -> None:
+    """Raises ArtifactError for `key` unless its value fits."""
     if not fits:
         value = _shown(document.get(key))
         raise ArtifactError(key, f"adapter_config.json: {key} is {value}; accepted: {accepted}")
@@ -239,7 +343,7 @@ def _number(document: Mapping[str, Any], key: str, value: Any, *, integers: bool
 
 def _numbers(document: Mapping[str, Any], key: str, *, integers: bool) -> dict[str, float]:
     value = document.get(key) or {}
-    _require(document, key, isinstance(value, dict), "an object of numbers by module name")
+    require(document, key, isinstance(value, dict), "an object of numbers by module name")
     return {name: _number(document, key, number, integers=integers) for name, number in value.items()}
 
 
@@ -248,7 +352,7 @@ def _names(document: Mapping[str, Any], key: str) -> str | list[str] | None:
     fits = (
         value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
     )
-    _require(document, key, fits, "names, a regular expression, or null")
+    require(document, key, fits, "names, a regular expression, or null")
     return value
 
 

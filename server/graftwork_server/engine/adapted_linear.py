@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from graftwork_server.engine.native import NativeKernels
 from graftwork_server.engine.routing import Routing
 from graftwork_server.engine.weights import FUSED_SIBLINGS
 
@@ -31,8 +32,11 @@ class StepRouting:
 class LinearGroup:
     """One or more linear layers with the same input."""
 
-    def __init__(self, index: int, members: list[tuple[str, LinearModule]], is_output: bool) -> None:
+    def __init__(
+        self, index: int, members: list[tuple[str, LinearModule]], is_output: bool, kernels: NativeKernels | None
+    ) -> None:
         self.index = index
+        self._kernels = kernels
         self.names = [name for name, _ in members]
         self.modules = [module for _, module in members]
         self.is_output = is_output
@@ -69,15 +73,26 @@ class LinearGroup:
         self._input, self._outputs, self._pending = None, (), 0
 
     def _compute(self, x: torch.Tensor, routing: Routing | None) -> tuple[torch.Tensor, ...]:
+        y = self.whole(x, routing)
+        return (y,) if len(self.modules) == 1 else y.split(self.out_features, dim=-1)
+
+    def whole(self, x: torch.Tensor, routing: Routing | None) -> torch.Tensor:
+        """Outputs of all members side by side for x [..., in_features], adapters included."""
         if self.weight is not None:
-            y = torch.nn.functional.linear(x, self.weight, self.bias)
-        elif len(self.modules) == 1:
-            y = self.modules[0](x)
+            y = self._linear(x, self.weight, self.bias)
+        elif len(self.modules) == 1 and isinstance(self.modules[0], torch.nn.Linear):
+            y = self._linear(x, self.modules[0].weight, self.modules[0].bias)
         else:
-            y = torch.cat([module(x) for module in self.modules], dim=-1)
+            outputs = [module(x) for module in self.modules]
+            y = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
         if routing is not None:
             routing.add_deltas(self.index, x.view(-1, self.in_features), y.view(-1, y.shape[-1]))
-        return (y,) if len(self.modules) == 1 else y.split(self.out_features, dim=-1)
+        return y
+
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self._kernels is not None and self._kernels.has_linear(x, weight.shape[0]):
+            return self._kernels.linear(x, weight, bias)
+        return torch.nn.functional.linear(x, weight, bias)
 
 
 class AdaptedLinear(torch.nn.Module):
@@ -106,8 +121,19 @@ class AdaptedLinear(torch.nn.Module):
         routing = self._step.outputs if self._group.is_output else self._step.tokens
         return self._group.output(self._position, x, routing)
 
+    def is_grouped_with(self, other: AdaptedLinear) -> bool:
+        """Whether this and `other` are, in this order, all of one group that one GEMM serves."""
+        group = self._group
+        return (
+            group.fused and group is other._group and (self._position, other._position, len(group.names)) == (0, 1, 2)
+        )
 
-def wrap_linears(model: torch.nn.Module, step: StepRouting) -> list[LinearGroup]:
+    def whole_group(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] -> [..., out_features of all members of the group, side by side], adapters included."""
+        return self._group.whole(x, self._step.outputs if self._group.is_output else self._step.tokens)
+
+
+def wrap_linears(model: torch.nn.Module, step: StepRouting, kernels: NativeKernels | None = None) -> list[LinearGroup]:
     """Replaces every Linear and Conv1D of `model` by an AdaptedLinear and returns their groups, in order."""
     output = model.get_output_embeddings()  # type: ignore[operator]
     linears: dict[str, LinearModule] = {n: m for n, m in model.named_modules() if isinstance(m, LinearModule)}
@@ -117,12 +143,12 @@ def wrap_linears(model: torch.nn.Module, step: StepRouting) -> list[LinearGroup]
         if name in taken:
             continue
         names = _siblings(name, linears)
-        group = LinearGroup(len(groups), [(n, linears[n]) for n in names], linears[name] is output)
+        group = LinearGroup(len(groups), [(n, linears[n]) for n in names], linears[name] is output, kernels)
         if (
             len(names) > 1 and not group.fused
         ):  # not side by side in memory: nothing is gained by computing them together
             names = [name]
-            group = LinearGroup(len(groups), [(name, linears[name])], linears[name] is output)
+            group = LinearGroup(len(groups), [(name, linears[name])], linears[name] is output, kernels)
         taken.update(names)
         groups.append(group)
         for position, member in enumerate(names):

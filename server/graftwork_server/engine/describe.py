@@ -29,10 +29,48 @@ def linear_shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     return shapes
 
 
+def embedding_shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """Embeddings by dotted name, as (number of embeddings, size of one)."""
+    return {
+        name: (module.num_embeddings, module.embedding_dim)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding)
+    }
+
+
+def tied_modules(model: torch.nn.Module) -> list[str]:
+    """Modules whose weight is the input embedding's own."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return [
+        name
+        for name, module in model.named_modules()
+        if module is not embedding
+        and not name.endswith(".base")
+        and getattr(module, "weight", None) is not None
+        and module.weight is embedding.weight
+    ]
+
+
+def parameter_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters by their names in the plain transformers model, tied ones under each name."""
+    return {
+        plain_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the wrapper's level: "q_proj.base.weight" -> "q_proj.weight"."""
+    head, _, leaf = name.rpartition(".")
+    return f"{head.removesuffix('.base')}.{leaf}"
+
+
 def output_module_name(model: torch.nn.Module) -> str | None:
     """Dotted name of the layer that makes the logits."""
-    output = model.get_output_embeddings()  # type: ignore[operator]
-    return next((name for name, module in model.named_modules() if module is output), None)
+    return _name_of(model, model.get_output_embeddings())  # type: ignore[operator]
+
+
+def _name_of(model: torch.nn.Module, wanted: torch.nn.Module | None) -> str | None:
+    return next((name for name, module in model.named_modules() if module is wanted), None)
 
 
 def base_info(model: torch.nn.Module, model_info: ModelInfo) -> BaseInfo:
@@ -46,6 +84,10 @@ def base_info(model: torch.nn.Module, model_info: ModelInfo) -> BaseInfo:
         parameter_count=model_info.parameter_count,
         weight_bytes=model_info.weight_bytes,
         dtype=model_info.dtype,
+        embedding_modules=embedding_shapes(model),
+        input_module=_name_of(model, model.get_input_embeddings()),  # type: ignore[operator]
+        tied_modules=tied_modules(model),
+        parameters=parameter_shapes(model),
     )
 
 

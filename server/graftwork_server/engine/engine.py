@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from llguidance import LLMatcher
 
+from graftwork_server.engine.grammars import Masks, too_complex
 from graftwork_server.engine.kv_cache import BLOCK_TOKENS, BlockPool, KVCache
 from graftwork_server.engine.model import BaseModel
 from graftwork_server.engine.runner import ChunkLogits, Runner
@@ -44,9 +46,8 @@ class Engine:
             base.dtype,
             base.device,
         )
-        self._runner = Runner(
-            base.engine_model, KVCache(base.layer_shapes, num_blocks, base.dtype, base.device), base.device
-        )
+        cache = KVCache(base.layer_shapes, num_blocks, base.dtype, base.device, base.engine_model.kernels)
+        self._runner = Runner(base.engine_model, cache, base.device)
         self._scheduler = Scheduler(
             self.blocks,
             self.adapters,
@@ -55,6 +56,7 @@ class Engine:
             max_step_tokens=limits.max_step_tokens,
         )
         self._sequences: dict[int, Sequence] = {}
+        self._masks = Masks()
         self._eos = frozenset(base.info.eos_token_ids)
 
     @property
@@ -67,14 +69,16 @@ class Engine:
         """Sequences run, so another step will do something."""
         return bool(self._scheduler.running)
 
-    def add(self, request: Generate) -> SequenceOutput | None:
-        """Queues a sequence. Returns an output with an error if it can never run."""
+    def add(self, request: Generate, matcher: LLMatcher | None = None) -> SequenceOutput | None:
+        """Queues a sequence, with the matcher of its structured output. Returns an output with an error if it can never
+        run."""
         needed = len(request.prompt_ids) + request.sampling.max_tokens
         if needed > self.kv_tokens:
             message = f"prompt and max_tokens are {needed} tokens; the KV cache holds {self.kv_tokens}"
             error = ErrorBody(code="INVALID_ARGUMENT", reason="KV_CACHE_TOO_SMALL", message=message)
             return SequenceOutput(request.id, [], "error", error=error)
-        sequence = Sequence.of(request)
+        longest = min(self.base.info.context_tokens, self.kv_tokens)
+        sequence = Sequence.of(request, self._eos, matcher, longest)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
         return None
@@ -93,12 +97,16 @@ class Engine:
     def step(self) -> list[SequenceOutput]:
         """Runs one step; what it produced, empty if nothing could run."""
         chunks = self._scheduler.schedule()
+        too_long = [chunk.sequence for chunk in chunks if chunk.sequence.too_long]
+        if too_long:
+            chunks = [chunk for chunk in chunks if not chunk.sequence.too_long]
+        refused = [self._end(sequence, _too_long(sequence)) for sequence in too_long]
         if not chunks:
-            return []
+            return refused
         results = self._runner.run(chunks)
         for result in results:
             result.chunk.sequence.computed += result.chunk.count
-        outputs = self._prompt_outputs(results)
+        outputs = refused + self._prompt_outputs(results)
         sampling = [result for result in results if result.chunk.samples and not self._only_scored(result)]
         if sampling:
             outputs.extend(self._sample(sampling))
@@ -123,12 +131,15 @@ class Engine:
         sequences = [result.chunk.sequence for result in results]
         logits = torch.stack([result.logits[-1] for result in results])  # [sequences, vocabulary]
         finite = torch.isfinite(logits).all(-1).tolist()
-        tokens = sample(logits.nan_to_num(), sequences)
+        tokens = sample(logits.nan_to_num(), sequences, self._masks)
         outputs = []
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             if not finite[row]:
                 self._runner.discard(sequence)
                 outputs.append(self._end(sequence, _not_finite(sequence)))
+                continue
+            if token is None or not sequence.accepts(token):
+                outputs.append(self._end(sequence, _nothing_allowed(sequence)))
                 continue
             logprobs = self._logprobs(sequence, logits[row : row + 1], token)
             first = sequence.generated == 0
@@ -144,9 +155,13 @@ class Engine:
         return None if top is None else token_logprobs(logits, [token], top)
 
     def _finish_reason(self, sequence: Sequence, token: int) -> str:
-        if token in self._eos and not sequence.request.sampling.ignore_eos:
+        sampling = sequence.request.sampling
+        matcher = sequence.processing.matcher if sequence.processing else None
+        if matcher is not None and matcher.is_stopped():
             return "stop"
-        return "length" if sequence.generated >= sequence.request.sampling.max_tokens else ""
+        if (token in self._eos and not sampling.ignore_eos) or token in sampling.stop_token_ids:
+            return "stop"
+        return "length" if sequence.generated >= sampling.max_tokens else ""
 
     def _end(self, sequence: Sequence, output: SequenceOutput) -> SequenceOutput:
         del self._sequences[sequence.id]
@@ -156,19 +171,45 @@ class Engine:
 
 def _collect_prompt_logprobs(result: ChunkLogits) -> None:
     """Row i of a chunk predicts the token after it; the prompt's first token is predicted by nothing."""
-    sequence, start = result.chunk.sequence, result.chunk.start
-    if start == 0:
-        sequence.prompt_logprobs.append(TokenLogprobs(sequence.tokens[0], None))
-    targets = sequence.tokens[start + 1 : start + 1 + result.chunk.count]
-    if targets:
+    sequence, first = result.chunk.sequence, result.chunk.sequence.virtual_tokens
+    start, end = max(result.chunk.start, first), result.chunk.start + result.chunk.count
+    if start == first < end:
+        sequence.prompt_logprobs.append(TokenLogprobs(sequence.tokens[first], None))
+    targets = sequence.tokens[start + 1 : end + 1]
+    if targets and start < end:
         top = sequence.request.prompt_logprobs or 0
         sequence.prompt_logprobs.extend(token_logprobs(result.logits[: len(targets)], targets, top))
+
+
+def _too_long(sequence: Sequence) -> SequenceOutput:
+    asked = len(sequence.request.prompt_ids) + sequence.request.sampling.max_tokens
+    virtual = sequence.adapter.prefix.tokens if sequence.adapter and sequence.adapter.prefix else 0
+    message = (
+        f"prompt and max_tokens are {asked} tokens and the adapter puts {virtual} virtual tokens before them; "
+        f"{sequence.longest} fit in all, so {sequence.longest - virtual} of the request's own"
+    )
+    error = ErrorBody(code="INVALID_ARGUMENT", reason="PROMPT_TOO_LONG", message=message)
+    return SequenceOutput(sequence.id, [], "error", error=error)
 
 
 def _not_finite(sequence: Sequence) -> SequenceOutput:
     who = "the base model" if sequence.digest is None else "the adapter"
     message = f"{who} gave logits that are NaN or infinite; its weights overflow in this dtype"
     error = ErrorBody(code="FAILED_PRECONDITION", reason="LOGITS_NOT_FINITE", message=message)
+    return SequenceOutput(sequence.id, [], "error", error=error)
+
+
+def _nothing_allowed(sequence: Sequence) -> SequenceOutput:
+    grammar = sequence.request.sampling.grammar
+    matcher = sequence.processing.matcher if sequence.processing else None
+    if grammar is not None and matcher is not None and matcher.is_error():
+        error = too_complex(grammar, matcher.get_error())
+        return SequenceOutput(sequence.id, [], "error", error=error)
+    message = (
+        "bad_words, logit_bias, min_tokens and what the output must look like leave no token to go on with, after "
+        f"{sequence.generated} tokens; allow more"
+    )
+    error = ErrorBody(code="FAILED_PRECONDITION", reason="NO_TOKEN_ALLOWED", message=message)
     return SequenceOutput(sequence.id, [], "error", error=error)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from graftwork_server.engine.native import NativeKernels
+
 BLOCK_TOKENS = 16
 
 
@@ -59,10 +61,24 @@ class KVCache:
     as zeros and must stay finite: masked positions are read, and NaN times zero is NaN.
     """
 
-    def __init__(self, shapes: Sequence[LayerShape], num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: NativeKernels | None = None,
+    ) -> None:
+        self.kernels = kernels
+        """What decodes from this cache, if it is not torch."""
         rows = num_blocks * BLOCK_TOKENS
         self.keys = [_zeros((s.kv_heads, rows, s.key_dim), dtype, device) for s in shapes]
         self.values = [_zeros((s.kv_heads, rows, s.value_dim), dtype, device) for s in shapes]
+        self.layers = [
+            torch.tensor([k.data_ptr(), v.data_ptr(), rows, s.kv_heads, s.key_dim, s.value_dim])
+            for k, v, s in zip(self.keys, self.values, shapes, strict=True)
+        ]
+        """Each layer as the kernels take it (NativeKernels.attend)."""
 
     def write(self, layer: int, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Stores key and value [kv_heads, tokens, dim] in cache rows `rows` [tokens]."""

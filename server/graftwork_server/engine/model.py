@@ -14,8 +14,11 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from graftwork_server.engine.adapted_linear import LinearGroup, StepRouting, wrap_linears
 from graftwork_server.engine.attention import packed, paged
 from graftwork_server.engine.attention.paged import AttentionPlan
-from graftwork_server.engine.describe import fingerprint
+from graftwork_server.engine.changes import ChangeableModule, changeable_modules, hook_changes, record_row_dims
+from graftwork_server.engine.describe import fingerprint, plain_name
+from graftwork_server.engine.fused_modules import fuse_modules
 from graftwork_server.engine.kv_cache import LayerShape
+from graftwork_server.engine.native import NativeKernels, native_kernels
 from graftwork_server.engine.routing import Routing
 from graftwork_server.engine.weights import SharedWeights, assign_tensors, empty_model, pack
 from graftwork_server.errors import FailedPrecondition
@@ -30,10 +33,15 @@ _ROUNDED_PROBE_TOLERANCE = 0.25
 class EngineModel:
     """A transformers model whose linears are wrapped and whose attention is the paged one."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, kernels: NativeKernels | None = None) -> None:
         self.model = model
+        self.kernels = kernels
         self.step = StepRouting()
-        self.groups: list[LinearGroup] = wrap_linears(model, self.step)
+        self.groups: list[LinearGroup] = wrap_linears(model, self.step, kernels)
+        if kernels is not None:
+            fuse_modules(model, kernels)
+        self.changeable: dict[str, ChangeableModule] = {}
+        """Modules that adapters may change beyond low-rank products; the base's probe fills it in."""
         model.set_attn_implementation(paged.NAME)  # type: ignore[operator]
 
     def forward(
@@ -51,6 +59,9 @@ class EngineModel:
         """
         self.step.tokens = tokens or None
         self.step.outputs = outputs or None
+        hooks = []
+        if tokens is not None and tokens.changed:
+            hooks = hook_changes(self.changeable, tokens.changed, outputs.changed if outputs is not None else ())
         paged.set_plan(plan)
         try:
             output = self.model(
@@ -58,6 +69,8 @@ class EngineModel:
             )
         finally:
             paged.set_plan(None)
+            for hook in hooks:
+                hook.remove()
             for group in self.groups:
                 group.forget()
         return output.logits[0]
@@ -104,14 +117,17 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def load_base(source: str, device: torch.device, dtype: torch.dtype, cache_dir: Path) -> BaseModel:
-    """Loads a directory or hub id. Raises FailedPrecondition, saying what is wrong, if it cannot be served."""
+def load_base(source: str, device: torch.device, dtype: torch.dtype, cache_dir: Path, native: bool = True) -> BaseModel:
+    """Loads a directory or hub id; `native` takes the engine's own CPU kernels where they can be had.
+
+    Raises FailedPrecondition, saying what is wrong, if it cannot be served.
+    """
     model = _from_pretrained(source, device, dtype)
     shapes = _probe_layers(model)
     expected = _probe_logprobs(model)
     print_of_base = fingerprint(model.config.to_dict(), model.state_dict())
     weights = SharedWeights(model, device)
-    engine_model = EngineModel(model)
+    engine_model = EngineModel(model, native_kernels(device, dtype) if native else None)
     _check_probe(engine_model, expected, device)
     config = model.config.get_text_config()
     info = ModelInfo(
@@ -150,21 +166,31 @@ def tuned_model(base: BaseModel, tensors: dict[str, torch.Tensor]) -> tuple[Engi
     model = empty_model(base.engine_model.model.config)
     assign_tensors(model, chosen | packed_tensors)
     own_bytes = sum(tensor.nbytes for tensor in packed_tensors.values())
-    return EngineModel(model.eval().requires_grad_(False).to(base.device)), own_bytes
+    return EngineModel(model.eval().requires_grad_(False).to(base.device), base.engine_model.kernels), own_bytes
 
 
-def _unwrapped(name: str) -> str:
-    """A state_dict name without the wrapper's level: "q_proj.base.weight" -> "q_proj.weight"."""
-    head, _, leaf = name.rpartition(".")
-    return f"{head.removesuffix('.base')}.{leaf}"
+def resident_model(base: BaseModel) -> torch.nn.Module:
+    """Another model over the base's own tensors, for a forward outside the step loop, on any thread: plain layers, and
+    attention over one row."""
+    model = empty_model(base.engine_model.model.config)
+    state = unwrapped_state(base)
+    assign_tensors(model, {entry.name: state[entry.name] for entry in base.weights.layout})
+    return model.eval().requires_grad_(False).to(base.device)
 
 
 def unwrapped_state(base: BaseModel) -> dict[str, torch.Tensor]:
     """The base's tensors by their names in the plain transformers model."""
-    return {_unwrapped(name): tensor for name, tensor in base.engine_model.model.state_dict().items()}
+    return {plain_name(name): tensor for name, tensor in base.engine_model.model.state_dict().items()}
 
 
 def _from_pretrained(source: str, device: torch.device, dtype: torch.dtype) -> Any:
+    if _is_path(source) and not (Path(source) / "config.json").is_file():
+        what = "has no config.json" if Path(source).is_dir() else "is not a directory"
+        raise FailedPrecondition(
+            f"cannot load the model {source!r}: it {what}. Give a directory with config.json and safetensors "
+            "weights of a causal language model, or a hub id such as org/name",
+            reason="MODEL_UNUSABLE",
+        )
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.is_encoder_decoder or getattr(config.get_text_config(), "use_bidirectional_attention", False):
@@ -178,13 +204,18 @@ def _from_pretrained(source: str, device: torch.device, dtype: torch.dtype) -> A
     except FailedPrecondition:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and safetensors' own, as it happens
-        text = " ".join(str(error).split())[:300]
+        text = " ".join(str(error).split())[:300].rstrip(".")
         raise FailedPrecondition(
             f"cannot load the model {source!r}: {text}. It must be a directory or hub id with config.json and "
             "safetensors weights of a causal language model",
             reason="MODEL_UNUSABLE",
         ) from None
     return model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+
+
+def _is_path(source: str) -> bool:
+    """Whether `source` can only be meant as a path: it is there, or no hub id has its form (one slash at most)."""
+    return Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
 @contextlib.contextmanager
@@ -231,7 +262,8 @@ def _matters(name: str, given: Any) -> bool:
     return name in {"s_aux", "sinks", "position_bias", "alibi"} and given is not None
 
 
-_PROBE_ROWS = ([3, 1, 4, 1, 5], [2, 7, 1, 8, 2, 8, 1])
+_PROBE_ROWS = ([3, 1, 4, 1, 5], [2, 7, 1, 8, 2, 8, 1, 8])
+"""13 tokens: a number that no dimension of a model is likely to have, see record_row_dims."""
 
 
 def _probe_logprobs(model: Any) -> torch.Tensor:
@@ -258,8 +290,12 @@ def _check_probe(engine_model: EngineModel, expected: torch.Tensor, device: torc
     ids = torch.tensor([token for row in _PROBE_ROWS for token in row], device=device) % vocab
     positions = torch.tensor([position for row in _PROBE_ROWS for position in range(len(row))], device=device)
     model.set_attn_implementation(packed.NAME)
+    row_dims, hooks = record_row_dims(model, len(ids))
     with torch.inference_mode(), packed.packed_rows([0, len(_PROBE_ROWS[0]), len(ids)]):
         output = model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    engine_model.changeable = changeable_modules(model, row_dims, model.get_output_embeddings())
     model.set_attn_implementation(paged.NAME)
     for group in engine_model.groups:
         group.forget()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from graftwork_server.engine.native import NativeKernels
 from graftwork_server.engine.slots import LoadedAdapter, SlotBlock
 
 _LONG_SPAN = 32
@@ -39,11 +40,30 @@ class _Batch:
     rows: slice | torch.Tensor
 
 
+class _NativeSpans:
+    """Spans over slots of one block, as the kernels take them (NativeKernels.lora)."""
+
+    def __init__(self, spans: list[RowSpan]) -> None:
+        block = spans[0].adapter.block
+        assert block is not None  # spans without low-rank deltas never come here
+        self.block = block
+        table, rows = [], 0
+        for span in spans:
+            table.append([span.start, span.end - span.start, span.adapter.slot, rows])
+            rows += span.end - span.start
+        self.spans = torch.tensor(table)
+        self.hidden = torch.empty(rows * block.most_ranks)
+
+
 class Routing:
     """The spans of one forward, grouped for computation."""
 
-    def __init__(self, spans: Sequence[RowSpan], device: torch.device) -> None:
+    def __init__(self, spans: Sequence[RowSpan], device: torch.device, kernels: NativeKernels | None = None) -> None:
         self._batches: list[_Batch] = []
+        self._kernels = kernels
+        self._native: list[_NativeSpans] = []
+        self.changed = [span for span in spans if span.adapter.changes]
+        """spans of adapters that change modules in other ways than by low-rank products (changes.py)"""
         short: dict[tuple[int, int], list[RowSpan]] = defaultdict(list)
         for span in spans:
             if span.adapter.block is None:
@@ -53,14 +73,24 @@ class Routing:
                 self._batches.append(self._batch([span], device))
             else:
                 short[id(span.adapter.block), length].append(span)
+        if kernels is not None:
+            by_block: dict[int, list[RowSpan]] = defaultdict(list)
+            for together in short.values():
+                by_block[id(together[0].adapter.block)].extend(together)
+            self._native = [_NativeSpans(together) for together in by_block.values()]
+            return
         for together in short.values():
             self._batches.append(self._batch(sorted(together, key=lambda span: span.adapter.slot), device))
 
     def __bool__(self) -> bool:
-        return bool(self._batches)
+        return bool(self._batches or self._native or self.changed)
 
     def add_deltas(self, group: int, x: torch.Tensor, y: torch.Tensor) -> None:
         """Adds the deltas of linear group `group`: x [rows, in], y [rows, out of all members], y in place."""
+        for native in self._native:
+            lora = native.block.groups[group]
+            if lora is not None and self._kernels is not None:
+                self._kernels.lora(x, y, native.spans, lora.a, lora.description, native.hidden)
         for batch in self._batches:
             lora = batch.block.groups[group]
             if lora is None:

@@ -55,29 +55,46 @@ class Runner:
         positions: list[int] = []
         keep: list[int] = []
         kept_counts: list[int] = []
+        counts: list[int] = []
+        to_attend: list[Chunk] = []
         for chunk in chunks:
-            start, end = chunk.start, chunk.start + chunk.count
-            row = len(input_ids)
+            start, end = self._skip_virtual(chunk), chunk.start + chunk.count
+            row, count = len(input_ids), end - start
+            counts.append(count)
+            if count:
+                to_attend.append(Chunk(chunk.sequence.block_table, start, count))
             input_ids.extend(chunk.sequence.tokens[start:end])
             positions.extend(range(start, end))
             if chunk.sequence.wants_prompt_logprobs:
-                kept = range(row, row + chunk.count)
+                kept = range(row, row + count)
             else:
-                kept = range(row + chunk.count - 1, row + chunk.count) if chunk.samples else range(0)
+                kept = range(row + count - 1, row + count) if chunk.samples else range(0)
             keep.extend(kept)
             kept_counts.append(len(kept))
+        if not input_ids:
+            return [ChunkLogits(chunk, torch.empty(0, 0)) for chunk in chunks]
         logits = model.forward(
             torch.tensor(input_ids, device=self._device),
             torch.tensor(positions, device=self._device),
             torch.tensor(keep, dtype=torch.int64, device=self._device),
-            plan_attention(
-                self._cache, [Chunk(c.sequence.block_table, c.start, c.count) for c in chunks], self._device
-            ),
-            Routing(_spans(chunks, [chunk.count for chunk in chunks]), self._device),
-            Routing(_spans(chunks, kept_counts), self._device),
+            plan_attention(self._cache, to_attend, self._device),
+            Routing(_spans(chunks, counts), self._device, model.kernels),
+            Routing(_spans(chunks, kept_counts), self._device, model.kernels),
         )
         parts = logits.float().split(kept_counts)
         return [ChunkLogits(chunk, part) for chunk, part in zip(chunks, parts, strict=True)]
+
+    def _skip_virtual(self, chunk: ScheduledChunk) -> int:
+        """Where the chunk's own tokens begin. Its virtual ones are not run: their keys and values are written."""
+        sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
+        if start >= sequence.virtual_tokens:
+            return start
+        own = min(end, sequence.virtual_tokens)
+        assert sequence.adapter is not None  # leased while it runs
+        assert sequence.adapter.prefix is not None
+        rows = torch.tensor(rows_of(sequence.block_table, start, own), device=self._device)
+        sequence.adapter.prefix.write(self._cache, start, rows)
+        return own
 
 
 def _packing_order(chunk: ScheduledChunk) -> tuple[int, int, int]:

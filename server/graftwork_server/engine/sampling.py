@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
 
 import torch
 
+from graftwork_server.engine.grammars import Masks
+from graftwork_server.engine.logits_processing import process_logits
 from graftwork_server.engine.sequence import Sequence
 from graftwork_server.messages import Sampling, TokenLogprobs
 
@@ -13,43 +16,74 @@ _FIRST_CANDIDATES = 1024
 """Most likely tokens looked at before a nucleus is searched in the whole vocabulary."""
 
 
-def sample(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[int]:
-    """The next token of each sequence; logits [sequences, vocabulary] float32.
+def sample(logits: torch.Tensor, sequences: SequenceOf[Sequence], masks: Masks | None = None) -> list[int | None]:
+    """The next token of each sequence, None where none is allowed; logits [sequences, vocabulary] float32, changed.
 
     A sequence draws one number from its own stream for each token, so what else is in the batch changes nothing.
     """
+    processed = process_logits(logits, sequences, masks)
     greedy = logits.argmax(-1).tolist()
-    return [
-        token
-        if sequence.request.sampling.temperature == 0
-        else _draw(row, sequence.request.sampling, sequence.random.random())
-        for token, row, sequence in zip(greedy, logits, sequences, strict=True)
-    ]
+    possible = torch.isfinite(logits.amax(-1)).tolist() if processed else [True] * len(greedy)
+    tokens: list[int | None] = []
+    for token, can, row, sequence in zip(greedy, possible, logits, sequences, strict=True):
+        sampling = sequence.request.sampling
+        if not can:
+            tokens.append(None)
+        elif sampling.temperature == 0:
+            tokens.append(token)
+        else:
+            tokens.append(_draw(row, sampling, sequence.random.random()))
+    return tokens
 
 
 def _draw(logits: torch.Tensor, sampling: Sampling, u: float) -> int:
     """Inverse transform sampling with u in [0, 1) from logits [vocabulary], most likely tokens first where cut."""
     # Shifted to a maximum of 0 first: dividing by a tiny temperature then gives -inf, never inf - inf.
     scaled = (logits - logits.max()) / max(sampling.temperature, 1e-6)
-    if sampling.top_k == 0 and sampling.top_p >= 1:
+    if sampling.top_k == 0 and sampling.top_p >= 1 and sampling.min_p == 0 and sampling.typical_p >= 1:
         cumulative = scaled.double().softmax(-1).cumsum(-1)
         return _inverse(cumulative, u)
+    ids, probabilities = _most_likely(scaled, sampling)
+    if sampling.typical_p < 1:
+        kept = _typical(probabilities / probabilities.sum(), sampling.typical_p)
+        ids, probabilities = ids[kept], probabilities[kept]
+    return int(ids[_inverse(probabilities.cumsum(-1), u)])
+
+
+def _most_likely(scaled: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and probabilities that top_k, top_p and min_p leave, best first; scaled [vocabulary] has a maximum of 0."""
     vocabulary = scaled.shape[-1]
-    limit = sampling.top_k or vocabulary
-    candidates = min(limit, vocabulary, sampling.top_k or _FIRST_CANDIDATES)
+    limit = min(sampling.top_k or vocabulary, vocabulary)
+    cuts_tail = sampling.top_p < 1 or sampling.min_p > 0
+    candidates = min(limit, _FIRST_CANDIDATES) if cuts_tail and not sampling.top_k else limit
     normaliser = scaled.double().logsumexp(-1)
+    # min_p is a share of the greatest probability, and that one's logit is 0 (arXiv:2407.01082).
+    least = math.log(sampling.min_p) if sampling.min_p else -math.inf
     while True:
         values, ids = scaled.topk(candidates)
         probabilities = (values.double() - normaliser).exp()
         if sampling.top_k:
             probabilities /= probabilities.sum()
         cumulative = probabilities.cumsum(-1)
-        if candidates >= min(limit, vocabulary) or cumulative[-1] >= sampling.top_p:
+        if candidates == limit or cumulative[-1] >= sampling.top_p or values[-1] < least:
             break
-        candidates = vocabulary
-    # The nucleus is the smallest set of most likely tokens whose mass reaches top_p (arXiv:1904.09751).
-    kept = int(torch.searchsorted(cumulative, sampling.top_p).item()) + 1
-    return int(ids[_inverse(cumulative[:kept], u)])
+        candidates = limit
+    kept = candidates
+    if sampling.top_p < 1:
+        # The nucleus is the smallest set of most likely tokens whose mass reaches top_p (arXiv:1904.09751).
+        kept = min(kept, int(torch.searchsorted(cumulative, sampling.top_p).item()) + 1)
+    if sampling.min_p:
+        kept = min(kept, int((values >= least).sum()))
+    return ids[:kept], probabilities[:kept]
+
+
+def _typical(probabilities: torch.Tensor, mass: float) -> torch.Tensor:
+    """Positions of the tokens whose information is nearest to the entropy, up to `mass` (arXiv:2202.00666)."""
+    information = -probabilities.log()
+    entropy = (probabilities * information).nansum()
+    distance, order = (information - entropy).abs().sort(stable=True)
+    last = min(int((probabilities[order].cumsum(-1) < mass).sum()), len(order) - 1)
+    return order[distance <= distance[last]]
 
 
 def _inverse(cumulative: torch.Tensor, u: float) -> int:

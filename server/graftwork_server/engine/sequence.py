@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import msgspec
+
+from graftwork_server.engine.logits_processing import LogitsProcessing
 from graftwork_server.engine.slots import LoadedAdapter
 from graftwork_server.messages import Generate, TokenLogprobs
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+_VIRTUAL_TOKEN = 0
+"""The id that stands for a virtual token; any that is in every vocabulary."""
 
 
 @dataclass(eq=False)
@@ -15,20 +26,63 @@ class Sequence:
 
     request: Generate
     tokens: list[int]
-    """Prompt and generated tokens."""
+    """Virtual tokens, prompt and generated tokens."""
+    longest: int = sys.maxsize
+    """Tokens that it may have in all."""
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
     block_table: list[int] = field(default_factory=list)
-    adapter: LoadedAdapter | None = None
-    """Leased while the sequence runs."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     random: random.Random = field(default_factory=random.Random)
     """The request's own stream, one draw per sampled token."""
+    processing: LogitsProcessing | None = None
+    """What its request changes in its logits, if anything."""
+
+    virtual_tokens: int = 0
+    """How many of `tokens` are the adapter's virtual ones; their ids mean nothing."""
+    too_long: bool = False
+    """With the adapter's virtual tokens it would be longer than `longest`; it must not be run."""
+    _adapter: LoadedAdapter | None = None
 
     @classmethod
-    def of(cls, request: Generate) -> Sequence:
-        """A new sequence for `request`."""
-        return cls(request, list(request.prompt_ids), random=random.Random(request.sampling.seed))
+    def of(
+        cls,
+        request: Generate,
+        eos_token_ids: frozenset[int] = frozenset(),
+        matcher: LLMatcher | None = None,
+        longest: int = sys.maxsize,
+    ) -> Sequence:
+        """A new sequence for `request`; the model's end-of-sequence tokens matter for min_tokens.
+        matcher: of its structured output. longest: tokens that it may come to, virtual ones included."""
+        sampling = request.sampling
+        return cls(
+            request,
+            list(request.prompt_ids),
+            longest,
+            random=random.Random(sampling.seed),
+            processing=LogitsProcessing.of(sampling, eos_token_ids, matcher),
+        )
+
+    @property
+    def adapter(self) -> LoadedAdapter | None:
+        """Leased while the sequence runs."""
+        return self._adapter
+
+    @adapter.setter
+    def adapter(self, adapter: LoadedAdapter | None) -> None:
+        """The first lease of an adapter with virtual tokens puts them before the prompt: from then on they are counted,
+        given cache blocks and positions, and cached as all tokens are."""
+        self._adapter = adapter
+        if adapter is None or adapter.prefix is None or self.virtual_tokens:
+            return
+        count = adapter.prefix.tokens
+        if count + len(self.request.prompt_ids) + self.request.sampling.max_tokens > self.longest:
+            self.too_long = True
+            return
+        self.virtual_tokens = count
+        virtual = [_VIRTUAL_TOKEN] * count
+        self.tokens[:0] = virtual
+        self.request = msgspec.structs.replace(self.request, prompt_ids=[*virtual, *self.request.prompt_ids])
 
     @property
     def id(self) -> int:
@@ -44,6 +98,12 @@ class Sequence:
     def generated(self) -> int:
         """Tokens sampled so far."""
         return len(self.tokens) - len(self.request.prompt_ids)
+
+    def accepts(self, token: int) -> bool:
+        """Tells the matcher of a structured output, if there is one, which token was chosen; false if it failed."""
+        matcher = self.processing.matcher if self.processing else None
+        # In an error a matcher counts as stopped too, so its word is asked for first.
+        return matcher is None or matcher.consume_token(token)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

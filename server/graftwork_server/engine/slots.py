@@ -20,7 +20,9 @@ from graftwork_server.types import LoadReport
 
 if TYPE_CHECKING:
     from graftwork_server.engine.adapted_linear import LinearGroup
+    from graftwork_server.engine.changes import Changes
     from graftwork_server.engine.model import EngineModel
+    from graftwork_server.engine.prefix import PrefixKV
 
 _SLOTS_PER_BLOCK = 16
 
@@ -47,6 +49,8 @@ class GroupLora:
     a: torch.Tensor
     """[slots, sum of ranks, in_features]"""
     members: list[MemberLora]
+    description: torch.Tensor
+    """The members as the kernels take them (NativeKernels.lora)."""
 
 
 class SlotBlock:
@@ -55,6 +59,7 @@ class SlotBlock:
     def __init__(self, ranks: Ranks, groups: list[LinearGroup], dtype: torch.dtype, device: torch.device) -> None:
         self.groups: list[GroupLora | None] = []
         self.free = list(range(_SLOTS_PER_BLOCK))
+        self.most_ranks = max(map(sum, ranks))
         for group_ranks, group in zip(ranks, groups, strict=True):
             if not any(group_ranks):
                 self.groups.append(None)
@@ -69,7 +74,13 @@ class SlotBlock:
                     members.append(MemberLora(slice(rank_offset, rank_offset + rank), columns, b))
                 rank_offset += rank
                 column_offset += out_features
-            self.groups.append(GroupLora(a, members))
+            self.groups.append(GroupLora(a, members, _description(members)))
+
+
+def _description(members: list[MemberLora]) -> torch.Tensor:
+    return torch.tensor(
+        [[m.b.data_ptr(), m.ranks.start, m.ranks.stop - m.ranks.start, m.columns.start, m.b.shape[2]] for m in members]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +97,10 @@ class PreparedAdapter:
     """By linear group: A [sum of ranks, in] and the members' B [rank, out], scaled."""
     model: EngineModel | None = None
     """A whole tuned checkpoint, bound to a model of its own."""
+    changes: Changes = field(default_factory=dict)
+    """What it changes beside low-rank products, on the device already."""
+    prefix: PrefixKV | None = None
+    """Virtual tokens before each sequence, on the device already."""
 
 
 @dataclass(eq=False)
@@ -97,6 +112,8 @@ class LoadedAdapter:
     block: SlotBlock | None
     slot: int
     model: EngineModel | None
+    changes: Changes = field(default_factory=dict)
+    prefix: PrefixKV | None = None
     leases: int = 0
 
 
@@ -171,7 +188,9 @@ class AdapterPool:
                 device_bytes=prepared.device_bytes,
                 load_ms=(time.perf_counter() - started) * 1000,
             )
-            adapter = LoadedAdapter(prepared.digest, report, block, slot, prepared.model, leases=1)
+            adapter = LoadedAdapter(
+                prepared.digest, report, block, slot, prepared.model, prepared.changes, prepared.prefix, leases=1
+            )
             self._loaded[prepared.digest] = adapter
             return adapter
 
@@ -222,6 +241,8 @@ class AdapterPool:
                 else:
                     del self._blocks[ranks]
         adapter.model = None
+        adapter.changes = {}
+        adapter.prefix = None
         self._changed.notify_all()
 
     def _take_slot(self, prepared: PreparedAdapter) -> tuple[SlotBlock, int]:

@@ -1,7 +1,8 @@
 """The engine as a process: takes the front's messages, runs the step loop, sends what it produced.
 
 Threads: the main thread runs the loop and is the only one that touches sequences and the device's step; one reads the
-socket, one writes it, one loads adapters, one answers questions (inspect, prepare), and each tuner has a reader. They
+socket, one writes it, one loads adapters, one compiles grammars, one answers questions (inspect, prepare), and each
+tuner has a reader. They
 meet in the inbox, a queue of messages and callbacks that the loop empties between two steps.
 """
 
@@ -21,10 +22,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+from llguidance import LLMatcher
 
 from graftwork_plugins import BaseInfo, Delta, DeviceInfo
 from graftwork_server import messages as m
 from graftwork_server.engine.engine import Engine, EngineLimits
+from graftwork_server.engine.grammars import Grammars
 from graftwork_server.engine.loading import bind
 from graftwork_server.engine.model import BaseModel
 from graftwork_server.engine.slots import LoadedAdapter
@@ -77,6 +80,10 @@ class EngineWorker:
         self._stop = threading.Event()
         self._loader = ThreadPoolExecutor(1, "load")
         self._answers = ThreadPoolExecutor(1, "answer")
+        self._compiler = ThreadPoolExecutor(1, "compile")
+        self._grammars = Grammars(base.info)
+        self._compiling: set[int] = set()
+        """Sequences whose grammar is being compiled."""
         self._loading: dict[str, list[int]] = {}
         """Loads under way: digest -> calls that wait for them."""
         self._unloading: dict[str, list[int]] = {}
@@ -128,12 +135,17 @@ class EngineWorker:
             if outputs:
                 self._send(m.StepOutputs(outputs))
             self._after_step()
-            idle = not self.engine.has_running
-            if self._deadline is not None and (self.engine.active == 0 or time.monotonic() > self._deadline):
+            # Where something ended, what waited for its place can run now.
+            idle = not self.engine.has_running and not outputs
+            if self._deadline is not None and (self._active == 0 or time.monotonic() > self._deadline):
                 return
 
+    @property
+    def _active(self) -> int:
+        return self.engine.active + len(self._compiling)
+
     def _after_step(self) -> None:
-        struct.pack_into("<q", self._gate, 0, self.engine.active)
+        struct.pack_into("<q", self._gate, 0, self._active)
         digests = self.engine.adapters.digests()
         if digests != self._reported:
             self._reported = digests
@@ -160,10 +172,12 @@ class EngineWorker:
             case None:
                 self._stop.set()
             case m.Generate():
-                refused = self.engine.add(message)
-                if refused is not None:
-                    self._send(m.StepOutputs([refused]))
+                if message.sampling.grammar is None:
+                    self._add(message)
+                else:
+                    self._compile(message, message.sampling.grammar)
             case m.Cancel():
+                self._compiling.discard(message.id)
                 self.engine.cancel(message.id)
             case m.Load():
                 self._load_call(message)
@@ -181,6 +195,35 @@ class EngineWorker:
                 self._deadline = time.monotonic() + message.drain_ms / 1000
             case _:
                 message()
+
+    def _add(self, message: m.Generate, matcher: LLMatcher | None = None) -> None:
+        refused = self.engine.add(message, matcher)
+        if refused is not None:
+            self._send(m.StepOutputs([refused]))
+
+    def _compile(self, message: m.Generate, grammar: m.Grammar) -> None:
+        """Compiles off the step loop; the sequence is queued when that is done, unless it was cancelled meanwhile."""
+        self._compiling.add(message.id)
+
+        def compiled(matcher: LLMatcher | None, error: ErrorBody | None) -> None:
+            if message.id not in self._compiling:
+                return
+            self._compiling.discard(message.id)
+            if error is None:
+                self._add(message, matcher)
+            else:
+                self._send(m.StepOutputs([m.SequenceOutput(message.id, [], "error", error=error)]))
+
+        def work() -> None:
+            matcher, error = None, None
+            try:
+                if message.id in self._compiling:
+                    matcher = self._grammars.matcher(grammar, message.adapter)
+            except Exception as raised:
+                error = body_of(raised)
+            self._inbox.put(lambda: compiled(matcher, error))
+
+        self._compiler.submit(work)
 
     def _answer(self, call_id: int, work: Callable[[], m.Result]) -> None:
         """Runs `work` off the step loop and replies with its result or error."""

@@ -12,6 +12,7 @@ import grpc
 
 from graftwork.v1 import adapters_pb2 as pb
 from graftwork.v1.adapters_pb2_grpc import AdapterServiceServicer
+from graftwork_server.adapter_text import AdapterTexts
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.errors import GraftworkServerError, InvalidArgument
 from graftwork_server.hub.hub import Hub
@@ -19,6 +20,7 @@ from graftwork_server.hub.records import VersionRecord
 from graftwork_server.hub.registry import RequestKey, check_adapter_id, request_key
 from graftwork_server.hub.uploads import ArtifactUpload, UploadFile
 from graftwork_server.rpc.convert import adapter_message, load_report_message
+from graftwork_server.rpc.generation import text_of
 from graftwork_server.rpc.names import adapter_id, adapter_version
 from graftwork_server.rpc.streaming import check_chunk, first_payload, to_its_end
 
@@ -30,9 +32,10 @@ Context = grpc.aio.ServicerContext
 class AdapterService(AdapterServiceServicer):
     """Adapters of this server's hub, on this server's engine. `max_upload_bytes` is for all files of one upload."""
 
-    def __init__(self, engine: EngineClient, hub: Hub, max_upload_bytes: int) -> None:
+    def __init__(self, engine: EngineClient, hub: Hub, texts: AdapterTexts, max_upload_bytes: int) -> None:
         self._engine = engine
         self._hub = hub
+        self._texts = texts
         self._max_upload_bytes = max_upload_bytes
         self._unloads: set[asyncio.Task[None]] = set()
 
@@ -111,6 +114,7 @@ class AdapterService(AdapterServiceServicer):
                 check_chunk(request.chunk.data, "chunk.data")
                 await to_its_end(received.write, request.chunk.name, request.chunk.data)
             folder = await to_its_end(received.finish)
+            await to_its_end(self._texts.read, folder)
             info = await self._engine.inspect(str(folder), upload.strategy or None)
             return await to_its_end(
                 self._hub.publish,
@@ -126,6 +130,7 @@ class AdapterService(AdapterServiceServicer):
         begun = time.monotonic()
         resolved = self._hub.resolver.resolved(version)
         async with self._hub.leases.hold(resolved):
+            await text_of(self._texts, resolved)
             report = await self._engine.load(self._hub.resolver.adapter_ref(version))
         return load_report_message(report, (time.monotonic() - begun) * 1000)
 

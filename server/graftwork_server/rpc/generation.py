@@ -6,84 +6,103 @@ into text and streamed. Whatever ends it, leaving the `with` blocks releases seq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import aclosing
-from functools import lru_cache
-from typing import Any
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import grpc
+import msgspec
 
 from graftwork.v1 import generation_pb2 as pb
 from graftwork.v1.generation_pb2_grpc import GenerationServiceServicer
+from graftwork_server.adapter_text import AdapterTexts
 from graftwork_server.engine.client import EngineClient
-from graftwork_server.errors import FailedPrecondition, Internal, InvalidArgument
+from graftwork_server.errors import FailedPrecondition, Internal, InvalidArgument, Violation
 from graftwork_server.hub.leases import Leases
 from graftwork_server.hub.resolver import Resolved, Resolver
 from graftwork_server.messages import Sampling, SequenceOutput, TokenLogprobs
+from graftwork_server.rpc.chat import chat_ids
+from graftwork_server.rpc.completions import BestOf, Completion
 from graftwork_server.rpc.limits import (
     Admission,
-    check_messages,
     check_prompt,
-    check_top_logprobs,
+    check_prompt_logprobs,
     context_limit,
+    invalid,
     off_loop_if_large,
-    sampling_of,
 )
+from graftwork_server.rpc.samples import Samples, samplings_of
+from graftwork_server.rpc.sampling import SampleCounts, prompt_logprobs_of, sample_counts, sampling_of
 from graftwork_server.text import IncrementalDetokenizer, TextProcessor
-
-FINISH_REASONS = {"": 0, "stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
-TOKEN_TEXT_CACHE = 65_536
+from graftwork_server.types import BASE
 
 Context = grpc.aio.ServicerContext
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """What a sequence continues. field: where the request has it. echo: its text, for those who want it back."""
+
+    ids: list[int]
+    field: str
+    echo: str = ""
+
+
 class GenerationService(GenerationServiceServicer):
-    """The base model and every adapter, by name. `text` is None if the model brings no tokenizer."""
+    """The base model and every adapter, by name."""
 
     def __init__(
         self,
         engine: EngineClient,
         resolver: Resolver,
         leases: Leases,
-        text: TextProcessor | None,
+        texts: AdapterTexts,
         admission: Admission,
     ) -> None:
         self._engine = engine
         self._resolver = resolver
         self._leases = leases
-        self._text = text
+        self._texts = texts
         self._admission = admission
-        self._token_text = lru_cache(TOKEN_TEXT_CACHE)(text.token_text if text else lambda id: "")
 
     async def Generate(  # type: ignore[override]  # writes to the context instead of yielding
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
         """Continues a prompt."""
         with self._admission.admit():
-            field = request.WhichOneof("prompt") or "prompt"
-            prompt_ids = await self._prompt_ids(request, field)
-            await self._stream(request.model, prompt_ids, field, request.sampling, pb.GenerateResponse, context)
+            async with self._held(request.model) as (resolved, text):
+                field = request.WhichOneof("prompt") or "prompt"
+                ids = await _prompt_ids(request, field, text)
+                echo = request.text or (_needed(text).decode(ids) if request.sampling.echo else "")
+                prompt = _Prompt(ids, field, echo)
+                await self._stream(resolved, text, prompt, request.sampling, pb.GenerateResponse, context)
 
     async def Chat(  # type: ignore[override]  # writes to the context instead of yielding
         self, request: pb.ChatRequest, context: Context
     ) -> None:
         """Continues a conversation."""
         with self._admission.admit():
-            prompt_ids = await self._chat_ids(request.messages)
-            await self._stream(request.model, prompt_ids, "messages", request.sampling, pb.ChatResponse, context)
+            async with self._held(request.model) as (resolved, text):
+                if request.sampling.echo and not request.continue_final_message:
+                    what = "has nothing to repeat in Chat but a message that is continued; set continue_final_message"
+                    raise invalid([Violation("sampling.echo", what)])
+                ids = await chat_ids(request, _needed(text))
+                prompt = _Prompt(ids, "messages", request.messages[-1].content)
+                await self._stream(resolved, text, prompt, request.sampling, pb.ChatResponse, context)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Log probabilities of a given text."""
         with self._admission.admit():
-            check_top_logprobs(request.top_logprobs)
-            field = request.WhichOneof("input") or "input"
-            prompt_ids = await self._prompt_ids(request, field)
-            check_prompt(prompt_ids, field, self._engine.model, room_for=0)
-            resolved = await self._resolver.resolve(request.model)
-            async with self._leases.hold(resolved):
+            async with self._held(request.model) as (resolved, text):
+                field = request.WhichOneof("input") or "input"
+                prompt_ids = await _prompt_ids(request, field, text)
+                check_prompt_logprobs(request.top_logprobs, "top_logprobs", len(prompt_ids))
+                check_prompt(prompt_ids, field, self._engine.model, room_for=0)
                 entries = await self._prompt_logprobs(resolved, prompt_ids, request.top_logprobs)
             return pb.ScoreResponse(
-                tokens=[self._logprob(entry) for entry in entries],
+                tokens=[_logprob(entry, text) for entry in entries],
                 total_logprob=sum(entry.logprob for entry in entries if entry.logprob is not None),
                 model=resolved.model,
                 version=resolved.version,
@@ -93,72 +112,65 @@ class GenerationService(GenerationServiceServicer):
         """Token ids that the other methods would see."""
         if bool(request.text) == bool(request.messages):
             raise InvalidArgument("give exactly one of text and messages", reason="INVALID_PARAMETER", field="text")
-        ids = await (self._chat_ids(request.messages) if request.messages else self._text_ids(request.text))
-        return pb.TokenizeResponse(
-            token_ids=ids,
-            tokens=[self._token_text(id) for id in ids],
-            context_tokens=context_limit(self._engine.model),
-        )
-
-    # ------------------------------------------------------------------------------------------ input
-
-    def _tokenizer(self) -> TextProcessor:
-        if self._text is None:
-            raise FailedPrecondition(
-                "the base model brings no tokenizer; give token_ids instead of text", reason="TOKENIZER_MISSING"
+        async with self._held(request.model or BASE) as (_, text):
+            tokenizer = _needed(text)
+            ids = await (chat_ids(request, tokenizer) if request.messages else _text_ids(request.text, tokenizer))
+            return pb.TokenizeResponse(
+                token_ids=ids,
+                tokens=[tokenizer.token_text(id) for id in ids],
+                context_tokens=context_limit(self._engine.model),
             )
-        return self._text
 
-    async def _prompt_ids(self, request: pb.GenerateRequest | pb.ScoreRequest, field: str) -> list[int]:
-        if field == "text":
-            return await self._text_ids(request.text)
-        if field == "token_ids":
-            return list(request.token_ids.ids)
-        raise InvalidArgument("is empty; give text or token_ids", reason="PROMPT_EMPTY", field=field)
-
-    async def _text_ids(self, text: str) -> list[int]:
-        tokenizer = self._tokenizer()
-        if not text:
-            # A tokenizer may add special tokens even to nothing; the caller surely meant to send something.
-            raise InvalidArgument("the text is empty", reason="PROMPT_EMPTY", field="text")
-        return await off_loop_if_large(len(text), lambda: tokenizer.encode(text))
-
-    async def _chat_ids(self, messages: Sequence[pb.ChatMessage]) -> list[int]:
-        tokenizer = self._tokenizer()
-        check_messages(messages)
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        size = sum(len(message.content) for message in messages)
-        return await off_loop_if_large(size, lambda: tokenizer.encode_chat(turns, add_generation_prompt=True))
+    @asynccontextmanager
+    async def _held(self, model: str) -> AsyncIterator[tuple[Resolved, TextProcessor | None]]:
+        """Who answers, kept from being removed while the block runs, and whose tokens it speaks."""
+        resolved = await self._resolver.resolve(model)
+        async with self._leases.hold(resolved):
+            yield resolved, await text_of(self._texts, resolved)
 
     # ------------------------------------------------------------------------------------------ output
 
     async def _stream(
         self,
-        model: str,
-        prompt_ids: list[int],
-        field: str,
+        resolved: Resolved,
+        text: TextProcessor | None,
+        prompt: _Prompt,
         parameters: pb.SamplingParameters,
         response_type: type[pb.GenerateResponse] | type[pb.ChatResponse],
         context: Context,
     ) -> None:
-        check_prompt(prompt_ids, field, self._engine.model, room_for=1)
-        sampling = sampling_of(parameters, len(prompt_ids), self._engine.model)
-        if parameters.stop:
-            self._tokenizer()
-        resolved = await self._resolver.resolve(model)
-        async with self._leases.hold(resolved):
-            detokenizer = IncrementalDetokenizer(self._text, parameters.stop) if self._text else None
-            answer = _Answer(
-                response_type, resolved, len(prompt_ids), self._logprob, detokenizer, bool(parameters.stop)
+        check_prompt(prompt.ids, prompt.field, self._engine.model, room_for=1)
+        sampling = sampling_of(parameters, len(prompt.ids), self._engine.model, text)
+        own_end = text.eos_token_id if text and text is not self._texts.base else None
+        if own_end is not None and own_end not in self._engine.model.eos_token_ids and not sampling.ignore_eos:
+            sampling = msgspec.structs.replace(sampling, stop_token_ids=[*sampling.stop_token_ids, own_end])
+        counts = sample_counts(parameters)
+        top = prompt_logprobs_of(parameters, len(prompt.ids))
+        if parameters.stop or parameters.echo:
+            _needed(text)
+
+        def start(one: Sampling, first: bool) -> AsyncGenerator[SequenceOutput, None]:
+            return self._engine.generate(prompt.ids, one, resolved.adapter, top if first else None)
+
+        completions = [
+            Completion(
+                response_type,
+                resolved,
+                sampling,
+                partial(_logprob, text=text),
+                IncrementalDetokenizer(text, parameters.stop) if text else None,
+                index=index,
+                echo=prompt.echo if parameters.echo else "",
+                has_stops=bool(parameters.stop),
+                shows_logprobs=sampling.logprobs is not None,
+                scored=counts.scored,
             )
-            outputs = self._engine.generate(prompt_ids, sampling, resolved.adapter)
-            async with aclosing(outputs):
-                async for output in outputs:
-                    message = answer.message(output)
-                    await context.write(message)
-                    if message.finish_reason:
-                        return
-        raise Internal("the engine ended a sequence without saying why", reason="ENGINE_PROTOCOL")
+            for index in range(counts.sampled)
+        ]
+        if counts.scored and sampling.logprobs is None:
+            sampling = msgspec.structs.replace(sampling, logprobs=0)
+        async with Samples(start, samplings_of(sampling, counts.sampled)) as samples:
+            await _write(samples, completions, counts, len(prompt.ids), context)
 
     async def _prompt_logprobs(self, resolved: Resolved, prompt_ids: list[int], top: int) -> list[TokenLogprobs]:
         entries: list[TokenLogprobs] = []
@@ -168,68 +180,89 @@ class GenerationService(GenerationServiceServicer):
                 entries += output.prompt_logprobs or []
         return entries
 
-    def _logprob(self, entry: TokenLogprobs) -> pb.TokenLogprob:
-        return pb.TokenLogprob(
-            token_id=entry.token_id,
-            text=self._token_text(entry.token_id),
-            logprob=entry.logprob,
-            top=[pb.TopLogprob(token_id=id, text=self._token_text(id), logprob=logprob) for id, logprob in entry.top],
+
+async def _write(
+    samples: Samples,
+    completions: list[Completion],
+    counts: SampleCounts,
+    prompt_tokens: int,
+    context: Context,
+) -> None:
+    """Sends the completions' messages, as they come or, if they are ranked, at the end."""
+    ranking = BestOf() if counts.scored else None
+    prompt_logprobs: list[pb.TokenLogprob] = []
+    usage = pb.Usage(prompt_tokens=prompt_tokens)
+    async for index, output in samples:
+        completion = completions[index]
+        if completion.ended:
+            continue
+        message = completion.message(output)
+        prompt_logprobs += [completion.logprob(entry) for entry in output.prompt_logprobs or ()]
+        if completion.ended:
+            samples.end(index)
+            usage.completion_tokens += completion.tokens
+        done = all(completion.ended for completion in completions)
+        if ranking is not None:
+            ranking.keep(message)
+        else:
+            if index == 0 and prompt_logprobs:
+                message.prompt_logprobs.extend(prompt_logprobs)
+                prompt_logprobs.clear()
+            if done:
+                message.usage.CopyFrom(usage)
+            await context.write(message)
+        if done:
+            break
+    else:
+        raise Internal("the engine ended a sequence without saying why", reason="ENGINE_PROTOCOL")
+    if ranking is not None:
+        messages = list(ranking.best(counts.returned))
+        messages[0].prompt_logprobs.extend(prompt_logprobs)
+        messages[-1].usage.CopyFrom(usage)
+        for message in messages:
+            await context.write(message)
+
+
+async def text_of(texts: AdapterTexts, resolved: Resolved) -> TextProcessor | None:
+    """Tokenizer and template of who answers. Raises FailedPrecondition for an adapter's that cannot be used."""
+    if resolved.adapter is None:
+        return texts.base
+    digest, path = resolved.adapter.digest, resolved.adapter.path
+    return texts.of(digest, path) if texts.known(digest) else await asyncio.to_thread(texts.of, digest, path)
+
+
+def _needed(text: TextProcessor | None) -> TextProcessor:
+    if text is None:
+        raise FailedPrecondition(
+            "the base model brings no tokenizer; give token_ids instead of text", reason="TOKENIZER_MISSING"
         )
+    return text
 
 
-class _Answer:
-    """Makes the messages of one stream: text, tokens, and at its ends who answers and what was used."""
+async def _prompt_ids(
+    request: pb.GenerateRequest | pb.ScoreRequest, field: str, text: TextProcessor | None
+) -> list[int]:
+    if field == "text":
+        return await _text_ids(request.text, _needed(text))
+    if field == "token_ids":
+        return list(request.token_ids.ids)
+    raise InvalidArgument("is empty; give text or token_ids", reason="PROMPT_EMPTY", field=field)
 
-    def __init__(
-        self,
-        response_type: type[Any],
-        resolved: Resolved,
-        prompt_tokens: int,
-        logprob: Callable[[TokenLogprobs], pb.TokenLogprob],
-        detokenizer: IncrementalDetokenizer | None,
-        has_stops: bool,
-    ) -> None:
-        self._response_type = response_type
-        self._resolved = resolved
-        self._prompt_tokens = prompt_tokens
-        self._logprob = logprob
-        self._detokenizer = detokenizer
-        self._has_stops = has_stops
-        self._begun = False
-        self._tokens = 0
 
-    def message(self, output: SequenceOutput) -> Any:
-        """The message for `output`; with a finish reason if the engine or a stop text ended the sequence."""
-        text, kept, stopped = self._text_of(output)
-        finish = pb.FINISH_REASON_STOP if stopped else FINISH_REASONS[output.finish]
-        message = self._response_type(
-            text=text,
-            token_ids=output.token_ids[:kept],
-            logprobs=[self._logprob(entry) for entry in (output.logprobs or ())[:kept]],
-            finish_reason=finish,
-        )
-        if finish or not self._begun:
-            message.model, message.version = self._resolved.model, self._resolved.version
-        self._begun = True
-        self._tokens += kept
-        if finish:
-            message.usage.prompt_tokens = self._prompt_tokens
-            message.usage.completion_tokens = self._tokens
-        return message
+async def _text_ids(text: str, tokenizer: TextProcessor) -> list[int]:
+    if not text:
+        # A tokenizer may add special tokens even to nothing; the caller surely meant to send something.
+        raise InvalidArgument("the text is empty", reason="PROMPT_EMPTY", field="text")
+    return await off_loop_if_large(len(text), lambda: tokenizer.encode(text))
 
-    def _text_of(self, output: SequenceOutput) -> tuple[str, int, bool]:
-        """Text that became certain, how many of the tokens count, and whether a stop text was met."""
-        if self._detokenizer is None:
-            return "", len(output.token_ids), False
-        # One token at a time where a stop text may cut: how many came together is chance, the answer must not be.
-        step = 1 if self._has_stops else max(len(output.token_ids), 1)
-        text = ""
-        for position in range(0, len(output.token_ids), step):
-            piece = self._detokenizer.feed(output.token_ids[position : position + step])
-            text += piece.text
-            if piece.stop is not None:
-                return text, position + 1, True
-        if output.finish:
-            piece = self._detokenizer.finish()
-            return text + piece.text, len(output.token_ids), piece.stop is not None
-        return text, len(output.token_ids), False
+
+def _logprob(entry: TokenLogprobs, text: TextProcessor | None) -> pb.TokenLogprob:
+    def shown(id: int) -> str:
+        return text.token_text(id) if text else ""
+
+    return pb.TokenLogprob(
+        token_id=entry.token_id,
+        text=shown(entry.token_id),
+        logprob=entry.logprob,
+        top=[pb.TopLogprob(token_id=id, text=shown(id), logprob=logprob) for id, logprob in entry.top],
+    )

@@ -6,8 +6,10 @@ import asyncio
 import ipaddress
 import logging
 import socket
+from typing import Any
 
 import grpc
+from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -60,6 +62,29 @@ def resolve_listen(listen: str, insecure: bool) -> str:
     return f"[{addresses[0]}]:{port}" if ":" in addresses[0] else f"{addresses[0]}:{port}"
 
 
+class _MethodsToo:
+    """The default descriptor pool, which also finds the file of a method: `grpcurl describe package.Service.Method`.
+
+    protobuf's pool knows the names of messages, enumerations and services, and not of services' methods.
+    """
+
+    def __init__(self) -> None:
+        self._pool = descriptor_pool.Default()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def FindFileContainingSymbol(self, symbol: str) -> Any:  # the pool's own name for it
+        """The file that declares `symbol`. Raises KeyError."""
+        try:
+            return self._pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            service = self._pool.FindServiceByName(symbol.rpartition(".")[0])
+            if symbol.rpartition(".")[2] not in service.methods_by_name:
+                raise
+            return service.file
+
+
 class RpcServer:
     """Serves the four services, health and reflection on one address."""
 
@@ -69,7 +94,7 @@ class RpcServer:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # loaded lazily by the package
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        reflection.enable_server_reflection(names, self._server, pool=_MethodsToo())  # type: ignore[arg-type]
 
     def bind(self, address: str) -> str:
         """Takes `address` (a literal) and returns it with the real port. Raises ListenError."""

@@ -249,9 +249,8 @@ class JobRun:
 
     def _prepare_folder(self) -> JobSpec:
         spec, store = self._job.spec, self._hub.store
-        checkpoints = self._folder / "checkpoints"
         with storage_errors("preparing a job"):
-            checkpoints.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Of a tuner that ended before its word of it was heard; the next one renames its own to this place.
         store.discard(self._artifact)
         validation = spec.validation_dataset_id
@@ -262,7 +261,7 @@ class JobRun:
             dataset_path=str(store.dataset_path(spec.dataset_id)),
             validation_path=str(store.dataset_path(validation)) if validation else None,
             validation_fraction=spec.validation_fraction,
-            job_dir=str(checkpoints),
+            job_dir=str(self._folder),
             artifact_dir=str(self._artifact),
         )
 

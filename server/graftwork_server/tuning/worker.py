@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import threading
+import warnings
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +56,8 @@ log = logging.getLogger("graftwork.tuner")
 
 def main() -> None:
     """Serves one StartTuning, then ends."""
+    # Advice of one library to the other, which an operator of this server cannot follow.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     connection = socket.socket(fileno=parser.parse_args().fd)
@@ -169,7 +172,7 @@ def _read_rows(
     if not learnable:
         raise InvalidArgument(
             f"no row carries loss within {longest} tokens; set max_sequence_tokens higher or shorten the prompts",
-            reason="DATASET_WITHOUT_LOSS",
+            reason="DATASET_NO_LOSS",
         )
     if len(learnable) < len(rows):
         send(Note(text=f"{len(rows) - len(learnable)} rows carry no loss within {longest} tokens and are left out"))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests import toys
 from tests.server.engine.harness import Harness, Reference, assert_greedy_matches, deltas_of
 
-from graftwork_plugins import FullWeights, LowRank
+from graftwork_plugins import FullWeights, Head, LowRank, Replace, Scale
 from graftwork_server.engine.loading import bind
 from graftwork_server.engine.model import BaseModel, unwrapped_state
 from graftwork_server.errors import FailedPrecondition, ResourceExhausted
@@ -137,11 +137,16 @@ def low_rank(**changes: object) -> LowRank:
     return LowRank(**(values | changes))  # type: ignore[arg-type]
 
 
+def replace(**changes: object) -> Replace:
+    values: dict[str, object] = {"module": MODULE, "tensors": {"weight": torch.ones(48, 48)}}
+    return Replace(**(values | changes))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("deltas", "says"),
     [
         ([], "no tensors"),
-        ([low_rank(module="model.layers.9.mlp.up_proj")], "no linear layer model.layers.9.mlp.up_proj"),
+        ([low_rank(module="model.layers.9.mlp.up_proj")], "no module model.layers.9.mlp.up_proj"),
         ([low_rank(a=torch.ones(2, 47))], r"A is \[2, 47\].*\[rank, 48\]"),
         ([low_rank(b=torch.ones(48, 3))], r"B is \[48, 3\]"),
         ([low_rank(a=torch.full((2, 48), float("nan")))], "A holds NaN"),
@@ -149,6 +154,22 @@ def low_rank(**changes: object) -> LowRank:
         ([low_rank(a=torch.ones(2, 48, dtype=torch.int64))], "floating point is accepted"),
         ([low_rank(scaling=float("nan"))], "scaling"),
         ([low_rank(), low_rank()], "two deltas"),
+        ([low_rank(magnitude=torch.ones(47))], r"magnitude is \[47\]; this base takes \[48\]"),
+        ([low_rank(bias=torch.full((48,), float("nan")))], "bias holds NaN"),
+        ([low_rank(), Scale(module=MODULE, factors=torch.ones(48), of="input")], "scaled input and another delta"),
+        ([Scale(module=MODULE, factors=torch.ones(47), of="output")], r"factors is \[47\]"),
+        ([Scale(module="model.norm", factors=torch.ones(48), of="output")], "is a LlamaRMSNorm"),
+        ([Scale(module="model.embed_tokens", factors=torch.ones(48), of="output")], "is an embedding"),
+        ([low_rank(), replace()], "both a low-rank update and a weight of its own"),
+        ([replace(), replace()], "two deltas of the kind Replace"),
+        ([replace(tensors={"weight": torch.ones(48, 47)})], r"is \[48, 47\]; this base takes \[48, 48\]"),
+        ([replace(tensors={"bias": torch.ones(48)})], "has no bias; it has weight"),
+        ([replace(tensors={"weight": torch.full((48, 48), float("inf"))})], "weight holds NaN or infinite"),
+        ([replace(module="model.layers.0")], "which cannot be changed for some rows alone"),
+        ([replace(tensors={"weight": torch.ones(1, 48)}, rows=[48])], "from 0 to 47"),
+        ([replace(tensors={"weight": torch.ones(2, 48)}, rows=[3, 3])], "must be different"),
+        ([replace(copy_of_base=True)], "differs from this base's"),
+        ([Head(weight=torch.ones(2, 48))], "a head of its own is not served"),
         ([FullWeights(tensors={}), low_rank()], "cannot be combined"),
         ([FullWeights(tensors={})], "lacks"),
         ([FullWeights(tensors={"x": torch.ones(1)})], "no tensor x"),

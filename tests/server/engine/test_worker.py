@@ -133,7 +133,12 @@ async def test_prepare_fills_defaults_and_names_wrong_keys(engine: EngineClient)
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"model": "does/not/exist"}, "cannot load the model"), ({"device": "cuda"}, "no CUDA device")],
+    [
+        ({"model": "does/not/exist"}, "it is not a directory"),
+        ({"model": "/"}, "it has no config.json"),
+        ({"model": "nobody/nothing"}, "cannot load the model"),
+        ({"device": "cuda"}, "no CUDA device"),
+    ],
 )
 async def test_an_engine_that_cannot_start_says_why(
     llama_dir: Path, tmp_path: Path, changes: dict[str, Any], says: str

@@ -236,6 +236,22 @@ async def test_a_client_that_goes_away_cancels_at_once(server):
     await until(lambda: server.front.engine.running == 0 and server.front.admission.admitted == 0)
 
 
+async def test_a_client_that_goes_away_cancels_all_its_completions(server):
+    call = server.generation.Generate(of_ids(script.HANG, 97, max_tokens=100, n=3))
+    assert {(await call.read()).index for _ in range(3)} == {0, 1, 2}
+    call.cancel()
+    await until(lambda: len(server.heard("Cancel")) == 3)
+    seeds = {entry["seed"] for entry in server.heard("Generate")}
+    assert len(seeds) == 3
+    await until(lambda: server.front.engine.running == 0 and server.front.admission.admitted == 0)
+
+
+async def test_an_error_of_one_completion_ends_all(server, refused):
+    error = await refused(server.generation.Generate(of_ids(script.FAIL, n=4)))
+    assert error.reason == "KV_FULL"
+    await until(lambda: server.front.engine.running == 0 and server.front.admission.admitted == 0)
+
+
 async def test_a_deadline_cancels(server):
     call = server.generation.Generate(of_ids(script.HANG, 97, max_tokens=100), timeout=0.2)
     with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_fails_with_the_step(harness: TunerHarness) ->
 
 
 def test_a_set_without_loss_fails(harness: TunerHarness) -> None:
-    assert failure(harness, max_sequence_tokens=3).error.reason == "DATASET_WITHOUT_LOSS"
+    assert failure(harness, max_sequence_tokens=3).error.reason == "DATASET_NO_LOSS"
 
 
 def test_a_bad_setting_fails_by_name(harness: TunerHarness) -> None:

@@ -11,7 +11,25 @@ from typing import Annotated
 import typer
 
 from graftwork.cli import output
-from graftwork.cli.options import Address, AsJson, MaxTokens, Model, Seed, Stop, Temperature, TopK, TopP
+from graftwork.cli.options import (
+    Address,
+    AsJson,
+    Choice,
+    FrequencyPenalty,
+    JsonSchema,
+    MaxTokens,
+    MinP,
+    MinTokens,
+    Model,
+    PresencePenalty,
+    Regex,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)
 from graftwork.cli.session import session
 from graftwork.client import Client
 from graftwork.errors import APIError, UnavailableError
@@ -29,6 +47,14 @@ def chat(
     top_k: TopK = None,
     seed: Seed = None,
     stop: Stop = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    min_tokens: MinTokens = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choice: Choice = None,
     as_json: AsJson = False,
     address: Address = None,
 ) -> None:
@@ -37,7 +63,20 @@ def chat(
     When stdin is not a terminal, each of its lines is one message. With --json, each answer is one line of JSON.
     """
     options = SamplingOptions(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=stop,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        min_tokens=min_tokens,
+        json_schema=json_schema.read_text("utf-8") if json_schema else None,
+        regex=regex,
+        choice=choice,
     )
     with session(ctx, address, as_json) as client:
         opening = [Message(role="system", content=system)] if system else []
@@ -100,4 +139,5 @@ def _answer(client: Client, model: str, messages: list[Message], options: Sampli
         finally:
             if started:
                 print(flush=True)
-        return stream.result()
+        whole: Generation = stream.result()
+        return whole

@@ -8,11 +8,29 @@ from typing import Annotated
 import typer
 
 from graftwork.cli import output
-from graftwork.cli.options import Address, AsJson, MaxTokens, Model, Seed, Stop, Temperature, TopK, TopP
+from graftwork.cli.options import (
+    Address,
+    AsJson,
+    Choice,
+    FrequencyPenalty,
+    JsonSchema,
+    MaxTokens,
+    MinP,
+    MinTokens,
+    Model,
+    PresencePenalty,
+    Regex,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)
 from graftwork.cli.session import session
 from graftwork.client import Client
 from graftwork.requests import SamplingOptions
-from graftwork.types import TokenLogprob
+from graftwork.types import Completion, TokenLogprob
 
 TokenIds = Annotated[
     str | None, typer.Option("--token-ids", metavar="1,2,3", help="Token ids instead of a prompt, taken as they are.")
@@ -33,6 +51,17 @@ def generate(
     logprobs: Annotated[
         int | None, typer.Option("--logprobs", help="Show so many most likely tokens at each step, 0: the chosen one.")
     ] = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    min_tokens: MinTokens = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choice: Choice = None,
+    n: Annotated[int | None, typer.Option("--n", help="Completions to return.")] = None,
+    best_of: Annotated[int | None, typer.Option("--best-of", help="Sample so many and return the best N.")] = None,
+    echo: Annotated[bool, typer.Option("--echo", help="Begin with the prompt.")] = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
     as_json: AsJson = False,
     address: Address = None,
@@ -48,10 +77,23 @@ def generate(
         stop=stop,
         logprobs=logprobs,
         ignore_eos=ignore_eos,
+        n=n,
+        best_of=best_of,
+        echo=echo,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        min_tokens=min_tokens,
+        json_schema=json_schema.read_text("utf-8") if json_schema else None,
+        regex=regex,
+        choice=choice,
     )
     with session(ctx, address, as_json) as client:
         if as_json:
             output.emit(client.generate(model, given, **options))
+        elif (n or 1) > 1:
+            _print_completions(client.generate(model, given, **options).completions)
         else:
             _stream(client, model, given, options)
 
@@ -70,6 +112,14 @@ def _stream(client: Client, model: str, prompt: str | Sequence[int], options: Sa
     if logprobs is not None:
         print()
         _print_logprobs(logprobs)
+
+
+def _print_completions(completions: Sequence[Completion]) -> None:
+    """Several come mixed, so they are printed when all have ended."""
+    for completion in completions:
+        score = "" if completion.score is None else f"  score {completion.score:.4f}"
+        print(f"--- {completion.index}{score}")
+        print(output.readable(completion.text))
 
 
 def _prompt(prompt: str | None, token_ids: str | None) -> str | list[int]:

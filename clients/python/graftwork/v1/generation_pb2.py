@@ -24,43 +24,51 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dgraftwork/v1/generation.proto\x12\x0cgraftwork.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x84\x02\n\x12SamplingParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x15\n\x08logprobs\x18\x07 \x01(\x05H\x05\x88\x01\x01\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x0b\n\t_logprobs\"w\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12%\n\x03top\x18\x04 \x03(\x0b\x32\x18.graftwork.v1.TopLogprobB\n\n\x08_logprob\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\"\x9b\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.graftwork.v1.TokenIdsH\x00\x12\x32\n\x08sampling\x18\x04 \x01(\x0b\x32 .graftwork.v1.SamplingParametersB\x08\n\x06prompt\"\xd8\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.graftwork.v1.TokenLogprob\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.graftwork.v1.FinishReason\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.graftwork.v1.Usage\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0f\n\x07version\x18\x07 \x01(\x05\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"}\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x08messages\x18\x02 \x03(\x0b\x32\x19.graftwork.v1.ChatMessage\x12\x32\n\x08sampling\x18\x03 \x01(\x0b\x32 .graftwork.v1.SamplingParameters\"\xd4\x01\n\x0c\x43hatResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.graftwork.v1.TokenLogprob\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.graftwork.v1.FinishReason\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.graftwork.v1.Usage\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0f\n\x07version\x18\x07 \x01(\x05\"y\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.graftwork.v1.TokenIdsH\x00\x12\x14\n\x0ctop_logprobs\x18\x04 \x01(\x05\x42\x07\n\x05input\"r\n\rScoreResponse\x12*\n\x06tokens\x18\x01 \x03(\x0b\x32\x1a.graftwork.v1.TokenLogprob\x12\x15\n\rtotal_logprob\x18\x02 \x01(\x01\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\x05\"L\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12+\n\x08messages\x18\x02 \x03(\x0b\x32\x19.graftwork.v1.ChatMessage\"M\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\x05*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xae\x02\n\x11GenerationService\x12K\n\x08Generate\x12\x1d.graftwork.v1.GenerateRequest\x1a\x1e.graftwork.v1.GenerateResponse0\x01\x12?\n\x04\x43hat\x12\x19.graftwork.v1.ChatRequest\x1a\x1a.graftwork.v1.ChatResponse0\x01\x12@\n\x05Score\x12\x1a.graftwork.v1.ScoreRequest\x1a\x1b.graftwork.v1.ScoreResponse\x12I\n\x08Tokenize\x12\x1d.graftwork.v1.TokenizeRequest\x1a\x1e.graftwork.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dgraftwork/v1/generation.proto\x12\x0cgraftwork.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe7\x06\n\x12SamplingParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x15\n\x08logprobs\x18\x07 \x01(\x05H\x05\x88\x01\x01\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x12\n\x05min_p\x18\t \x01(\x02H\x06\x88\x01\x01\x12\x16\n\ttypical_p\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x02H\n\x88\x01\x01\x12\x43\n\nlogit_bias\x18\x0e \x03(\x0b\x32/.graftwork.v1.SamplingParameters.LogitBiasEntry\x12\x11\n\tbad_words\x18\x0f \x03(\t\x12\x16\n\x0estop_token_ids\x18\x10 \x03(\r\x12\x17\n\nmin_tokens\x18\x11 \x01(\x05H\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x12 \x01(\x05H\x0c\x88\x01\x01\x12\x14\n\x07\x62\x65st_of\x18\x13 \x01(\x05H\r\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x14 \x01(\x05H\x0e\x88\x01\x01\x12\x0c\n\x04\x65\x63ho\x18\x15 \x01(\x08\x12\x39\n\x11structured_output\x18\x16 \x01(\x0b\x32\x1e.graftwork.v1.StructuredOutput\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x0b\n\t_logprobsB\x08\n\x06_min_pB\x0c\n\n_typical_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\x04\n\x02_nB\n\n\x08_best_ofB\x12\n\x10_prompt_logprobs\"}\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\'\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x15.graftwork.v1.ChoicesH\x00\x12\x0e\n\x04lark\x18\x04 \x01(\tH\x00\x42\x08\n\x06\x66ormat\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"w\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12%\n\x03top\x18\x04 \x03(\x0b\x32\x18.graftwork.v1.TopLogprobB\n\n\x08_logprob\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\"\x9b\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.graftwork.v1.TokenIdsH\x00\x12\x32\n\x08sampling\x18\x04 \x01(\x0b\x32 .graftwork.v1.SamplingParametersB\x08\n\x06prompt\"\xba\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.graftwork.v1.TokenLogprob\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.graftwork.v1.FinishReason\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.graftwork.v1.Usage\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0f\n\x07version\x18\x07 \x01(\x05\x12\r\n\x05index\x18\x08 \x01(\x05\x12\x12\n\x05score\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x33\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x1a.graftwork.v1.TokenLogprobB\x08\n\x06_score\"i\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x17\n\x0ftool_calls_json\x18\x03 \x01(\t\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\"\xb1\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x08messages\x18\x02 \x03(\x0b\x32\x19.graftwork.v1.ChatMessage\x12\x32\n\x08sampling\x18\x03 \x01(\x0b\x32 .graftwork.v1.SamplingParameters\x12\x12\n\ntools_json\x18\x04 \x01(\t\x12\x1e\n\x16\x63ontinue_final_message\x18\x05 \x01(\x08\"\xb6\x02\n\x0c\x43hatResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.graftwork.v1.TokenLogprob\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.graftwork.v1.FinishReason\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.graftwork.v1.Usage\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0f\n\x07version\x18\x07 \x01(\x05\x12\r\n\x05index\x18\x08 \x01(\x05\x12\x12\n\x05score\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x33\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x1a.graftwork.v1.TokenLogprobB\x08\n\x06_score\"y\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.graftwork.v1.TokenIdsH\x00\x12\x14\n\x0ctop_logprobs\x18\x04 \x01(\x05\x42\x07\n\x05input\"r\n\rScoreResponse\x12*\n\x06tokens\x18\x01 \x03(\x0b\x32\x1a.graftwork.v1.TokenLogprob\x12\x15\n\rtotal_logprob\x18\x02 \x01(\x01\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\x05\"\x8f\x01\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12+\n\x08messages\x18\x02 \x03(\x0b\x32\x19.graftwork.v1.ChatMessage\x12\r\n\x05model\x18\x03 \x01(\t\x12\x12\n\ntools_json\x18\x04 \x01(\t\x12\x1e\n\x16\x63ontinue_final_message\x18\x05 \x01(\x08\"M\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\x05*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xae\x02\n\x11GenerationService\x12K\n\x08Generate\x12\x1d.graftwork.v1.GenerateRequest\x1a\x1e.graftwork.v1.GenerateResponse0\x01\x12?\n\x04\x43hat\x12\x19.graftwork.v1.ChatRequest\x1a\x1a.graftwork.v1.ChatResponse0\x01\x12@\n\x05Score\x12\x1a.graftwork.v1.ScoreRequest\x1a\x1b.graftwork.v1.ScoreResponse\x12I\n\x08Tokenize\x12\x1d.graftwork.v1.TokenizeRequest\x1a\x1e.graftwork.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'graftwork.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1739
-  _globals['_FINISHREASON']._serialized_end=1834
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=2881
+  _globals['_FINISHREASON']._serialized_end=2976
   _globals['_TOKENIDS']._serialized_start=47
   _globals['_TOKENIDS']._serialized_end=70
   _globals['_SAMPLINGPARAMETERS']._serialized_start=73
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=333
-  _globals['_TOKENLOGPROB']._serialized_start=335
-  _globals['_TOKENLOGPROB']._serialized_end=454
-  _globals['_TOPLOGPROB']._serialized_start=456
-  _globals['_TOPLOGPROB']._serialized_end=517
-  _globals['_USAGE']._serialized_start=519
-  _globals['_USAGE']._serialized_end=576
-  _globals['_GENERATEREQUEST']._serialized_start=579
-  _globals['_GENERATEREQUEST']._serialized_end=734
-  _globals['_GENERATERESPONSE']._serialized_start=737
-  _globals['_GENERATERESPONSE']._serialized_end=953
-  _globals['_CHATMESSAGE']._serialized_start=955
-  _globals['_CHATMESSAGE']._serialized_end=999
-  _globals['_CHATREQUEST']._serialized_start=1001
-  _globals['_CHATREQUEST']._serialized_end=1126
-  _globals['_CHATRESPONSE']._serialized_start=1129
-  _globals['_CHATRESPONSE']._serialized_end=1341
-  _globals['_SCOREREQUEST']._serialized_start=1343
-  _globals['_SCOREREQUEST']._serialized_end=1464
-  _globals['_SCORERESPONSE']._serialized_start=1466
-  _globals['_SCORERESPONSE']._serialized_end=1580
-  _globals['_TOKENIZEREQUEST']._serialized_start=1582
-  _globals['_TOKENIZEREQUEST']._serialized_end=1658
-  _globals['_TOKENIZERESPONSE']._serialized_start=1660
-  _globals['_TOKENIZERESPONSE']._serialized_end=1737
-  _globals['_GENERATIONSERVICE']._serialized_start=1837
-  _globals['_GENERATIONSERVICE']._serialized_end=2139
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=944
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_start=680
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_end=728
+  _globals['_STRUCTUREDOUTPUT']._serialized_start=946
+  _globals['_STRUCTUREDOUTPUT']._serialized_end=1071
+  _globals['_CHOICES']._serialized_start=1073
+  _globals['_CHOICES']._serialized_end=1097
+  _globals['_TOKENLOGPROB']._serialized_start=1099
+  _globals['_TOKENLOGPROB']._serialized_end=1218
+  _globals['_TOPLOGPROB']._serialized_start=1220
+  _globals['_TOPLOGPROB']._serialized_end=1281
+  _globals['_USAGE']._serialized_start=1283
+  _globals['_USAGE']._serialized_end=1340
+  _globals['_GENERATEREQUEST']._serialized_start=1343
+  _globals['_GENERATEREQUEST']._serialized_end=1498
+  _globals['_GENERATERESPONSE']._serialized_start=1501
+  _globals['_GENERATERESPONSE']._serialized_end=1815
+  _globals['_CHATMESSAGE']._serialized_start=1817
+  _globals['_CHATMESSAGE']._serialized_end=1922
+  _globals['_CHATREQUEST']._serialized_start=1925
+  _globals['_CHATREQUEST']._serialized_end=2102
+  _globals['_CHATRESPONSE']._serialized_start=2105
+  _globals['_CHATRESPONSE']._serialized_end=2415
+  _globals['_SCOREREQUEST']._serialized_start=2417
+  _globals['_SCOREREQUEST']._serialized_end=2538
+  _globals['_SCORERESPONSE']._serialized_start=2540
+  _globals['_SCORERESPONSE']._serialized_end=2654
+  _globals['_TOKENIZEREQUEST']._serialized_start=2657
+  _globals['_TOKENIZEREQUEST']._serialized_end=2800
+  _globals['_TOKENIZERESPONSE']._serialized_start=2802
+  _globals['_TOKENIZERESPONSE']._serialized_end=2879
+  _globals['_GENERATIONSERVICE']._serialized_start=2979
+  _globals['_GENERATIONSERVICE']._serialized_end=3281
 # @@protoc_insertion_point(module_scope)

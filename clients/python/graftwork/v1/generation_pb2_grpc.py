@@ -62,7 +62,8 @@ class GenerationServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Continues a prompt. Streams tokens as they are sampled; the last message carries the finish reason and the usage.
+        """Continues a prompt. Streams tokens as they are sampled; a completion's last message carries the finish reason, the
+        stream's last one the usage.
         Cancelling the call, or its deadline, ends the sequence within one engine step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -70,7 +71,8 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Chat(self, request, context):
-        """Renders messages with the base model's chat template and generates the assistant's answer.
+        """Renders messages with the chat template and generates the assistant's answer. The template is the base model's, or
+        the adapter's where it brings one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

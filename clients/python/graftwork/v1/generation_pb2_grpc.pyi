@@ -34,11 +34,14 @@ class GenerationServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GenerationServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
-    """Continues a prompt. Streams tokens as they are sampled; the last message carries the finish reason and the usage.
+    """Continues a prompt. Streams tokens as they are sampled; a completion's last message carries the finish reason, the
+    stream's last one the usage.
     Cancelling the call, or its deadline, ends the sequence within one engine step.
     """
     Chat: _grpc.UnaryStreamMultiCallable[_generation_pb2.ChatRequest, _generation_pb2.ChatResponse]
-    """Renders messages with the base model's chat template and generates the assistant's answer."""
+    """Renders messages with the chat template and generates the assistant's answer. The template is the base model's, or
+    the adapter's where it brings one.
+    """
     Score: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]
     """Returns the log probability of every token of a given text, without sampling anything."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
@@ -50,11 +53,14 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Continues a prompt. Streams tokens as they are sampled; the last message carries the finish reason and the usage.
+    """Continues a prompt. Streams tokens as they are sampled; a completion's last message carries the finish reason, the
+    stream's last one the usage.
     Cancelling the call, or its deadline, ends the sequence within one engine step.
     """
     Chat: _aio.UnaryStreamMultiCallable[_generation_pb2.ChatRequest, _generation_pb2.ChatResponse]  # type: ignore[assignment]
-    """Renders messages with the base model's chat template and generates the assistant's answer."""
+    """Renders messages with the chat template and generates the assistant's answer. The template is the base model's, or
+    the adapter's where it brings one.
+    """
     Score: _aio.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]  # type: ignore[assignment]
     """Returns the log probability of every token of a given text, without sampling anything."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
@@ -69,7 +75,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateResponse], _abc.AsyncIterator[_generation_pb2.GenerateResponse]]:
-        """Continues a prompt. Streams tokens as they are sampled; the last message carries the finish reason and the usage.
+        """Continues a prompt. Streams tokens as they are sampled; a completion's last message carries the finish reason, the
+        stream's last one the usage.
         Cancelling the call, or its deadline, ends the sequence within one engine step.
         """
 
@@ -79,7 +86,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.ChatRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.ChatResponse], _abc.AsyncIterator[_generation_pb2.ChatResponse]]:
-        """Renders messages with the base model's chat template and generates the assistant's answer."""
+        """Renders messages with the chat template and generates the assistant's answer. The template is the base model's, or
+        the adapter's where it brings one.
+        """
 
     @_abc_1.abstractmethod
     def Score(

@@ -56,6 +56,21 @@ class PrefillChunk:
     """Cache rows of all the sequence's tokens up to these; None if these are its first."""
 
 
+class NativeStep:
+    """What the kernels need to know of a step (NativeKernels.attend)."""
+
+    def __init__(self, new_rows: torch.Tensor, decoding: Sequence[tuple[int, Chunk]]) -> None:
+        blocks = max((-(-(chunk.start + 1) // BLOCK_TOKENS) for _, chunk in decoding), default=0)
+        rows = torch.tensor([row for row, _ in decoding])
+        lengths = torch.tensor([chunk.start + 1 for _, chunk in decoding])
+        tables = torch.tensor(
+            [[*chunk.block_table[:blocks], *[0] * (blocks - len(chunk.block_table))] for _, chunk in decoding]
+        )
+        self._kept = (new_rows, rows, lengths, tables)
+        new, *others = (tensor.data_ptr() for tensor in self._kept)
+        self.description = torch.tensor([new, len(new_rows), *others, len(decoding), blocks])
+
+
 @dataclass
 class AttentionPlan:
     """How the packed tokens of one forward attend; made once, used by every layer."""
@@ -65,6 +80,8 @@ class AttentionPlan:
     """[tokens] cache rows that the packed tokens' keys and values are written to"""
     decode: list[DecodeBatch]
     prefill: list[PrefillChunk]
+    native: NativeStep | None = None
+    """Set if the cache has kernels; they write all keys and values and decode, and `decode` is empty."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,10 @@ def plan_attention(cache: KVCache, chunks: Sequence[Chunk], device: torch.device
                 context = torch.tensor(rows_of(chunk.block_table, 0, chunk.start + chunk.count), device=device)
             prefill.append(PrefillChunk(row, row + chunk.count, context))
         row += chunk.count
+    if cache.kernels is not None:
+        rows = torch.tensor(new_rows)
+        decoding = [member for members in by_length.values() for member in members]
+        return AttentionPlan(cache, rows, [], prefill, NativeStep(rows, decoding))
     decode = [_decode_batch(members, device) for members in by_length.values()]
     return AttentionPlan(cache, torch.tensor(new_rows, device=device), decode, prefill)
 
@@ -147,8 +168,14 @@ def paged_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer: int = module.layer_idx  # type: ignore[assignment]
     query, key, value = query[0], key[0], value[0]  # [heads, tokens, dim]
-    plan.cache.write(layer, plan.new_rows, key, value)
-    output = query.new_empty(query.shape[1], query.shape[0], value.shape[2])  # [tokens, heads, dim]
+    # output [tokens, heads, dim]
+    if plan.native is not None and plan.cache.kernels is not None:
+        output = plan.cache.kernels.attend(
+            plan.cache.layers[layer], plan.native.description, query, key, value, scale, sliding_window, softcap
+        )
+    else:
+        plan.cache.write(layer, plan.new_rows, key, value)
+        output = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
     for batch in plan.decode:
         output[batch.queries] = _decode(plan.cache, layer, batch, query, scale, sliding_window, softcap)
     for chunk in plan.prefill:

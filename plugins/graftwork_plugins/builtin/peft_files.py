@@ -1,0 +1,69 @@
+"""PEFT's two files: adapter_config.json and adapter_model.safetensors, read and written."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from graftwork_plugins.strategy import Artifact, ArtifactError, SavedArtifact
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of the base's modules."""
+
+
+def artifact_files(peft_types: str) -> str:
+    """What a strategy for these peft_types recognises, in words."""
+    return f"{CONFIG_FILE} with peft_type {peft_types} and {WEIGHTS_FILE}, as PEFT's save_pretrained writes them"
+
+
+def peft_type(artifact: Artifact) -> str | None:
+    """The artifact's peft_type; None if it is none of PEFT's. Raises ArtifactError if its configuration is damaged."""
+    if CONFIG_FILE not in artifact.names():
+        return None
+    kind = artifact.json(CONFIG_FILE).get("peft_type")
+    return kind if isinstance(kind, str) else None
+
+
+def read_tensors(artifact: Artifact) -> dict[str, torch.Tensor]:
+    """All tensors of PEFT's file by their names in it. Raises ArtifactError."""
+    names = artifact.names()
+    if WEIGHTS_FILE not in names and "adapter_model.bin" in names:
+        raise ArtifactError(
+            "adapter_model.bin",
+            f"adapter_model.bin is a pickle, which is never read; save the adapter as {WEIGHTS_FILE} "
+            "(save_pretrained with safe_serialization=True)",
+        )
+    return artifact.tensors(WEIGHTS_FILE)
+
+
+def saved_by_peft(model: Any) -> SavedArtifact:
+    """What PEFT's save_pretrained writes for the adapter of a PeftModel."""
+    import peft
+
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+    document = model.peft_config["default"].to_dict()
+    document |= {"inference_mode": True, "base_model_name_or_path": None}
+    return SavedArtifact(
+        tensors={WEIGHTS_FILE: tensors}, documents={CONFIG_FILE: json.loads(json.dumps(document, default=_plain))}
+    )
+
+
+def check_values(name: str, tensor: torch.Tensor) -> None:
+    """Raises ArtifactError unless the values are floating point and finite."""
+    import torch
+
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise ArtifactError(name, f"tensor {name} is {tensor.dtype}; float32, bfloat16 and float16 are accepted")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ArtifactError(name, f"tensor {name} has values that are not finite")
+
+
+def _plain(value: Any) -> Any:
+    """PEFT keeps sets and enumerations in its configuration."""
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
