@@ -27,6 +27,8 @@ class StepRouting:
     """rows of the packed input"""
     outputs: Routing | None = None
     """rows that reach the output layer"""
+    plain: bool = False
+    """Some adapter changes single modules (changes.py), so that each must be called."""
 
 
 class LinearGroup:
@@ -53,6 +55,12 @@ class LinearGroup:
     def fused(self) -> bool:
         """True if one GEMM serves all members."""
         return self.weight is not None
+
+    def addresses(self) -> tuple[int, int | None]:
+        """Of the weights [out of all members, in] and of the biases, if it has some; one GEMM serves the group."""
+        weight = self.weight if self.weight is not None else self.modules[0].weight
+        bias = self.bias if self.weight is not None else self.modules[0].bias
+        return weight.data_ptr(), bias.data_ptr() if bias is not None else None
 
     def output(self, position: int, x: torch.Tensor, routing: Routing | None) -> torch.Tensor:
         """Output of member `position` for x [..., in_features], adapters included."""

@@ -20,8 +20,9 @@ class FusedNorm(torch.nn.Module):
     def __init__(self, base: torch.nn.Module, weight: torch.Tensor, eps: float, kernels: NativeKernels) -> None:
         super().__init__()
         self.base = base
-        self._weight = weight
-        self._eps = eps
+        self.factors = weight
+        """[size] float32: what the normed values are multiplied with"""
+        self.eps = eps
         self._kernels = kernels
 
     @property
@@ -32,7 +33,7 @@ class FusedNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., size] -> [..., size]"""
-        return self._kernels.rms_norm(x, self._weight, self._eps)
+        return self._kernels.rms_norm(x, self.factors, self.eps)
 
 
 class FusedGatedMLP:

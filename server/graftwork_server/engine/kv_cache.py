@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from graftwork_server.engine.host_memory import zeros_on_demand
 from graftwork_server.engine.native import NativeKernels
 
 BLOCK_TOKENS = 16
@@ -96,11 +96,9 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that on CPU take no memory until they are written; torch.zeros would touch every page."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = shape[0] * shape[1] * shape[2] * dtype.itemsize
-    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype).view(shape)
+    if device.type == "cpu":
+        return zeros_on_demand(shape, dtype)
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def rows_of(block_table: Sequence[int], start: int, end: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,19 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 from graftwork_server.engine.adapted_linear import LinearGroup, StepRouting, wrap_linears
 from graftwork_server.engine.attention import packed, paged
-from graftwork_server.engine.attention.paged import AttentionPlan
+from graftwork_server.engine.attention.paged import AttentionPlan, Chunk, plan_attention
 from graftwork_server.engine.changes import ChangeableModule, changeable_modules, hook_changes, record_row_dims
 from graftwork_server.engine.describe import fingerprint, plain_name
+from graftwork_server.engine.fused_layers import AttentionSettings, fuse_layers
 from graftwork_server.engine.fused_modules import fuse_modules
-from graftwork_server.engine.kv_cache import LayerShape
+from graftwork_server.engine.kv_cache import KVCache, LayerShape
 from graftwork_server.engine.native import NativeKernels, native_kernels
 from graftwork_server.engine.routing import Routing
 from graftwork_server.engine.weights import SharedWeights, assign_tensors, empty_model, pack
 from graftwork_server.errors import FailedPrecondition
 from graftwork_server.types import ModelInfo
+
+log = logging.getLogger("graftwork.engine")
 
 _PROBE_TOLERANCE = 2e-3
 """Largest difference of a probe's log probabilities, packed against one by one, in float32."""
@@ -40,9 +44,22 @@ class EngineModel:
         self.groups: list[LinearGroup] = wrap_linears(model, self.step, kernels)
         if kernels is not None:
             fuse_modules(model, kernels)
+        self.fused_layers: list[torch.nn.Module] = []
+        """Layers that kernels compute whole (fused_layers.py)."""
         self.changeable: dict[str, ChangeableModule] = {}
         """Modules that adapters may change beyond low-rank products; the base's probe fills it in."""
         model.set_attn_implementation(paged.NAME)  # type: ignore[operator]
+
+    def fuse_layers(self, settings: list[AttentionSettings]) -> None:
+        """Has kernels compute whole layers where they can; `settings` are by layer."""
+        if self.kernels is not None:
+            self.fused_layers = fuse_layers(self.model, self.groups, settings, self.step, self.kernels)
+
+    def unfuse_layers(self) -> None:
+        """Undoes fuse_layers."""
+        for layer in self.fused_layers:
+            del layer.forward
+        self.fused_layers = []
 
     def forward(
         self,
@@ -59,6 +76,7 @@ class EngineModel:
         """
         self.step.tokens = tokens or None
         self.step.outputs = outputs or None
+        self.step.plain = tokens is not None and bool(tokens.changed)
         hooks = []
         if tokens is not None and tokens.changed:
             hooks = hook_changes(self.changeable, tokens.changed, outputs.changed if outputs is not None else ())
@@ -84,6 +102,7 @@ class BaseModel:
     weights: SharedWeights
     info: ModelInfo
     layer_shapes: list[LayerShape]
+    attention_settings: list[AttentionSettings]
 
     @property
     def device(self) -> torch.device:
@@ -123,12 +142,13 @@ def load_base(source: str, device: torch.device, dtype: torch.dtype, cache_dir: 
     Raises FailedPrecondition, saying what is wrong, if it cannot be served.
     """
     model = _from_pretrained(source, device, dtype)
-    shapes = _probe_layers(model)
+    shapes, settings = _probe_layers(model)
     expected = _probe_logprobs(model)
     print_of_base = fingerprint(model.config.to_dict(), model.state_dict())
     weights = SharedWeights(model, device)
     engine_model = EngineModel(model, native_kernels(device, dtype) if native else None)
     _check_probe(engine_model, expected, device)
+    _fuse_layers(engine_model, shapes, settings, device)
     config = model.config.get_text_config()
     info = ModelInfo(
         fingerprint=print_of_base,
@@ -146,7 +166,7 @@ def load_base(source: str, device: torch.device, dtype: torch.dtype, cache_dir: 
         kv_tokens=0,
         max_sequences=0,
     )
-    return BaseModel(engine_model, weights, info, shapes)
+    return BaseModel(engine_model, weights, info, shapes, settings)
 
 
 def tuned_model(base: BaseModel, tensors: dict[str, torch.Tensor]) -> tuple[EngineModel, int]:
@@ -166,7 +186,10 @@ def tuned_model(base: BaseModel, tensors: dict[str, torch.Tensor]) -> tuple[Engi
     model = empty_model(base.engine_model.model.config)
     assign_tensors(model, chosen | packed_tensors)
     own_bytes = sum(tensor.nbytes for tensor in packed_tensors.values())
-    return EngineModel(model.eval().requires_grad_(False).to(base.device), base.engine_model.kernels), own_bytes
+    tuned = EngineModel(model.eval().requires_grad_(False).to(base.device), base.engine_model.kernels)
+    if base.engine_model.fused_layers:
+        tuned.fuse_layers(base.attention_settings)
+    return tuned, own_bytes
 
 
 def resident_model(base: BaseModel) -> torch.nn.Module:
@@ -229,18 +252,21 @@ def _attention(model: Any, name: str, function: Any) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def _probe_layers(model: Any) -> list[LayerShape]:
-    """Runs two tokens and records each attention layer's key and value shapes.
+def _probe_layers(model: Any) -> tuple[list[LayerShape], list[AttentionSettings]]:
+    """Runs two tokens and records each attention layer's key and value shapes, and what it hands to attention.
 
     Raises FailedPrecondition if the model does not send all its attention through transformers' attention interface.
     """
     seen: dict[int, LayerShape] = {}
+    settings: dict[int, AttentionSettings] = {}
     unknown: set[str] = set()
 
     def record(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
         known = {"scaling", "dropout", "sliding_window", "softcap", "is_causal", "position_ids", "use_cache"}
         unknown.update(name for name, given in kwargs.items() if name not in known and _matters(name, given))
         seen[module.layer_idx] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        settings[module.layer_idx] = AttentionSettings(scaling, kwargs.get("sliding_window"), kwargs.get("softcap"))
         return packed.packed_attention(module, query, key, value, mask, **kwargs)
 
     ids = torch.tensor([[1, 0]], device=model.device)
@@ -254,7 +280,7 @@ def _probe_layers(model: Any) -> list[LayerShape]:
             "transformers' attention interface",
             reason="MODEL_UNSUPPORTED",
         )
-    return [seen[index] for index in range(layers)]
+    return [seen[index] for index in range(layers)], [settings[index] for index in range(layers)]
 
 
 def _matters(name: str, given: Any) -> bool:
@@ -308,6 +334,39 @@ def _check_probe(engine_model: EngineModel, expected: torch.Tensor, device: torc
             f"probabilities by {difference:.2g}",
             reason="MODEL_UNSUPPORTED",
         )
+
+
+def _fuse_layers(
+    engine_model: EngineModel, shapes: list[LayerShape], settings: list[AttentionSettings], device: torch.device
+) -> None:
+    """Has kernels compute whole layers, unless that changes a trial's answers, for prompts and for decoded tokens."""
+    if engine_model.kernels is None:
+        return
+    expected = _trial_logprobs(engine_model, shapes, device)
+    engine_model.fuse_layers(settings)
+    difference = (_trial_logprobs(engine_model, shapes, device) - expected).abs().mean().item()
+    if engine_model.fused_layers and not difference <= _ROUNDED_PROBE_TOLERANCE / 4:
+        log.warning("whole layers are not computed by kernels: log probabilities would differ by %.2g", difference)
+        engine_model.unfuse_layers()
+
+
+def _trial_logprobs(engine_model: EngineModel, shapes: list[LayerShape], device: torch.device) -> torch.Tensor:
+    """Log probabilities [tokens, vocabulary] of the probe rows on a small KV cache, their last tokens decoded."""
+    model: Any = engine_model.model
+    vocab = model.config.get_text_config().vocab_size
+    cache = KVCache(shapes, len(_PROBE_ROWS), model.dtype, device, engine_model.kernels)
+    prompts = [Chunk([index], 0, len(row) - 1) for index, row in enumerate(_PROBE_ROWS)]
+    last = [Chunk([index], len(row) - 1, 1) for index, row in enumerate(_PROBE_ROWS)]
+    logits = []
+    with torch.inference_mode():
+        for chunks in (prompts, last):
+            ids = [_PROBE_ROWS[c.block_table[0]][p] % vocab for c in chunks for p in range(c.start, c.start + c.count)]
+            positions = [position for c in chunks for position in range(c.start, c.start + c.count)]
+            plan = plan_attention(cache, chunks, device)
+            keep = torch.arange(len(ids), device=device)
+            tensors = (torch.tensor(ids, device=device), torch.tensor(positions, device=device))
+            logits.append(engine_model.forward(*tensors, keep, plan, None, None))
+    return torch.cat(logits).float().log_softmax(-1)
 
 
 def _eos_token_ids(model: Any) -> list[int]:

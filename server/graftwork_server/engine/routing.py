@@ -40,7 +40,7 @@ class _Batch:
     rows: slice | torch.Tensor
 
 
-class _NativeSpans:
+class NativeSpans:
     """Spans over slots of one block, as the kernels take them (NativeKernels.lora)."""
 
     def __init__(self, spans: list[RowSpan]) -> None:
@@ -59,9 +59,10 @@ class Routing:
     """The spans of one forward, grouped for computation."""
 
     def __init__(self, spans: Sequence[RowSpan], device: torch.device, kernels: NativeKernels | None = None) -> None:
+        self._spans = spans
         self._batches: list[_Batch] = []
         self._kernels = kernels
-        self._native: list[_NativeSpans] = []
+        self._native: list[NativeSpans] = []
         self.changed = [span for span in spans if span.adapter.changes]
         """spans of adapters that change modules in other ways than by low-rank products (changes.py)"""
         short: dict[tuple[int, int], list[RowSpan]] = defaultdict(list)
@@ -77,7 +78,7 @@ class Routing:
             by_block: dict[int, list[RowSpan]] = defaultdict(list)
             for together in short.values():
                 by_block[id(together[0].adapter.block)].extend(together)
-            self._native = [_NativeSpans(together) for together in by_block.values()]
+            self._native = [NativeSpans(together) for together in by_block.values()]
             return
         for together in short.values():
             self._batches.append(self._batch(sorted(together, key=lambda span: span.adapter.slot), device))
@@ -104,6 +105,14 @@ class Routing:
                     y[batch.rows, member.columns] += delta
                 else:
                     y[:, member.columns].index_add_(0, batch.rows, delta)
+
+    def layer_spans(self) -> list[NativeSpans]:
+        """The spans of low-rank deltas by block of slots, of whatever length, for kernels that compute whole layers."""
+        by_block: dict[int, list[RowSpan]] = defaultdict(list)
+        for span in self._spans:
+            if span.adapter.block is not None:
+                by_block[id(span.adapter.block)].append(span)
+        return [NativeSpans(together) for together in by_block.values()]
 
     @staticmethod
     def _batch(spans: list[RowSpan], device: torch.device) -> _Batch:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from graftwork_server.engine.host_memory import zeros_on_demand
 from graftwork_server.errors import ResourceExhausted
 from graftwork_server.types import LoadReport
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from graftwork_server.engine.prefix import PrefixKV
 
 _SLOTS_PER_BLOCK = 16
+_CACHE_LINE_BYTES = 64
+_LARGE_SLOT_BYTES = 2 << 20
+"""Bytes of a slot from which large pages are worth their size."""
 
 Ranks = tuple[tuple[int, ...], ...]
 """By linear group, then by its members: the rank of the delta, 0 for none. This is what a family has in common."""
@@ -39,7 +43,7 @@ class MemberLora:
     columns: slice
     """Its part of the group's output."""
     b: torch.Tensor
-    """[slots, rank, out_features], the scaling multiplied in"""
+    """[slots, rank, out_features], the scaling multiplied in; strides as of a"""
 
 
 @dataclass(frozen=True)
@@ -47,34 +51,71 @@ class GroupLora:
     """A and B of one linear group in a block."""
 
     a: torch.Tensor
-    """[slots, sum of ranks, in_features]"""
+    """[slots, sum of ranks, in_features]; from slot to slot it is the block's slot_elements"""
     members: list[MemberLora]
     description: torch.Tensor
     """The members as the kernels take them (NativeKernels.lora)."""
 
 
 class SlotBlock:
-    """Slots of one family, side by side."""
+    """Slots of one family, side by side. All that belongs to one slot lies together, in the order of the layers: a step
+    reads it from one end to the other."""
 
     def __init__(self, ranks: Ranks, groups: list[LinearGroup], dtype: torch.dtype, device: torch.device) -> None:
         self.groups: list[GroupLora | None] = []
         self.free = list(range(_SLOTS_PER_BLOCK))
         self.most_ranks = max(map(sum, ranks))
+        sizes = [
+            [sum(of_group) * group.in_features, *(r * o for r, o in zip(of_group, group.out_features, strict=True))]
+            for of_group, group in zip(ranks, groups, strict=True)
+        ]
+        self.slot_elements = sum(_aligned(size, dtype) for of_group in sizes for size in of_group)
+        """Elements from one slot to the next."""
+        memory = _slots((_SLOTS_PER_BLOCK, self.slot_elements), dtype, device)
+        taken = 0
+
+        def take(*shape: int) -> torch.Tensor:
+            nonlocal taken
+            part = memory[:, taken : taken + shape[0] * shape[1]].unflatten(1, shape)
+            taken += _aligned(shape[0] * shape[1], dtype)
+            return part
+
         for group_ranks, group in zip(ranks, groups, strict=True):
             if not any(group_ranks):
                 self.groups.append(None)
                 continue
-            a = torch.empty(_SLOTS_PER_BLOCK, sum(group_ranks), group.in_features, dtype=dtype, device=device)
+            a = take(sum(group_ranks), group.in_features)
             members = []
             rank_offset = column_offset = 0
             for rank, out_features in zip(group_ranks, group.out_features, strict=True):
                 if rank:
-                    b = torch.empty(_SLOTS_PER_BLOCK, rank, out_features, dtype=dtype, device=device)
                     columns = slice(column_offset, column_offset + out_features)
-                    members.append(MemberLora(slice(rank_offset, rank_offset + rank), columns, b))
+                    members.append(
+                        MemberLora(slice(rank_offset, rank_offset + rank), columns, take(rank, out_features))
+                    )
                 rank_offset += rank
                 column_offset += out_features
             self.groups.append(GroupLora(a, members, _description(members)))
+        self.table = torch.tensor([_table_row(group) for group in self.groups])
+        """The groups as the kernels of whole layers take them (LayerKernels)."""
+
+
+def _aligned(elements: int, dtype: torch.dtype) -> int:
+    """Elements that whole cache lines take."""
+    line = _CACHE_LINE_BYTES // dtype.itemsize
+    return -(-elements // line) * line
+
+
+def _slots(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return zeros_on_demand(shape, dtype, large_pages=shape[1] * dtype.itemsize >= _LARGE_SLOT_BYTES)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _table_row(group: GroupLora | None) -> list[int]:
+    if group is None:
+        return [0, 0, 0, 0]
+    return [group.a.data_ptr(), group.a.shape[1], group.description.data_ptr(), len(group.members)]
 
 
 def _description(members: list[MemberLora]) -> torch.Tensor:

@@ -37,8 +37,8 @@ def close(answer: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(answer.float(), expected, rtol=2e-5 if exact else 1e-2, atol=2e-5 if exact else 1e-2)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16, 32])
-@pytest.mark.parametrize(("in_features", "out_features"), [(64, 8), (47, 12), (576, 20), (31, 4)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16, 32, 33, 70])
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 8), (47, 12), (576, 20), (31, 4), (96, 64), (50, 32)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_linear(rows: int, in_features: int, out_features: int, with_bias: bool) -> None:
     kernels = native_kernels(CPU, torch.bfloat16)
@@ -56,7 +56,7 @@ def test_linear_leaves_what_it_cannot_do_to_torch() -> None:
     kernels = native_kernels(CPU, torch.bfloat16)
     if kernels is None:
         pytest.skip("no C compiler")
-    assert not kernels.has_linear(torch.zeros(1, 33, 8, dtype=torch.bfloat16), 8)
+    assert not kernels.has_linear(torch.zeros(1, 33, 8, dtype=torch.bfloat16), 8)  # no whole panel of outputs
     assert not kernels.has_linear(torch.zeros(1, 1, 8, dtype=torch.bfloat16), 6)
     assert not kernels.has_linear(torch.zeros(1, 0, 8, dtype=torch.bfloat16), 8)
 
@@ -68,15 +68,18 @@ def test_lora_adds_each_span_its_own_deltas(
 ) -> None:
     in_features, slots = 40, 4
     spans = [(1, 1, 2), (3, 2, 0), (5, 1, 3), (9, 4, 2)]  # first row, rows, slot; the rows between are the base's
-    a = draw(slots, sum(ranks), in_features).to(kernels.dtype)
-    bs = [draw(slots, rank, width, seed=5 + rank).to(kernels.dtype) for rank, width in zip(ranks, columns, strict=True)]
+    # What belongs to one slot lies together.
+    shapes = [(sum(ranks), in_features), *zip(ranks, columns, strict=True)]
+    memory = draw(slots, sum(first * second for first, second in shapes)).to(kernels.dtype)
+    parts = memory.split([first * second for first, second in shapes], dim=1)
+    a, *bs = (part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True))
     x = draw(13, in_features, seed=1).to(kernels.dtype)
     y = draw(13, sum(columns), seed=2).to(kernels.dtype)
     expected = y.float()
     for first, rows, slot in spans:
         hidden = x[first : first + rows].float() @ a[slot].float().T
-        parts = hidden.split(list(ranks), dim=1)
-        deltas = [part @ b[slot].float() for part, b in zip(parts, bs, strict=True)]
+        of_members = hidden.split(list(ranks), dim=1)
+        deltas = [part @ b[slot].float() for part, b in zip(of_members, bs, strict=True)]
         expected[first : first + rows] += torch.cat(deltas, dim=1)
     table, hidden_row = [], 0
     for first, rows, slot in spans:

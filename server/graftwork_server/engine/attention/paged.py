@@ -82,6 +82,8 @@ class AttentionPlan:
     prefill: list[PrefillChunk]
     native: NativeStep | None = None
     """Set if the cache has kernels; they write all keys and values and decode, and `decode` is empty."""
+    layer_step: Any = None
+    """What whole layers computed by kernels share in this forward (fused_layers.py)."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,11 @@ def set_plan(plan: AttentionPlan | None) -> None:
     _plan = plan
 
 
+def current_plan() -> AttentionPlan | None:
+    """The plan of the forward that runs now."""
+    return _plan
+
+
 def paged_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -178,15 +185,31 @@ def paged_attention(
         output = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
     for batch in plan.decode:
         output[batch.queries] = _decode(plan.cache, layer, batch, query, scale, sliding_window, softcap)
+    attend_prompts(plan, layer, query, key, value, output, scale, sliding_window, softcap)
+    return output[None], None
+
+
+def attend_prompts(
+    plan: AttentionPlan,
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Attends for the plan's prefill chunks: query [heads, tokens, dim], key and value [kv_heads, tokens, dim] of all
+    packed tokens, cached already; the chunks' rows of output [tokens, heads, dim] are set."""
     for chunk in plan.prefill:
         k, v = key[:, chunk.start : chunk.end], value[:, chunk.start : chunk.end]
         if chunk.kv_rows is not None:
             k, v = plan.cache.gather(layer, chunk.kv_rows)
         attended = causal_attention(
-            query[:, chunk.start : chunk.end], k, v, scaling=scale, sliding_window=sliding_window, softcap=softcap
+            query[:, chunk.start : chunk.end], k, v, scaling=scale, sliding_window=window, softcap=softcap
         )
         output[chunk.start : chunk.end] = attended.transpose(0, 1)
-    return output[None], None
 
 
 def _decode(

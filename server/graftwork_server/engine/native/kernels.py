@@ -12,18 +12,21 @@ from typing import Any
 import torch
 
 from graftwork_server.engine.native.build import load_library
+from graftwork_server.engine.native.layer import LayerKernels, packed_elements
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _P, _I, _D = _POINTER, _INT, _DOUBLE
 _SIGNATURES = {
-    "lora": (_P, _I, _P, _I, _P, _I, _P, _I, _I, _P, _I, _P, _I),
+    "lora": (_P, _I, _P, _I, _P, _I, _P, _I, _I, _P, _I, _I, _P, _I),
     "attend": (_P, _P, _P, _P, _P, _P, _P, _I, _D, _I, _D, _I),
     "rms_norm": (_P, _P, _P, _I, _I, _D, _I),
     "silu_mul": (_P, _P, _I, _I, _I),
-    "linear": (_P, _P, _P, _P, _I, _I, _I, _I),
+    "linear": (_P, _P, _P, _P, _P, _I, _I, _I, _I),
 }
 LINEAR_ROWS = 32
-"""Rows up to which `linear` is not slower than torch's GEMM (measured with 576 to 1,536 input features)."""
+"""Rows up to which `linear` in vectors is not slower than torch's GEMM (measured with 576 to 1,536 input features)."""
+_PANEL = 32
+"""Outputs that a product in tiles computes together (product.h)."""
 
 
 class NativeKernels:
@@ -37,27 +40,31 @@ class NativeKernels:
         self._rms_norm = _function(library, "rms_norm", dtype)
         self._silu_mul = _function(library, "silu_mul", dtype)
         self._linear = _function(library, "linear", dtype)
+        self.layers = LayerKernels.of(library) if dtype == torch.bfloat16 else None
+        """Whole decoder layers, where the processor has the instructions."""
 
     def has_linear(self, x: torch.Tensor, out_features: int) -> bool:
         """Whether `linear` can and should compute a product of x [..., in] with that many outputs."""
-        return (
-            self._linear is not None
-            and out_features % 4 == 0
-            and x.numel() <= LINEAR_ROWS * x.shape[-1]
-            and x.numel() > 0
-        )
+        if self._linear is None or self.layers is None or x.numel() == 0:
+            return False
+        if self.layers.has_tiles and out_features % _PANEL == 0:
+            return True
+        return out_features % 4 == 0 and x.numel() <= LINEAR_ROWS * x.shape[-1]
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [..., in] @ weight [out, in]^T + bias [out]; for few rows (has_linear)."""
         x = x.contiguous()
         out_features, in_features = weight.shape
         y = x.new_empty(*x.shape[:-1], out_features)
+        rows = x.numel() // in_features
+        packed = x.new_empty(packed_elements(rows, in_features))
         self._linear(
             x.data_ptr(),
             weight.data_ptr(),
             bias.data_ptr() if bias is not None else None,
             y.data_ptr(),
-            x.numel() // in_features,
+            packed.data_ptr(),
+            rows,
             in_features,
             out_features,
             self.threads,
@@ -75,9 +82,9 @@ class NativeKernels:
     ) -> None:
         """Adds low-rank deltas to y [rows, out] in place; x [rows, in].
 
-        spans int64 [n, 4]: first row, rows, slot, first row in hidden. a [slots, ranks, in]. members int64 [m, 5]: the
-        address of b [slots, rank, columns], first rank, rank, first column, columns. hidden: float32 scratch, at least
-        the rows of all spans times ranks.
+        spans int64 [n, 4]: first row, rows, slot, first row in hidden. a [slots, ranks, in], a slot's part dense.
+        members int64 [m, 5]: the address of b [slots, rank, columns], with a's stride from slot to slot, first rank,
+        rank, first column, columns. hidden: float32 scratch, at least the rows of all spans times ranks.
         """
         self._lora(
             x.data_ptr(),
@@ -91,6 +98,7 @@ class NativeKernels:
             a.shape[1],
             members.data_ptr(),
             members.shape[0],
+            a.stride(0),
             hidden.data_ptr(),
             self.threads,
         )

@@ -12,10 +12,10 @@ static inline float NAME(dot)(const float *restrict a, const T *restrict b, int6
 //   hidden[s] = x[rows of s] @ a[slot of s]^T;  y[rows of s, columns of member m] += hidden[s][:, ranks of m] @ b[m][slot]
 // x [*, in] and y [*, x] are row-major with the given strides; a [slots, ranks, in]; a member's b [slots, rank, columns].
 // spans: n_spans x {first row, rows, slot, first row in hidden}; members: n_members x {address of b, first rank, rank,
-// first column, columns}; hidden: float [rows of all spans, ranks], scratch.
+// first column, columns}; slot_elements: from one slot of a or b to the next; hidden: float [rows of all spans, ranks], scratch.
 void NAME(lora)(const T *restrict x, int64_t x_stride, T *restrict y, int64_t y_stride, const int64_t *restrict spans,
                 int64_t n_spans, const T *restrict a, int64_t in, int64_t ranks, const int64_t *restrict members,
-                int64_t n_members, float *restrict hidden, int64_t threads) {
+                int64_t n_members, int64_t slot_elements, float *restrict hidden, int64_t threads) {
     const int64_t rank_chunks = (ranks + RANK_CHUNK - 1) / RANK_CHUNK;
     int64_t chunks = 0;
     for (int64_t m = 0; m < n_members; m++) chunks += (members[5 * m + 4] + COLUMN_CHUNK - 1) / COLUMN_CHUNK;
@@ -31,7 +31,7 @@ void NAME(lora)(const T *restrict x, int64_t x_stride, T *restrict y, int64_t y_
                 const T *source = x + (span[0] + row) * x_stride;
                 for (int64_t i = 0; i < in; i++) input[i] = LOAD(source[i]);
                 for (int64_t r = first; r < last; r++)
-                    hidden[(span[3] + row) * ranks + r] = NAME(dot)(input, a + (span[2] * ranks + r) * in, in);
+                    hidden[(span[3] + row) * ranks + r] = NAME(dot)(input, a + span[2] * slot_elements + r * in, in);
             }
         }
 #pragma omp for schedule(static)
@@ -46,7 +46,7 @@ void NAME(lora)(const T *restrict x, int64_t x_stride, T *restrict y, int64_t y_
             }
             const int64_t rank = member[2], columns = member[4], start = chunk * COLUMN_CHUNK;
             const int64_t end = start + COLUMN_CHUNK < columns ? start + COLUMN_CHUNK : columns;
-            const T *b = (const T *)member[0] + span[2] * rank * columns;
+            const T *b = (const T *)member[0] + span[2] * slot_elements;
             for (int64_t row = 0; row < span[1]; row++) {
                 const float *h = hidden + (span[3] + row) * ranks + member[1];
                 T *target = y + (span[0] + row) * y_stride + member[3];
