@@ -81,8 +81,8 @@ class FullTuning(Strategy):
         """Raises UnsupportedBase for a quantised base: what was rounded away cannot be trained."""
         if base.quantization != "none":
             raise UnsupportedBase(
-                f"full tuning needs the weights themselves, and this base is quantised to {base.quantization}: use lora "
-                "or qlora, or start the server with --quantization none"
+                f"full tuning needs the weights themselves, and this base is quantised to {base.quantization}: use "
+                "lora or qlora, or start the server with --quantization none"
             )
 
     def estimate(self, config: FullConfig, base: BaseInfo, dataset: DatasetInfo, device: DeviceInfo) -> Estimate:

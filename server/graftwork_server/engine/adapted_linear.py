@@ -201,7 +201,7 @@ def _quantized(modules: Sequence[LinearModule]) -> QuantizedLinear | None:
     if len(modules) == 1 or not isinstance(first, QuantizedLinear):
         return first if isinstance(first, QuantizedLinear) else None
     kind = type(first)
-    if not all(type(module) is kind and kind.can_stack(*_features(module)) for module in modules):
+    if not all(type(module) is kind for module in modules):
         return None
     views = {name: fused_view([getattr(m, name) for m in modules]) for name in ("weight", kind.STATISTICS)}
     tensors = {name: view for name, view in views.items() if view is not None}

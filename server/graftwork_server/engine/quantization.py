@@ -7,13 +7,14 @@ of the input (vector-wise, section 3.1 of LLM.int8(), arXiv:2208.07339), on the 
 taken out of the product: which columns hold some depends on the other rows of a batch, and so would the answer.
 
 Embeddings, the output layer, norms and biases stay as they are. Training on a quantised base multiplies with the
-dequantised weights in both directions, made anew each time instead of kept.
+dequantised weights in both directions, made anew each time instead of kept; held-out loss is that of serving.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import math
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -65,11 +66,6 @@ class QuantizedLinear(torch.nn.Linear):
         """What `quantize` would make, without storage."""
         raise NotImplementedError
 
-    @classmethod
-    def can_stack(cls, in_features: int, out_features: int) -> bool:
-        """Whether the tensors of such a layer, followed by those of another, are those of both side by side."""
-        raise NotImplementedError
-
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight that this layer stands for, [out_features, in_features]."""
         raise NotImplementedError
@@ -80,7 +76,7 @@ class QuantizedLinear(torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]"""
-        if torch.is_grad_enabled() and x.requires_grad:
+        if torch.is_grad_enabled():
             y: torch.Tensor = _DequantizedProduct.apply(x, self)
             return y if self.bias is None else y + self.bias
         return self.product(x)
@@ -88,9 +84,12 @@ class QuantizedLinear(torch.nn.Linear):
     def plain(self) -> torch.nn.Linear | Conv1D:
         """The layer that this one stands for, over the dequantised weight and the same bias."""
         weight = self.dequantized(torch.float32 if self.bias is None else self.bias.dtype)
-        layer: Any = Conv1D(0, 0) if self.is_conv1d else torch.nn.Linear(0, 0)
-        if not self.is_conv1d:
-            layer.in_features, layer.out_features = self.in_features, self.out_features
+        with torch.device("meta"):
+            layer: Any = (
+                Conv1D(self.out_features, self.in_features)
+                if self.is_conv1d
+                else torch.nn.Linear(self.in_features, self.out_features)
+            )
         layer._parameters = {
             "weight": torch.nn.Parameter(weight.t() if self.is_conv1d else weight, requires_grad=False),
             "bias": self.bias,
@@ -124,34 +123,32 @@ class Nf4Linear(QuantizedLinear):
     @classmethod
     def empty(cls, in_features: int, out_features: int) -> dict[str, torch.Tensor]:
         """See QuantizedLinear."""
-        blocks = -(-in_features * out_features // _NF4_BLOCK)
+        blocks = in_features * out_features // _NF4_BLOCK
         return {
             "weight": torch.empty(out_features, in_features // 2, dtype=torch.uint8, device="meta"),
             "absmax": torch.empty(blocks, dtype=torch.float32, device="meta"),
         }
 
-    @classmethod
-    def can_stack(cls, in_features: int, out_features: int) -> bool:
-        """Blocks go on from row to row; the last one must not be cut."""
-        return in_features * out_features % _NF4_BLOCK == 0
-
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """See QuantizedLinear."""
-        weight: torch.Tensor = bitsandbytes().functional.dequantize_4bit(self.weight.view(-1, 1), self._state(dtype))
-        return weight
+        # A block a row: on the CPU bitsandbytes takes blocks to begin with each row, which they need not.
+        state = self._state((self.absmax.shape[0], _NF4_BLOCK), dtype)
+        weight: torch.Tensor = bitsandbytes().functional.dequantize_4bit(self.weight.view(-1, 1), state)
+        return weight.view(self.out_features, self.in_features)
 
     def product(self, x: torch.Tensor, kernels: NativeKernels | None = None) -> torch.Tensor:
         """See QuantizedLinear."""
-        y: torch.Tensor = bitsandbytes().matmul_4bit(
-            x, self.weight.view(-1, 1), quant_state=self._state(x.dtype), bias=self.bias
-        )
+        if not x.is_cuda:
+            return functional.linear(x, self.dequantized(x.dtype), self.bias)
+        state = self._state((self.out_features, self.in_features), x.dtype)
+        y: torch.Tensor = bitsandbytes().matmul_4bit(x, self.weight.view(-1, 1), quant_state=state, bias=self.bias)
         return y
 
-    def _state(self, dtype: torch.dtype) -> Any:
+    def _state(self, shape: tuple[int, int], dtype: torch.dtype) -> Any:
         functions = bitsandbytes().functional
         return functions.QuantState(
             absmax=self.absmax,
-            shape=torch.Size((self.out_features, self.in_features)),
+            shape=torch.Size(shape),
             code=functions.get_4bit_type("nf4", device=self.weight.device),
             blocksize=_NF4_BLOCK,
             quant_type="nf4",
@@ -179,11 +176,6 @@ class Int8Linear(QuantizedLinear):
             "weight": torch.empty(out_features, in_features, dtype=torch.int8, device="meta"),
             "scale": torch.empty(out_features, dtype=torch.float32, device="meta"),
         }
-
-    @classmethod
-    def can_stack(cls, in_features: int, out_features: int) -> bool:
-        """Outputs stand for themselves."""
-        return True
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """See QuantizedLinear."""
@@ -231,8 +223,9 @@ def _int8_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def bitsandbytes() -> Any:
     """The library. Raises FailedPrecondition if it is not installed or does not work."""
-    if "bitsandbytes" in sys.modules:
-        return sys.modules["bitsandbytes"]
+    loaded = sys.modules.get("bitsandbytes")
+    if loaded is not None:
+        return loaded
     # While it is imported, bitsandbytes fetches compiled code from the hub if it finds the package `kernels`, and gives
     # advice if not. Nothing is run here that the operator has not installed.
     kernels = sys.modules.get("kernels")
@@ -293,13 +286,14 @@ def quantized_skeleton(model: torch.nn.Module, quantization: str) -> None:
 
 
 def _linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Linear | Conv1D]:
-    """What is quantised, by name. An odd number of inputs does not fill the bytes of nf4; there is hardly such a
-    layer, and it stays as it is."""
+    """What is quantised, by name. Layers that do not fill nf4's blocks stay as they are; hardly a model has one."""
     output = model.get_output_embeddings()  # type: ignore[operator]
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not output and _sizes(module)[0] % 2 == 0
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module is not output
+        and math.prod(_sizes(module)) % _NF4_BLOCK == 0
     }
 
 
