@@ -183,6 +183,8 @@ class Int8Linear(QuantizedLinear):
 
     def product(self, x: torch.Tensor, kernels: NativeKernels | None = None) -> torch.Tensor:
         """See QuantizedLinear."""
+        if kernels is not None and kernels.int8.takes(self.in_features, self.out_features):
+            return kernels.int8.linear(x, self.weight, self.scale, self.bias)
         codes, scale = rows_to_int8(x.reshape(-1, self.in_features))
         y = _int8_product(codes, self.weight) * scale * self.scale  # [rows, out_features] float32
         if self.bias is not None:
@@ -210,7 +212,7 @@ def rows_to_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [rows, size] -> int8 [rows, size] and scale float32 [rows, 1]; their product is x but for rounding."""
     x = x.float()
     scale = x.abs().amax(-1, keepdim=True).div_(127).clamp_min_(_LEAST_SCALE)  # NaN stays NaN
-    return (x / scale).round_().to(torch.int8), scale
+    return (x * scale.reciprocal()).round_().to(torch.int8), scale  # the kernel's own order of operations
 
 
 def _int8_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__AMX_INT8__)
 #include <immintrin.h>
 #endif
 
@@ -33,6 +33,9 @@ static inline bf16 narrow(float value) {
 #define STORE(value) (value)
 #define NAME(kernel) graftwork_##kernel##_float32
 #include "typed.h"
+#ifdef __AMX_INT8__
+#include "int8.h"
+#endif
 #undef T
 #undef LOAD
 #undef STORE
@@ -43,6 +46,9 @@ static inline bf16 narrow(float value) {
 #define STORE(value) narrow(value)
 #define NAME(kernel) graftwork_##kernel##_bfloat16
 #include "typed.h"
+#ifdef __AMX_INT8__
+#include "int8.h"
+#endif
 
 #ifdef __AVX512BF16__
 
