@@ -21,7 +21,7 @@ class ServerProcess:
         self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        announced = re.search(r"parameters, (\w+) on \w+\) on (\S+)", line)
+        announced = re.search(r"parameters, (\w+) on \w+(?:, \w+)?\) on (\S+)", line)
         if announced is None:
             self._process.kill()
             raise RuntimeError(f"the server did not start: {line!r}")

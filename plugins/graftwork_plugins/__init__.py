@@ -36,6 +36,7 @@ from graftwork_plugins.strategy import (
     Strategy,
     Trainable,
     TrainingConfig,
+    UnsupportedBase,
 )
 
 PROJECT = "graftwork"
@@ -68,5 +69,6 @@ __all__ = [
     "Trainable",
     "TrainingConfig",
     "TrainingRow",
+    "UnsupportedBase",
     "hookimpl",
 ]

@@ -40,6 +40,10 @@ class ArtifactError(ValueError):
         self.message = message
 
 
+class UnsupportedBase(ValueError):
+    """A strategy cannot train on this base, whatever the settings: says why, and what base or strategy would do."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BaseInfo:
     """The base model, without its weights."""
@@ -63,7 +67,11 @@ class BaseInfo:
     tied_modules: Sequence[str] = ()
     """modules whose weight is the input embedding's own: the output layer, where they are tied"""
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """shapes of all parameters by dotted name, a tied one under each of its names"""
+    """shapes of all parameters by dotted name, a tied one under each of its names; those of quantised layers as they
+    are in the checkpoint"""
+    quantization: str = "none"
+    """of the linear layers: none, nf4 or int8. The parameters of quantised ones hold codes, and the layers are called
+    as ever; gradients flow through them to what comes before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +221,8 @@ class Strategy(ABC):
     """Settings; unknown keys are refused, and its JSON schema is what clients see."""
 
     def validate(self, config: Any, base: BaseInfo) -> None:  # noqa: B027 - a default, not an abstract method
-        """Raises ConfigError if `config` (an instance of Config) does not fit this base."""
+        """Raises ConfigError if `config` (an instance of Config) does not fit this base, UnsupportedBase if no settings
+        would."""
 
     @abstractmethod
     def estimate(self, config: Any, base: BaseInfo, dataset: DatasetInfo, device: DeviceInfo) -> Estimate:

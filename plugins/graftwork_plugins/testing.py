@@ -67,8 +67,8 @@ def make_model(**sizes: Any) -> torch.nn.Module:
         return LlamaForCausalLM(LlamaConfig(**settings | sizes)).eval().requires_grad_(False)
 
 
-def base_handle(model: torch.nn.Module) -> BaseModelHandle:
-    """`model` as a strategy gets it."""
+def base_handle(model: torch.nn.Module, quantization: str = "none") -> BaseModelHandle:
+    """`model` as a strategy gets it. `quantization`: what the base says of its linear layers."""
     any_model: Any = model
     output = any_model.get_output_embeddings()
     embedding = any_model.get_input_embeddings()
@@ -99,6 +99,7 @@ def base_handle(model: torch.nn.Module) -> BaseModelHandle:
         input_module=names[embedding],
         tied_modules=tied,
         parameters={n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)},
+        quantization=quantization,
     )
     return BaseModelHandle(info, model, _CPU)
 
@@ -256,6 +257,8 @@ class StrategyBattery:
     """High enough for `loss falls` within 30 steps on the toy model."""
     tolerance: ClassVar[float] = 1e-4
     """Largest difference of logits that counts as equal, float32."""
+    quantization: ClassVar[str] = "none"
+    """What the base says of its linear layers, for a strategy that wants them quantised. The model here is not."""
 
     @pytest.fixture(autouse=True)
     def one_thread(self) -> Iterator[None]:
@@ -275,7 +278,7 @@ class StrategyBattery:
 
     def built(self, **settings: Any) -> tuple[BaseModelHandle, Trainable]:
         """A base and what `build` makes of it, seeded as the host does."""
-        base = base_handle(self.model())
+        base = base_handle(self.model(), self.quantization)
         torch.manual_seed(11)
         return base, self.strategy.build(base, self.config(**settings))
 
@@ -291,7 +294,7 @@ class StrategyBattery:
             self.config(no_such_setting=1)
 
     def test_own_settings_fit_the_base(self) -> None:
-        self.strategy.validate(self.config(), base_handle(self.model()).info)
+        self.strategy.validate(self.config(), base_handle(self.model(), self.quantization).info)
 
     def test_a_fresh_variant_equals_the_base(self) -> None:
         expected = logits_of(self.model())
@@ -323,7 +326,7 @@ class StrategyBattery:
         model = self.model()
         originals = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
         torch.manual_seed(11)
-        trainable = self.strategy.build(base_handle(model), self.config())
+        trainable = self.strategy.build(base_handle(model, self.quantization), self.config())
         train_steps(self.strategy, trainable, make_rows(), 2, self.learning_rate)
         assert all(torch.equal(parameter, original) for parameter, original in originals)
 
@@ -356,7 +359,7 @@ class StrategyBattery:
         # Warm-up: what libraries allocate once is the host's to count.
         train_steps(self.strategy, self.built()[1], make_rows(), 1, 0.0)
         sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": vocabulary}
-        base = base_handle(make_model(**sizes))
+        base = base_handle(make_model(**sizes), self.quantization)
         weights = list(base.model.parameters())  # stay resident, as the server's do
         config = self.config(micro_batch_tokens=tokens)
         device = DeviceInfo(type="cpu", total_memory_bytes=2**34, threads=torch.get_num_threads())

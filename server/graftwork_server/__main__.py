@@ -93,7 +93,9 @@ def _on_signal(told_to_end: asyncio.Event) -> None:
 def _greeting(model: ModelInfo, asked: str | None, address: str) -> str:
     name = "on-board" if asked is None else Path(model.source).name or model.source
     size = _short(model.parameter_count)
-    return f"graftwork: serving base '{name}' ({size} parameters, {model.dtype} on {model.device}) on {address}"
+    quantised = "" if model.quantization == "none" else f", {model.quantization}"
+    what = f"{size} parameters, {model.dtype} on {model.device}{quantised}"
+    return f"graftwork: serving base '{name}' ({what}) on {address}"
 
 
 def _short(count: int) -> str:

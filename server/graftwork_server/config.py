@@ -49,6 +49,8 @@ class ServerConfig(BaseModel):
     """Where the base model lives; auto takes a GPU if there is one. Default: auto."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the base weights; auto: bfloat16 where the hardware has it, else float32. Default: auto."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Bits of the base's linear layers: nf4 (4) and int8 (8) take less memory than the data type. Default: none."""
     insecure: bool = False
     """Allow a listen address that other machines can reach; there are no keys and no TLS yet. Default: false."""
     threads: int = Field(0, ge=0, le=1024)

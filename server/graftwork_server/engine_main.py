@@ -66,7 +66,14 @@ def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
     device = choose_device(str(settings.get("device", "auto")))
     dtype = choose_dtype(str(settings.get("dtype", "auto")), device)
     source = settings.get("model") or str(Path(__file__).parent / "base_model")
-    base = load_base(str(source), device, dtype, Path(settings["cache_dir"]), settings.get("native_kernels") != "off")
+    base = load_base(
+        str(source),
+        device,
+        dtype,
+        Path(settings["cache_dir"]),
+        settings.get("native_kernels") != "off",
+        str(settings.get("quantization", "none")),
+    )
     limits = EngineLimits(
         max_sequences=int(settings.get("max_sequences", 64)),
         max_step_tokens=int(settings.get("max_step_tokens", 1024)),

@@ -33,6 +33,7 @@ MODEL_ON_BOARD = Path(__file__).parent / "base_model"
 ENGINE_FIELDS = (
     "device",
     "dtype",
+    "quantization",
     "threads",
     "native_kernels",
     "max_sequences",

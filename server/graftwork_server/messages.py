@@ -330,6 +330,8 @@ class SharedWeightsInfo(msgspec.Struct, frozen=True, kw_only=True):
     ipc: list[Any] | None = None
     config_json: str = ""
     """The transformers configuration, as JSON."""
+    quantization: str = "none"
+    """Of the linear layers, whose tensors in the layout are then those of engine/quantization.py."""
 
 
 class StartTuning(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -25,6 +25,7 @@ from graftwork_plugins import (
     DeviceInfo,
     Strategy,
     TrainingConfig,
+    UnsupportedBase,
 )
 from graftwork_plugins.manager import LoadedStrategy, PluginManager
 from graftwork_server.errors import (
@@ -174,6 +175,8 @@ def guard(strategy_id: str, call: str) -> Iterator[None]:
         raise FailedPrecondition(error.message, reason="ARTIFACT_REJECTED", field=error.key) from error
     except ConfigError as error:
         raise InvalidArgument(error.message, reason="CONFIG_INVALID", field=f"spec.config.{error.field}") from error
+    except UnsupportedBase as error:
+        raise FailedPrecondition(str(error), reason="NOT_TRAINABLE", field="strategy") from error
     except BaseException as error:
         if is_out_of_memory(error):
             raise

@@ -38,6 +38,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens that fit the KV cache at once."""
     max_sequences: int
     """Sequences that are decoded together."""
+    quantization: str = "none"
+    """Of the linear layers: none, nf4 or int8. weight_bytes counts them as they are; the fingerprint does not tell."""
 
 
 class StrategyInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from graftwork_plugins.builtin.full import FullTuning
 from graftwork_plugins.builtin.ia3 import Ia3
 from graftwork_plugins.builtin.lora import Lora
+from graftwork_plugins.builtin.qlora import Qlora
 from graftwork_plugins.testing import StrategyBattery
 
 
@@ -27,6 +28,14 @@ class TestLoraWithPatterns(StrategyBattery):
         "rank_pattern": {"down_proj": 7},
         "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 9.5},
     }
+
+
+class TestQlora(StrategyBattery):
+    """The defaults; their learning rate is for models whose updates need not be large."""
+
+    strategy = Qlora()
+    settings = {"lora_dropout": 0.0}
+    quantization = "nf4"
 
 
 class TestFull(StrategyBattery):

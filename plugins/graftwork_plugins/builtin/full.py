@@ -28,6 +28,7 @@ from graftwork_plugins import (
     Strategy,
     Trainable,
     TrainingConfig,
+    UnsupportedBase,
     hookimpl,
 )
 from graftwork_plugins.estimates import activation_bytes
@@ -75,6 +76,14 @@ class FullTuning(Strategy):
     description = "Full tuning: every weight, in an own copy; a whole checkpoint that is served beside the base."
     artifact_files = "config.json and model.safetensors, a Hugging Face checkpoint of the base's architecture"
     Config = FullConfig
+
+    def validate(self, config: FullConfig, base: BaseInfo) -> None:
+        """Raises UnsupportedBase for a quantised base: what was rounded away cannot be trained."""
+        if base.quantization != "none":
+            raise UnsupportedBase(
+                f"full tuning needs the weights themselves, and this base is quantised to {base.quantization}: use "
+                "lora or qlora, or start the server with --quantization none"
+            )
 
     def estimate(self, config: FullConfig, base: BaseInfo, dataset: DatasetInfo, device: DeviceInfo) -> Estimate:
         """The float32 copy, its gradients and AdamW's two moments; then the activations, and the saved tensors."""

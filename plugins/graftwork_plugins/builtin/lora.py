@@ -95,7 +95,7 @@ class Lora(Strategy):
 
     def estimate(self, config: LoraConfig, base: BaseInfo, dataset: DatasetInfo, device: DeviceInfo) -> Estimate:
         """float32 updates with gradients and AdamW's two moments; activations, and PEFT's float32 copy of each
-        adapted layer's input, its product with A, and its update."""
+        adapted layer's input, its product with A, and its update; one quantised layer's weight, twice."""
         patterns = LoraPatterns(config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern, False)
         targets = _targets(config, base)
         ranks = {target: patterns.rank(target) for target in targets}
@@ -103,11 +103,13 @@ class Lora(Strategy):
         updates = sum(sum(base.linear_modules[target]) + 2 * ranks[target] for target in targets)
         tokens = config.micro_batch_tokens
         compute_bytes = 4 if base.dtype == "float32" else 2
+        largest = max((i * o for i, o in base.linear_modules.values()), default=0) if base.quantization != "none" else 0
         return Estimate(
             trained_parameters=trained,
             memory_bytes=16 * trained
             + activation_bytes(base, tokens, compute_bytes=compute_bytes)
-            + 4 * tokens * updates,
+            + 4 * tokens * updates
+            + 2 * 4 * largest,
             artifact_bytes=4 * trained + 300 * len(targets) + 65_536,
         )
 

@@ -13,6 +13,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from graftwork_server.engine.native import NativeKernels
+from graftwork_server.engine.quantization import QuantizedLinear
 from graftwork_server.engine.routing import Routing
 from graftwork_server.engine.weights import FUSED_SIBLINGS
 
@@ -44,7 +45,9 @@ class LinearGroup:
         self.is_output = is_output
         self.in_features = _features(self.modules[0])[0]
         self.out_features = [_features(module)[1] for module in self.modules]
-        self.weight = fused_view([module.weight for module in self.modules]) if len(members) > 1 else None
+        self._quantized = _quantized(self.modules)
+        plain = len(members) > 1 and not isinstance(self.modules[0], QuantizedLinear)
+        self.weight = fused_view([module.weight for module in self.modules]) if plain else None
         biases = [module.bias for module in self.modules if module.bias is not None]
         self.bias = fused_view(biases) if len(members) > 1 and biases else None
         self._input: torch.Tensor | None = None
@@ -54,10 +57,16 @@ class LinearGroup:
     @property
     def fused(self) -> bool:
         """True if one GEMM serves all members."""
-        return self.weight is not None
+        return self.weight is not None or (self._quantized is not None and len(self.modules) > 1)
+
+    @property
+    def is_plain(self) -> bool:
+        """True if its weights lie as one matrix [out of all members, in] in the dtype that is computed in."""
+        single = len(self.modules) == 1 and isinstance(self.modules[0], torch.nn.Linear)
+        return self._quantized is None and (self.weight is not None or single)
 
     def addresses(self) -> tuple[int, int | None]:
-        """Of the weights [out of all members, in] and of the biases, if it has some; one GEMM serves the group."""
+        """Of the matrix of weights, and of the biases if it has some; only if it is plain."""
         weight = self.weight if self.weight is not None else self.modules[0].weight
         bias = self.bias if self.weight is not None else self.modules[0].bias
         return weight.data_ptr(), bias.data_ptr() if bias is not None else None
@@ -86,7 +95,9 @@ class LinearGroup:
 
     def whole(self, x: torch.Tensor, routing: Routing | None) -> torch.Tensor:
         """Outputs of all members side by side for x [..., in_features], adapters included."""
-        if self.weight is not None:
+        if self._quantized is not None:
+            y = self._quantized.product(x, self._kernels)
+        elif self.weight is not None:
             y = self._linear(x, self.weight, self.bias)
         elif len(self.modules) == 1 and isinstance(self.modules[0], torch.nn.Linear):
             y = self._linear(x, self.modules[0].weight, self.modules[0].bias)
@@ -196,6 +207,22 @@ def _siblings(name: str, linears: Mapping[str, LinearModule]) -> list[str]:
             if same_input and same_bias:
                 return members
     return [name]
+
+
+def _quantized(modules: Sequence[LinearModule]) -> QuantizedLinear | None:
+    """One quantised layer over all of `modules`; None if they are not quantised, or do not lie side by side."""
+    first = modules[0]
+    if len(modules) == 1 or not isinstance(first, QuantizedLinear):
+        return first if isinstance(first, QuantizedLinear) else None
+    kind = type(first)
+    if not all(type(module) is kind for module in modules):
+        return None
+    views = {name: fused_view([getattr(m, name) for m in modules]) for name in ("weight", kind.STATISTICS)}
+    tensors = {name: view for name, view in views.items() if view is not None}
+    bias = None if first.bias is None else fused_view([module.bias for module in modules])
+    if len(tensors) < len(views) or (bias is None) != (first.bias is None):
+        return None
+    return kind((first.in_features, sum(_features(module)[1] for module in modules)), tensors, bias)
 
 
 def _features(module: LinearModule) -> tuple[int, int]:

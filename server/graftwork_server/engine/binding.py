@@ -25,6 +25,7 @@ from graftwork_server.engine.changes import (
 )
 from graftwork_server.engine.fused_modules import unwrapped
 from graftwork_server.engine.model import BaseModel
+from graftwork_server.engine.quantization import QuantizedLinear
 from graftwork_server.errors import FailedPrecondition
 
 ModuleDelta = LowRank | Scale | Replace
@@ -80,7 +81,7 @@ def _changes_of(base: BaseModel, name: str, deltas: _ModuleDeltas) -> list[RowCh
     module = _module(base, name)
     layer = unwrapped(module)
     if deltas.replace is not None:
-        deltas.tensors = _checked_tensors(base, deltas.replace, layer)
+        deltas.tensors = _checked_tensors(base, deltas.replace, _plain(layer))
     weight_is_replaced = "weight" in deltas.tensors
     if weight_is_replaced and (deltas.low_rank is not None or deltas.scale is not None):
         other = "a low-rank update" if deltas.low_rank is not None else "a scale"
@@ -126,7 +127,7 @@ def _linear_changes(base: BaseModel, name: str, module: AdaptedLinear, deltas: _
             outputs = _indices(base, replace, module.out_features)
             weight = deltas.tensors["weight"].to(base.device, base.dtype)
             return [OtherOutputs(outputs, weight, None if layer.bias is None else layer.bias[outputs])]
-        return [_other_weights(base, layer, deltas.tensors)]
+        return [_other_weights(base, _plain(layer), deltas.tensors)]
     if scale is not None and scale.of == "input":
         if low_rank is not None or deltas.tensors:
             raise rejected(name, f"{name} has a scaled input and another delta; one of them is accepted")
@@ -160,8 +161,15 @@ def _affine(base: BaseModel, name: str, module: AdaptedLinear, deltas: _ModuleDe
     return Affine(None if factor is None else factor.to(base.dtype), None if offset is None else offset.to(base.dtype))
 
 
+def _plain(layer: torch.nn.Module) -> torch.nn.Module:
+    """The layer, or the one that a quantised layer stands for."""
+    return layer.plain() if isinstance(layer, QuantizedLinear) else layer
+
+
 def _weight_matrix(layer: torch.nn.Module) -> torch.Tensor:
-    """[out_features, in_features] float32."""
+    """[out_features, in_features] float32; what a quantised layer multiplies with."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.dequantized(torch.float32)
     weight: torch.Tensor = layer.weight  # type: ignore[assignment]
     return (weight.t() if isinstance(layer, Conv1D | torch.nn.Embedding) else weight).float()
 

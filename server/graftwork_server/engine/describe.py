@@ -10,6 +10,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from graftwork_plugins import BaseInfo
+from graftwork_server.engine.quantization import QuantizedLinear
 from graftwork_server.types import ModelInfo
 
 _SAMPLE_VALUES = 32 * 1024
@@ -53,9 +54,15 @@ def tied_modules(model: torch.nn.Module) -> list[str]:
 
 def parameter_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters by their names in the plain transformers model, tied ones under each name."""
-    return {
+    shapes = {
         plain_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)
     }
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            layer = name.removesuffix(".base")
+            del shapes[f"{layer}.{module.STATISTICS}"]
+            shapes |= {f"{layer}.{leaf}": shape for leaf, shape in module.plain_shapes.items()}
+    return shapes
 
 
 def plain_name(name: str) -> str:
@@ -88,6 +95,7 @@ def base_info(model: torch.nn.Module, model_info: ModelInfo) -> BaseInfo:
         input_module=_name_of(model, model.get_input_embeddings()),  # type: ignore[operator]
         tied_modules=tied_modules(model),
         parameters=parameter_shapes(model),
+        quantization=model_info.quantization,
     )
 
 

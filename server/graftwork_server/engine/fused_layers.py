@@ -185,7 +185,8 @@ def _struct(layer: Any, groups: list[LinearGroup], settings: AttentionSettings) 
     qkv, o, gate_up, down = (
         _group(groups, member) for member in (attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj)
     )
-    if [len(group.names) for group in (qkv, o, gate_up, down)] != [3, 1, 2, 1] or not (qkv.fused and gate_up.fused):
+    linears = (qkv, o, gate_up, down)
+    if [len(group.names) for group in linears] != [3, 1, 2, 1] or not all(group.is_plain for group in linears):
         return None
     dim = getattr(attention, "head_dim", 0)
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
@@ -201,14 +202,14 @@ def _struct(layer: Any, groups: list[LinearGroup], settings: AttentionSettings) 
     return LayerStruct(
         *(norm.factors.data_ptr() for norm in norms),
         *(norm.factors.data_ptr() if norm is not None else None for norm in (q_norm, k_norm)),
-        *(address for group in (qkv, o, gate_up, down) for address in group.addresses()),
+        *(address for group in linears for address in group.addresses()),
         qkv.in_features,
         heads,
         kv_heads,
         dim,
         mlp.gate_proj.out_features,
         settings.sliding_window or 0,
-        *(group.index for group in (qkv, o, gate_up, down)),
+        *(group.index for group in linears),
         norms[0].eps,
         q_norm.eps if q_norm is not None else 0.0,
         settings.scaling,

@@ -93,6 +93,12 @@ def _parameters(delta: LowRank | Scale | Replace) -> int:
 
 
 def _bind_full(base: BaseModel, digest: str, delta: FullWeights, place: bool) -> PreparedAdapter:
+    if base.info.quantization != "none":
+        raise rejected(
+            "deltas",
+            f"a whole checkpoint is not served beside a base quantised to {base.info.quantization}; start the server "
+            "with --quantization none for it",
+        )
     state = unwrapped_state(base)
     resident = [entry.name for entry in base.weights.layout]
     tensors = dict(delta.tensors)

@@ -21,6 +21,7 @@ from graftwork_server.engine.fused_layers import AttentionSettings, fuse_layers
 from graftwork_server.engine.fused_modules import fuse_modules
 from graftwork_server.engine.kv_cache import KVCache, LayerShape
 from graftwork_server.engine.native import NativeKernels, native_kernels
+from graftwork_server.engine.quantization import check_available, quantize_linears
 from graftwork_server.engine.routing import Routing
 from graftwork_server.engine.weights import SharedWeights, assign_tensors, empty_model, pack
 from graftwork_server.errors import FailedPrecondition
@@ -136,18 +137,32 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def load_base(source: str, device: torch.device, dtype: torch.dtype, cache_dir: Path, native: bool = True) -> BaseModel:
-    """Loads a directory or hub id; `native` takes the engine's own CPU kernels where they can be had.
+def load_base(
+    source: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_dir: Path,
+    native: bool = True,
+    quantization: str = "none",
+) -> BaseModel:
+    """Loads a directory or hub id; `native` takes the engine's own CPU kernels where they can be had; `quantization`
+    is none, nf4 or int8 (quantization.py).
 
     Raises FailedPrecondition, saying what is wrong, if it cannot be served.
     """
-    model = _from_pretrained(source, device, dtype)
+    check_available(quantization, device)
+    model = _from_pretrained(source, dtype)
+    # Of the checkpoint, not of how it is served: an adapter fits the base quantised or not.
+    print_of_base = fingerprint(model.config.to_dict(), model.state_dict())
+    parameter_count = sum(parameter.numel() for parameter in model.parameters())
+    quantize_linears(model, quantization, device)
+    model.to(device)
     shapes, settings = _probe_layers(model)
     expected = _probe_logprobs(model)
-    print_of_base = fingerprint(model.config.to_dict(), model.state_dict())
-    weights = SharedWeights(model, device)
+    weights = SharedWeights(model, device, quantization)
     engine_model = EngineModel(model, native_kernels(device, dtype) if native else None)
-    _check_probe(engine_model, expected, device)
+    # int8 rounds what goes into each layer: the smallest difference may become one of a 127th.
+    _check_probe(engine_model, expected, device, exact=dtype == torch.float32 and quantization != "int8")
     _fuse_layers(engine_model, shapes, settings, device)
     config = model.config.get_text_config()
     info = ModelInfo(
@@ -159,12 +174,13 @@ def load_base(source: str, device: torch.device, dtype: torch.dtype, cache_dir: 
         device=str(device),
         vocab_size=int(config.vocab_size),
         context_tokens=int(config.max_position_embeddings),
-        parameter_count=sum(parameter.numel() for parameter in model.parameters()),
+        parameter_count=parameter_count,
         weight_bytes=weights.size_bytes,
         eos_token_ids=_eos_token_ids(model),
         tokenizer_dir=_fast_tokenizer(source, cache_dir, print_of_base),
         kv_tokens=0,
         max_sequences=0,
+        quantization=quantization,
     )
     return BaseModel(engine_model, weights, info, shapes, settings)
 
@@ -195,7 +211,7 @@ def tuned_model(base: BaseModel, tensors: dict[str, torch.Tensor]) -> tuple[Engi
 def resident_model(base: BaseModel) -> torch.nn.Module:
     """Another model over the base's own tensors, for a forward outside the step loop, on any thread: plain layers, and
     attention over one row."""
-    model = empty_model(base.engine_model.model.config)
+    model = empty_model(base.engine_model.model.config, base.info.quantization)
     state = unwrapped_state(base)
     assign_tensors(model, {entry.name: state[entry.name] for entry in base.weights.layout})
     return model.eval().requires_grad_(False).to(base.device)
@@ -206,7 +222,7 @@ def unwrapped_state(base: BaseModel) -> dict[str, torch.Tensor]:
     return {plain_name(name): tensor for name, tensor in base.engine_model.model.state_dict().items()}
 
 
-def _from_pretrained(source: str, device: torch.device, dtype: torch.dtype) -> Any:
+def _from_pretrained(source: str, dtype: torch.dtype) -> Any:
     if _is_path(source) and not (Path(source) / "config.json").is_file():
         what = "has no config.json" if Path(source).is_dir() else "is not a directory"
         raise FailedPrecondition(
@@ -221,6 +237,12 @@ def _from_pretrained(source: str, device: torch.device, dtype: torch.dtype) -> A
                 f"{source} is a {config.model_type} model; decoder-only causal models are served",
                 reason="MODEL_UNSUPPORTED",
             )
+        if getattr(config, "quantization_config", None) is not None:
+            raise FailedPrecondition(
+                f"the weights of {source} are stored quantised; serve the checkpoint that they were made of, with "
+                "--quantization",
+                reason="MODEL_UNSUPPORTED",
+            )
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation=packed.NAME, trust_remote_code=False, use_safetensors=True
         )
@@ -233,7 +255,7 @@ def _from_pretrained(source: str, device: torch.device, dtype: torch.dtype) -> A
             "safetensors weights of a causal language model",
             reason="MODEL_UNUSABLE",
         ) from None
-    return model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    return model.eval().requires_grad_(False)
 
 
 def _is_path(source: str) -> bool:
@@ -308,7 +330,7 @@ def _probe_logprobs(model: Any) -> torch.Tensor:
     return torch.cat(logits).float().log_softmax(-1)
 
 
-def _check_probe(engine_model: EngineModel, expected: torch.Tensor, device: torch.device) -> None:
+def _check_probe(engine_model: EngineModel, expected: torch.Tensor, device: torch.device, exact: bool) -> None:
     """Runs the probe rows packed into one forward and refuses a model whose answers change by that: it would be served
     wrong answers (a layer that mixes tokens outside attention, say)."""
     model: Any = engine_model.model
@@ -326,7 +348,6 @@ def _check_probe(engine_model: EngineModel, expected: torch.Tensor, device: torc
     for group in engine_model.groups:
         group.forget()
     differences = (output.logits[0].float().log_softmax(-1) - expected).abs()
-    exact = model.dtype == torch.float32
     difference = (differences.max() if exact else differences.mean()).item()
     if not difference <= (_PROBE_TOLERANCE if exact else _ROUNDED_PROBE_TOLERANCE):
         raise FailedPrecondition(

@@ -21,6 +21,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from graftwork_server.engine.attention import packed
+from graftwork_server.engine.quantization import quantized_skeleton
 from graftwork_server.errors import Internal
 from graftwork_server.messages import SharedWeightsInfo, TensorLayout
 
@@ -34,13 +35,14 @@ FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class SharedWeights:
     """The engine's side: moves a model's tensors into one block and describes it."""
 
-    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+    def __init__(self, model: torch.nn.Module, device: torch.device, quantization: str = "none") -> None:
         """Moves every parameter and persistent buffer of `model` into the block, one after another, so that the peak
         is the block plus what is not yet moved."""
         tensors = _unique_tensors(model)
         self.layout = _lay_out(tensors)
         self.size_bytes = _size_of(self.layout, tensors)
         self.device = device
+        self._quantization = quantization
         self._fd: int | None = None
         self._map: mmap.mmap | None = None
         if device.type == "cpu":
@@ -68,6 +70,7 @@ class SharedWeights:
             fd=self._fd,
             ipc=ipc,
             config_json=self._config_json,
+            quantization=self._quantization,
         )
 
 
@@ -78,19 +81,21 @@ def map_base_model(info: SharedWeightsInfo) -> torch.nn.Module:
     """
     config_dict = json.loads(info.config_json)
     config = AutoConfig.for_model(config_dict.pop("model_type"), **config_dict)
-    model = empty_model(config)
+    model = empty_model(config, info.quantization)
     block = _open_block(info)
     views = {entry.name: _view(block, entry) for entry in info.layout}
     assign_tensors(model, views)
     return model.eval().requires_grad_(False)
 
 
-def empty_model(config: Any) -> torch.nn.Module:
+def empty_model(config: Any, quantization: str = "none") -> torch.nn.Module:
     """A model of `config` whose parameters have no storage yet; its computed buffers (rotary tables) are real."""
     # from_config writes the attention's name into what it gets, and a model that runs in another thread reads it there.
     config = copy.deepcopy(config)
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=packed.NAME)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=packed.NAME)
+        quantized_skeleton(model, quantization)
+    return model
 
 
 def assign_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import importlib.util
 import logging
 import os
 import socket
@@ -125,6 +126,7 @@ def _prepared(
     import torch
 
     from graftwork_server.engine.describe import base_info
+    from graftwork_server.engine.quantization import bitsandbytes
     from graftwork_server.engine.weights import map_base_model
     from graftwork_server.tuning.checkpoint import Checkpoints
     from graftwork_server.tuning.gate import Gate
@@ -132,6 +134,8 @@ def _prepared(
 
     job, model = command.job, command.model
     torch.set_num_threads(command.threads)
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        bitsandbytes()  # PEFT would import it, with what quantization.py keeps it from doing
     base_model = map_base_model(command.weights)
     base = BaseModelHandle(base_info(base_model, model), base_model, torch.device(model.device))
     torch.manual_seed(config.seed)

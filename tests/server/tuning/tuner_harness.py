@@ -17,6 +17,7 @@ from tests import toys
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import AutoModelForCausalLM
 
+from graftwork_server.engine.quantization import quantize_linears
 from graftwork_server.engine.weights import SharedWeights
 from graftwork_server.messages import (
     Checkpointed,
@@ -75,14 +76,19 @@ def copy_task(count: int) -> list[dict[str, str]]:
 
 
 class TunerHarness:
-    """The engine's side of tuner processes over one toy model."""
+    """The engine's side of tuner processes over one toy model, `model_dir`'s if there is one already."""
 
-    def __init__(self, folder: Path, architecture: str = "llama") -> None:
+    def __init__(
+        self, folder: Path, architecture: str = "llama", quantization: str = "none", model_dir: Path | None = None
+    ) -> None:
         self.folder = folder
         self.tokenizer = make_tokenizer(folder / "tokenizer")
-        self.model_dir = toys.make_model(architecture, folder / "model")
+        self.model_dir = model_dir or toys.make_model(architecture, folder / "model")
         model = AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=torch.float32)
-        self.weights = SharedWeights(model, torch.device("cpu"))
+        parameter_count = sum(parameter.numel() for parameter in model.parameters())
+        quantize_linears(model, quantization, torch.device("cpu"))
+        self.model = model
+        self.weights = SharedWeights(model, torch.device("cpu"), quantization)
         self.info = ModelInfo(
             fingerprint="sha256:toy",
             source="toy",
@@ -92,12 +98,13 @@ class TunerHarness:
             device="cpu",
             vocab_size=toys.VOCAB,
             context_tokens=128,
-            parameter_count=sum(parameter.numel() for parameter in model.parameters()),
+            parameter_count=parameter_count,
             weight_bytes=self.weights.size_bytes,
             eos_token_ids=[2],
             tokenizer_dir=str(self.tokenizer),
             kv_tokens=0,
             max_sequences=0,
+            quantization=quantization,
         )
         self.gate = os.memfd_create("gate")
         os.ftruncate(self.gate, 8)

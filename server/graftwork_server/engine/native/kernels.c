@@ -4,7 +4,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__AMX_INT8__)
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -35,6 +35,9 @@ static inline bf16 narrow(float value) {
 #define STORE(value) (value)
 #define NAME(kernel) graftwork_##kernel##_float32
 #include "typed.h"
+#ifdef __AMX_INT8__
+#include "int8.h"
+#endif
 #undef T
 #undef LOAD
 #undef STORE
@@ -45,6 +48,9 @@ static inline bf16 narrow(float value) {
 #define STORE(value) narrow(value)
 #define NAME(kernel) graftwork_##kernel##_bfloat16
 #include "typed.h"
+#ifdef __AMX_INT8__
+#include "int8.h"
+#endif
 
 #ifdef __AVX512BF16__
 #include "product.h"

@@ -369,7 +369,8 @@ void graftwork_layer_attend(const Layer *layer, const Step *step, const int64_t 
     const int64_t out = (layer->heads + 2 * layer->kv_heads) * layer->head_dim;
 #pragma omp parallel num_threads(step->threads)
     {
-        begin_tiles();
+        TileState before;
+        begin_tiles(&before);
         norm_part(x, layer->input_norm, step->normed, step->rows, layer->hidden, layer->eps);
 #pragma omp barrier
         linear_part(step, layer->qkv_group, step->normed, layer->hidden, layer->qkv, layer->qkv_bias, qkv, out);
@@ -377,7 +378,7 @@ void graftwork_layer_attend(const Layer *layer, const Step *step, const int64_t 
         rotate_part(layer, step, qkv);
 #pragma omp barrier
         attend_part(layer, cache, step->attention, qkv, attended);
-        end_tiles();
+        end_tiles(&before);
     }
 }
 
@@ -386,7 +387,8 @@ void graftwork_layer_finish(const Layer *layer, const Step *step, const bf16 *x,
     const int64_t size = step->rows * layer->hidden;
 #pragma omp parallel num_threads(step->threads)
     {
-        begin_tiles();
+        TileState before;
+        begin_tiles(&before);
         linear_part(step, layer->o_group, attended, layer->heads * layer->head_dim, layer->o, layer->o_bias,
                     step->product, layer->hidden);
 #pragma omp barrier
@@ -403,6 +405,6 @@ void graftwork_layer_finish(const Layer *layer, const Step *step, const bf16 *x,
                     layer->hidden);
 #pragma omp barrier
         add_part(y, step->product, y, size);
-        end_tiles();
+        end_tiles(&before);
     }
 }

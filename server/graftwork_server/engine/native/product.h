@@ -136,9 +136,13 @@ static int ask_for_tiles(void) {
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
-// All eight tiles: 16 rows of 64 bytes. Each thread has its own configuration.
-static void begin_tiles(void) {
+typedef struct { char bytes[64]; } TileState;
+
+// All eight tiles: 16 rows of 64 bytes. Each thread has its own configuration, and gets back the one that it had: torch's
+// own libraries use the tiles too, and remember what they have configured.
+static void begin_tiles(TileState *before) {
     if (!has_tiles) return;
+    _tile_storeconfig(before);
     struct { uint8_t palette, start_row, reserved[14]; uint16_t columns[16]; uint8_t rows[16]; } config;
     memset(&config, 0, sizeof config);
     config.palette = 1;
@@ -146,8 +150,8 @@ static void begin_tiles(void) {
     _tile_loadconfig(&config);
 }
 
-static void end_tiles(void) {
-    if (has_tiles) _tile_release();
+static void end_tiles(const TileState *before) {
+    if (has_tiles) _tile_loadconfig(before);
 }
 
 // Sixteen rows of `width` elements become blocks of [16 pairs of elements][16 rows], the layout of a tile product's second
@@ -244,8 +248,9 @@ static void tile_product_part(const bf16 *restrict packed, const bf16 *restrict 
 #else
 #define TILES 0
 static int ask_for_tiles(void) { return 0; }
-static void begin_tiles(void) {}
-static void end_tiles(void) {}
+typedef struct { char bytes[64]; } TileState;
+static void begin_tiles(TileState *before) {}
+static void end_tiles(const TileState *before) {}
 static void pack_part(const bf16 *x, int64_t x_stride, int64_t rows, int64_t in, bf16 *target) {}
 static void tile_product_part(const bf16 *restrict packed, const bf16 *restrict w, const bf16 *restrict bias,
                               bf16 *restrict y, int64_t y_stride, int64_t rows, int64_t in, int64_t out) {}
@@ -264,11 +269,12 @@ void graftwork_linear_bfloat16(const bf16 *restrict x, const bf16 *restrict w, c
 #pragma omp parallel num_threads(threads)
     {
         if (in_tiles(out)) {
-            begin_tiles();
+            TileState before;
+            begin_tiles(&before);
             pack_part(x, in, rows, in, packed);
 #pragma omp barrier
             tile_product_part(packed, w, bias, y, out, rows, in, out);
-            end_tiles();
+            end_tiles(&before);
         } else {
             vector_product_part(x, in, w, bias, y, out, rows, in, out);
         }

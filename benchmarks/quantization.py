@@ -1,0 +1,234 @@
+"""What quantising the base costs and saves: products, whole servers, weights and answers, both sides in one run.
+
+    python -m benchmarks.quantization [--shape 135m] [--rounds 3] [--output benchmarks/results/quantization.json]
+
+Products: one linear layer, time of torch's in the data type, of what is served here, and of what else there is, over
+so many copies of the weight that no cache holds them, as in a decode step. Servers: one each for none, int8 and nf4,
+the same requests over gRPC (64 prompt and 32 new tokens, greedy), rounds of all three alternating, medians. Answers:
+the on-board model's mean loss over this repository's README, in pieces of 512 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import copy
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import describe_machine
+from benchmarks.server_process import ServerProcess
+from benchmarks.serving import NEW_TOKENS, PROMPT_TOKENS, our_round, upload
+from benchmarks.shapes import make_adapters, make_model
+from graftwork_server.engine.model import choose_dtype, load_base
+from graftwork_server.engine.native import native_kernels
+from graftwork_server.engine.quantization import Int8Linear, Nf4Linear, bitsandbytes, rows_to_int8
+from graftwork_server.engine.weights import map_base_model
+from graftwork_server.front import MODEL_ON_BOARD
+from graftwork_server.text import TextProcessor
+
+CPU = torch.device("cpu")
+KINDS = ("none", "int8", "nf4")
+LAYERS = ((576, 1536), (1536, 576), (576, 49152))
+ROWS = (1, 16, 64, 1024)
+CASES = (
+    ("1 request", "base only", 1),
+    ("16 requests", "base only", 16),
+    ("16 requests, 16 adapters", "all adapters", 16),
+)
+COLD_BYTES = 64 << 20
+
+
+def milliseconds(work: Callable[[int], object], copies: int) -> float:
+    """Median time of one call, the copies taken in turn."""
+
+    def round_trip() -> float:
+        started = time.perf_counter()
+        for index in range(copies):
+            work(index)
+        return (time.perf_counter() - started) / copies * 1000
+
+    round_trip()
+    count = max(3, min(30, round(0.05 / (round_trip() * copies / 1000))))
+    return statistics.median(round_trip() for _ in range(count))
+
+
+@torch.inference_mode()
+def products(dtype: torch.dtype) -> list[dict[str, Any]]:
+    """One row for each layer and number of rows: ms by way of computing it."""
+    results = []
+    for in_features, out_features in LAYERS:
+        copies = max(1, COLD_BYTES // (in_features * out_features))
+        weights = [torch.randn(out_features, in_features).mul_(0.02) for _ in range(copies)]
+        ways = _ways_served(weights, dtype) | _other_ways(weights, dtype)
+        for rows in ROWS:
+            if rows * out_features > 8_000_000:
+                continue  # no step makes so many logits
+            x = torch.randn(rows, in_features).to(dtype)
+            times = {name: milliseconds(partial(way, x), copies) for name, way in ways.items()}
+            results.append({"in_features": in_features, "out_features": out_features, "rows": rows, "ms": times})
+            print(f"{rows} x {in_features} x {out_features}:", {n: round(t, 3) for n, t in times.items()}, flush=True)
+    return results
+
+
+Way = Callable[[torch.Tensor, int], object]
+"""Multiplies x by the weight of that index."""
+
+
+def _ways_served(weights: list[torch.Tensor], dtype: torch.dtype) -> dict[str, Way]:
+    """torch's product in the data type, and the layers of the engine."""
+    kernels = native_kernels(CPU, dtype)
+    sizes = (weights[0].shape[1], weights[0].shape[0])
+    plain = [weight.to(dtype) for weight in weights]
+    int8 = [Int8Linear(sizes, Int8Linear.quantize(weight), None) for weight in weights]
+    nf4 = [Nf4Linear(sizes, Nf4Linear.quantize(weight), None) for weight in weights]
+    return {
+        "torch, not quantised": lambda x, i: torch.nn.functional.linear(x, plain[i]),
+        "int8 here": lambda x, i: int8[i].product(x, kernels),
+        "int8 here, without the kernel": lambda x, i: int8[i].product(x),
+        "nf4 here": lambda x, i: nf4[i].product(x, kernels),
+    }
+
+
+def _other_ways(weights: list[torch.Tensor], dtype: torch.dtype) -> dict[str, Way]:
+    """torch._int_mm alone, torch's dynamic linear (fbgemm or oneDNN; one scale for all rows, so that an answer depends
+    on the batch), bitsandbytes' two layers."""
+    library = bitsandbytes()
+    codes = [rows_to_int8(weight)[0] for weight in weights]
+    scales = [rows_to_int8(weight)[1].view(-1) for weight in weights]
+    zeros = torch.zeros(len(weights[0]), dtype=torch.int64)
+    dynamic = [
+        torch.ops.quantized.linear_prepack(
+            torch.quantize_per_channel(weight, scale.double(), zeros, 0, torch.qint8), None
+        )
+        for weight, scale in zip(weights, scales, strict=True)
+    ]
+    llm_int8 = []
+    for weight in weights:
+        layer = library.nn.Linear8bitLt(*weight.t().shape, bias=False, has_fp16_weights=False)
+        layer.weight = library.nn.Int8Params(weight.to(dtype), requires_grad=False, has_fp16_weights=False)
+        llm_int8.append(layer.to("cpu").eval())
+    packed = []
+    for weight in weights:
+        quantised, state = library.functional.quantize_4bit(weight.to(dtype), blocksize=64, quant_type="nf4")
+        packed.append(library.functional._convert_weight_packed_for_cpu(quantised, copy.deepcopy(state)))
+    return {
+        "torch._int_mm, product alone": lambda x, i: torch._int_mm(x.to(torch.int8), codes[i].t()),
+        "torch dynamic linear, one scale": lambda x, i: torch.ops.quantized.linear_dynamic(x.float(), dynamic[i], True),
+        "torch._weight_int8pack_mm": lambda x, i: torch._weight_int8pack_mm(x, codes[i], scales[i].to(x.dtype)),
+        "bitsandbytes int8": lambda x, i: llm_int8[i](x),
+        "bitsandbytes nf4, packed": lambda x, i: library.functional.gemv_4bit(x, packed[i][0], state=packed[i][1]),
+    }
+
+
+def bases(model_dir: Path, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """By kind: bytes of the weights of `model_dir`, and the on-board model's mean loss over the README."""
+    found = {}
+    for kind in KINDS:
+        weight_bytes = load_base(str(model_dir), CPU, dtype, model_dir, quantization=kind).info.weight_bytes
+        on_board = load_base(str(MODEL_ON_BOARD), CPU, dtype, MODEL_ON_BOARD, quantization=kind)
+        found[kind] = {"weight_bytes": weight_bytes, "on_board_readme_loss": _readme_loss(on_board.weights.info())}
+        print(kind, found[kind], flush=True)
+    return found
+
+
+@torch.inference_mode()
+def _readme_loss(info: Any) -> float:
+    model: Any = map_base_model(info)
+    model.set_attn_implementation("sdpa")
+    text = TextProcessor.from_dir(str(MODEL_ON_BOARD))
+    ids = torch.tensor(text.encode((Path(__file__).parent.parent / "README.md").read_text()))
+    pieces = [piece for piece in ids.split(512) if len(piece) > 1]
+    logits = [model(input_ids=piece[None], use_cache=False).logits[0, :-1].float() for piece in pieces]
+    targets = torch.cat([piece[1:] for piece in pieces])
+    return torch.nn.functional.cross_entropy(torch.cat(logits), targets).item()
+
+
+def servers(arguments: argparse.Namespace, model_dir: Path) -> dict[str, dict[str, list[float]]]:
+    """By kind and case: tokens per second of each round."""
+    adapters = make_adapters(model_dir, 16)
+    measured: dict[str, dict[str, list[float]]] = {kind: {case: [] for case, _, _ in CASES} for kind in KINDS}
+    with contextlib.ExitStack() as stack:
+        addresses = {}
+        for kind in KINDS:
+            data_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="graftwork-bench-"))
+            options = ["--model", str(model_dir), "--data-dir", data_dir, "--threads", str(arguments.threads)]
+            options += ["--dtype", arguments.dtype, "--log-level", "warning", "--quantization", kind]
+            addresses[kind] = stack.enter_context(ServerProcess(options)).address
+            asyncio.run(upload(addresses[kind], adapters))
+        for round_number in range(arguments.rounds):
+            for case, adapter, requests in CASES:
+                for kind, address in addresses.items():
+                    seconds, _ = asyncio.run(our_round(address, adapter, requests))
+                    measured[kind][case].append(requests * NEW_TOKENS / seconds)
+                print(
+                    f"round {round_number + 1}, {case}:",
+                    {k: round(measured[k][case][-1], 1) for k in KINDS},
+                    flush=True,
+                )
+    return measured
+
+
+def table(result: dict[str, Any]) -> str:
+    """The servers' part as Markdown."""
+    machine, kinds = result["machine"], result["servers"]
+    lines = [
+        f"{result['shape']} Llama shape, {result['dtype']}, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, {result['threads']} "
+        f"threads; {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; medians of "
+        f"{result['rounds']} rounds in one run.",
+        "",
+        f"| | {' | '.join(KINDS)} |",
+        f"|---|{'---|' * len(KINDS)}",
+    ]
+    for case, _, _ in CASES:
+        rates = [f"{statistics.median(kinds[kind][case]):.1f} tok/s" for kind in KINDS]
+        lines.append(f"| {case} | {' | '.join(rates)} |")
+    sizes = [f"{result['bases'][kind]['weight_bytes'] / 1e6:.0f} MB" for kind in KINDS]
+    losses = [f"{result['bases'][kind]['on_board_readme_loss']:.4f}" for kind in KINDS]
+    lines += [f"| weights | {' | '.join(sizes)} |", f"| loss of the on-board model | {' | '.join(losses)} |"]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures, prints and stores."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="135m")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--work", type=Path, default=Path(".bench"))
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)  # bitsandbytes tells of every cast
+    torch.set_num_threads(arguments.threads)
+    dtype = choose_dtype(arguments.dtype, CPU)
+    model_dir = make_model(arguments.shape, arguments.work)
+    result = {
+        "benchmark": "quantization",
+        "machine": describe_machine(),
+        "shape": arguments.shape,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+        "servers": servers(arguments, model_dir),
+        "bases": bases(model_dir, dtype),
+        "products": products(dtype),
+    }
+    print("\n" + table(result))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

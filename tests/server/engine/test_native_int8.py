@@ -1,0 +1,90 @@
+"""The int8 kernel against torch's exact integer product, on every shape of its blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests import toys
+from tests.server.engine.harness import CPU, Harness
+from tests.server.engine.test_quantization import assert_within_bounds, reference_logits
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from graftwork_server.engine.model import load_base
+from graftwork_server.engine.native import NativeKernels, native_kernels
+from graftwork_server.engine.quantization import Int8Linear
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+    found = native_kernels(CPU, request.param)
+    if found is None or not found.int8.ready:
+        pytest.skip("no C compiler, or a processor without AMX")
+    return found
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sizes", [(64, 16), (128, 48), (192, 64), (320, 144)])
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 32, 33, 48, 70])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_it_answers_what_torch_answers(kernels: NativeKernels, sizes: tuple[int, int], rows: int, threads: int) -> None:
+    kernels.int8._threads = threads
+    x = draw(rows, sizes[0]).to(kernels.dtype) * torch.logspace(-2, 2, rows)[:, None].to(kernels.dtype)
+    x[rows // 2] = 0
+    for bias in (None, draw(sizes[1], seed=1).to(kernels.dtype)):
+        layer = Int8Linear(sizes, Int8Linear.quantize(draw(*sizes[::-1], seed=2)), bias)
+        # The sums are whole numbers, so that only the last float operations can differ.
+        rounding = {"rtol": 1e-6, "atol": 1e-6} if kernels.dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-4}
+        torch.testing.assert_close(layer.product(x, kernels), layer.product(x), **rounding)
+        alone = torch.cat([layer.product(row[None], kernels) for row in x])
+        assert torch.equal(alone, layer.product(x, kernels))
+
+
+@torch.inference_mode()
+def test_it_says_which_sizes_it_takes(kernels: NativeKernels) -> None:
+    assert kernels.int8.takes(64, 16)
+    assert not kernels.int8.takes(96, 16)
+    assert not kernels.int8.takes(64, 40)
+    layer = Int8Linear((96, 40), Int8Linear.quantize(draw(40, 96)), None)
+    x = draw(3, 96).to(kernels.dtype)
+    assert torch.equal(layer.product(x, kernels), layer.product(x))
+    assert layer.product(x[:0], kernels).shape == (0, 40)
+
+
+@torch.inference_mode()
+def test_what_is_not_finite_stays_so_in_its_row_alone(kernels: NativeKernels) -> None:
+    layer = Int8Linear((64, 16), Int8Linear.quantize(draw(16, 64)), None)
+    x = draw(4, 64).to(kernels.dtype)
+    x[1, 5], x[2, 63] = float("nan"), float("-inf")
+    finite = layer.product(x, kernels).isfinite()
+    assert finite.all(1).tolist() == finite.any(1).tolist() == [True, False, False, True]
+
+
+@torch.inference_mode()
+def test_torch_s_own_tile_products_are_not_disturbed(kernels: NativeKernels) -> None:
+    layer = Int8Linear((128, 64), Int8Linear.quantize(draw(64, 128)), None)
+    x, weight = draw(64, 128).bfloat16(), draw(96, 128, seed=1).bfloat16()
+    before = torch.nn.functional.linear(x, weight)
+    for _ in range(3):
+        layer.product(x.to(kernels.dtype), kernels)
+        assert torch.equal(torch.nn.functional.linear(x, weight), before)
+
+
+def test_the_engine_stays_within_the_bounds_of_int8(kernels: NativeKernels, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    common = toys._COMMON | {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    LlamaForCausalLM(LlamaConfig(**common)).save_pretrained(tmp_path)
+    base = load_base(str(tmp_path), CPU, kernels.dtype, tmp_path, quantization="int8")
+    assert all(kernels.int8.takes(group.in_features, sum(group.out_features)) for group in base.engine_model.groups)
+    harness = Harness(tmp_path, base)
+    for index, prompt in enumerate(toys.prompts(4)):
+        harness.add(index, prompt)
+    harness.run()
+    for index, prompt in enumerate(toys.prompts(4)):
+        expected = reference_logits(base, None, prompt + harness.tokens[index])[len(prompt) - 1 : -1]
+        assert_within_bounds(base, torch.stack(harness.logits[index]), expected, index)
