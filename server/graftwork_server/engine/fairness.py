@@ -77,7 +77,7 @@ class Turns(Generic[Key]):
     """
 
     def __init__(self, key: Callable[[Client], Key]) -> None:
-        self._key = key
+        self._key: Callable[[Client], Key] = key
         self._heap: list[tuple[Key, int, Client]] = []
         self._stamps: dict[Client, int] = {}
         self._next_stamp = itertools.count()
