@@ -122,8 +122,8 @@ class FairQueue:
         self._all = Turns(lambda client: client.counter)
         self._clients: dict[str | None, Client] = {}
         self._most_clients = _KEPT_CLIENTS
-        self._last_counter = 0
-        """Of the client that was the last to have nothing waiting any more."""
+        self._last: Client | None = None
+        """The client that was the last to have nothing waiting any more."""
 
     def waiting(self, digest: str) -> list[Sequence]:
         """The waiting sequences of an adapter."""
@@ -154,7 +154,7 @@ class FairQueue:
         if not client.remove(sequence):
             return False
         if not client.waits:
-            self._last_counter = client.counter
+            self._last = client
             for turns in (self.ready, self.away, self._all):
                 turns.remove(client)
         return True
@@ -186,6 +186,6 @@ class FairQueue:
         self.ready.put(client)
 
     def _floor(self) -> int:
-        """The smallest counter of clients that wait."""
-        least = self._all.first()
-        return self._last_counter if least is None else least.counter
+        """The smallest counter of clients that wait; where nobody does, that of the last one that did."""
+        least = self._all.first() or self._last
+        return 0 if least is None else least.counter
