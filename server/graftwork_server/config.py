@@ -60,9 +60,12 @@ class ServerConfig(BaseModel):
     max_sequences: int = Field(64, ge=1, le=4096)
     """Sequences that are decoded together. Default: 64."""
     max_queue: int = Field(1024, ge=1, le=100_000)
-    """Requests that wait or run at once; one more is answered RESOURCE_EXHAUSTED. Default: 1024."""
+    """Sequences that wait or run at once, each of n and best_of counted; one more is answered RESOURCE_EXHAUSTED.
+    Default: 1024."""
     kv_memory_bytes: Bytes = 0
     """Bytes of the KV cache. Default: 0, chosen by the engine."""
+    prefix_cache: bool = True
+    """Keep what was computed of prompts and answers for requests that begin alike. Default: true."""
     max_step_tokens: int = Field(1024, ge=16, le=1 << 20)
     """Tokens, of prompts and of decoding sequences, that one engine step takes at most. Default: 1024."""
     adapter_memory_bytes: Bytes = 0

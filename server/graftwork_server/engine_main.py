@@ -79,6 +79,7 @@ def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
         max_step_tokens=int(settings.get("max_step_tokens", 1024)),
         kv_memory_bytes=int(settings.get("kv_memory_bytes", 0)),
         adapter_memory_bytes=int(settings.get("adapter_memory_bytes", 0)),
+        prefix_cache=bool(settings.get("prefix_cache", True)),
     )
     return EngineWorker(
         base,

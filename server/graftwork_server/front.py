@@ -38,6 +38,7 @@ ENGINE_FIELDS = (
     "native_kernels",
     "max_sequences",
     "kv_memory_bytes",
+    "prefix_cache",
     "max_step_tokens",
     "adapter_memory_bytes",
     "tuning_yield_ms",

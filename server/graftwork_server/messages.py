@@ -79,6 +79,10 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prompt_logprobs: int | None = None
     """For Score: log probabilities of the prompt's tokens, in the first output. With sampling.max_tokens 0 nothing
     is sampled."""
+    cache_salt: str = ""
+    """Sequences share what the KV cache has only with those of the same salt."""
+    priority: int = 0
+    """Higher ones run first."""
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -180,6 +184,8 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: ErrorBody | None = None
+    cached_tokens: int = 0
+    """In the first output: prompt tokens that the KV cache had and that were not computed."""
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):

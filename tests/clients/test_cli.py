@@ -50,7 +50,7 @@ def test_generate_json(server: ScriptedServer, run: Any) -> None:
         "token_ids": [1],
         "finish_reason": "stop",
         "logprobs": [{"token_id": 1, "text": "ü", "logprob": -0.5, "top": []}],
-        "usage": {"prompt_tokens": 2, "completion_tokens": 3},
+        "usage": {"prompt_tokens": 2, "completion_tokens": 3, "cached_tokens": 0},
         "model": "m",
         "version": 3,
         "completions": [{"index": 0, "score": None} | {key: answer[key] for key in COMPLETION}],

@@ -57,6 +57,8 @@ class AsyncClient:
         *,
         stream: Literal[False] = False,
         timeout: float | None = None,
+        cache_salt: str | None = None,
+        priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation: ...
     @overload
@@ -67,6 +69,8 @@ class AsyncClient:
         *,
         stream: Literal[True],
         timeout: float | None = None,
+        cache_salt: str | None = None,
+        priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> AsyncGenerationStream: ...
     @overload
@@ -77,6 +81,8 @@ class AsyncClient:
         *,
         stream: bool,
         timeout: float | None = None,
+        cache_salt: str | None = None,
+        priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation | AsyncGenerationStream: ...
     async def generate(
@@ -86,10 +92,13 @@ class AsyncClient:
         *,
         stream: bool = False,
         timeout: float | None = None,
+        cache_salt: str | None = None,
+        priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation | AsyncGenerationStream:
         """As Client.generate; with stream=True, await it for an iterator for async for."""
-        return await self._answer(requests.generate(model, prompt, options), stream, timeout, options)
+        call = requests.generate(model, prompt, options, cache_salt, priority)
+        return await self._answer(call, stream, timeout, options)
 
     @overload
     async def chat(
@@ -101,6 +110,8 @@ class AsyncClient:
         timeout: float | None = None,
         tools: Tools | None = None,
         continue_final_message: bool = False,
+        cache_salt: str | None = None,
+        priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation: ...
     @overload
@@ -113,6 +124,8 @@ class AsyncClient:
         timeout: float | None = None,
         tools: Tools | None = None,
         continue_final_message: bool = False,
+        cache_salt: str | None = None,
+        priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> AsyncGenerationStream: ...
     @overload
@@ -125,6 +138,8 @@ class AsyncClient:
         timeout: float | None = None,
         tools: Tools | None = None,
         continue_final_message: bool = False,
+        cache_salt: str | None = None,
+        priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation | AsyncGenerationStream: ...
     async def chat(
@@ -136,10 +151,12 @@ class AsyncClient:
         timeout: float | None = None,
         tools: Tools | None = None,
         continue_final_message: bool = False,
+        cache_salt: str | None = None,
+        priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation | AsyncGenerationStream:
         """As Client.chat; with stream=True, await it for an iterator for async for."""
-        call = requests.chat(model, messages, options, tools, continue_final_message)
+        call = requests.chat(model, messages, options, tools, continue_final_message, cache_salt, priority)
         return await self._answer(call, stream, timeout, options)
 
     async def _answer(

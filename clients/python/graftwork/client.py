@@ -59,6 +59,8 @@ class Client:
         *,
         stream: Literal[False] = False,
         timeout: float | None = None,
+        cache_salt: str | None = None,
+        priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation: ...
     @overload
@@ -69,6 +71,8 @@ class Client:
         *,
         stream: Literal[True],
         timeout: float | None = None,
+        cache_salt: str | None = None,
+        priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream: ...
     @overload
@@ -79,6 +83,8 @@ class Client:
         *,
         stream: bool,
         timeout: float | None = None,
+        cache_salt: str | None = None,
+        priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation | GenerationStream: ...
     def generate(
@@ -88,15 +94,20 @@ class Client:
         *,
         stream: bool = False,
         timeout: float | None = None,
+        cache_salt: str | None = None,
+        priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation | GenerationStream:
         """Continues a prompt, a text or token ids.
 
+        cache_salt: share nothing in the server's cache with requests of another salt, at most 256 characters. priority:
+        -100 to 100, higher ones begin first.
         Options: max_tokens, temperature, top_p, top_k, seed, stop, logprobs, n and more; see SamplingOptions.
         Returns the whole generation, or with stream=True an iterator of its chunks that can be closed.
         Raises NotFoundError for an unknown model, InvalidArgumentError with the wrong field, and APIError.
         """
-        return self._answer(requests.generate(model, prompt, options), stream, timeout, options)
+        call = requests.generate(model, prompt, options, cache_salt, priority)
+        return self._answer(call, stream, timeout, options)
 
     @overload
     def chat(
@@ -108,6 +119,8 @@ class Client:
         timeout: float | None = None,
         tools: Tools | None = None,
         continue_final_message: bool = False,
+        cache_salt: str | None = None,
+        priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation: ...
     @overload
@@ -120,6 +133,8 @@ class Client:
         timeout: float | None = None,
         tools: Tools | None = None,
         continue_final_message: bool = False,
+        cache_salt: str | None = None,
+        priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerationStream: ...
     @overload
@@ -132,6 +147,8 @@ class Client:
         timeout: float | None = None,
         tools: Tools | None = None,
         continue_final_message: bool = False,
+        cache_salt: str | None = None,
+        priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation | GenerationStream: ...
     def chat(
@@ -143,16 +160,18 @@ class Client:
         timeout: float | None = None,
         tools: Tools | None = None,
         continue_final_message: bool = False,
+        cache_salt: str | None = None,
+        priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation | GenerationStream:
         """Answers a conversation: messages are mappings with role and content, oldest first.
 
         tools: descriptions of tools that the chat template shows to the model. continue_final_message: go on with the
         last message, the assistant's, instead of beginning a new one.
-        Options, return value and errors are those of generate; FailedPreconditionError: the base model has no chat
-        template.
+        Other options, return value and errors are those of generate; FailedPreconditionError: the base model has no
+        chat template.
         """
-        call = requests.chat(model, messages, options, tools, continue_final_message)
+        call = requests.chat(model, messages, options, tools, continue_final_message, cache_salt, priority)
         return self._answer(call, stream, timeout, options)
 
     def _answer(

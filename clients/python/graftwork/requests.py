@@ -112,10 +112,12 @@ def _structured(
 
 
 def generate(
-    model: str, prompt: Prompt, options: SamplingOptions
+    model: str, prompt: Prompt, options: SamplingOptions, cache_salt: str | None, priority: int | None
 ) -> Streaming[generation_pb2.GenerateResponse, types.GenerationChunk]:
     """Generate."""
-    request = generation_pb2.GenerateRequest(model=model, sampling=sampling(options))
+    request = generation_pb2.GenerateRequest(
+        model=model, sampling=sampling(options), cache_salt=cache_salt or "", priority=priority or 0
+    )
     if isinstance(prompt, str):
         request.text = prompt
     else:
@@ -127,7 +129,13 @@ def generate(
 
 
 def chat(
-    model: str, messages: Messages, options: SamplingOptions, tools: Tools | None, continue_final_message: bool
+    model: str,
+    messages: Messages,
+    options: SamplingOptions,
+    tools: Tools | None,
+    continue_final_message: bool,
+    cache_salt: str | None,
+    priority: int | None,
 ) -> Streaming[generation_pb2.ChatResponse, types.GenerationChunk]:
     """Chat. Raises ValueError for tools or tool calls that JSON cannot hold."""
     request = generation_pb2.ChatRequest(
@@ -136,6 +144,8 @@ def chat(
         sampling=sampling(options),
         tools_json=_json(tools),
         continue_final_message=continue_final_message,
+        cache_salt=cache_salt or "",
+        priority=priority or 0,
     )
     return Streaming(
         path=_GENERATION + "Chat", request=request, response=generation_pb2.ChatResponse, parse=responses.chunk

@@ -46,7 +46,7 @@ def token_logprob(entry: generation_pb2.TokenLogprob) -> types.TokenLogprob:
 
 def chunk(message: generation_pb2.GenerateResponse | generation_pb2.ChatResponse) -> types.GenerationChunk:
     """One piece of a generation or of an answer; both messages have the same fields."""
-    usage = types.Usage(message.usage.prompt_tokens, message.usage.completion_tokens)
+    usage = types.Usage(message.usage.prompt_tokens, message.usage.completion_tokens, message.usage.cached_tokens)
     return types.GenerationChunk(
         text=message.text,
         token_ids=tuple(message.token_ids),

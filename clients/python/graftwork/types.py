@@ -52,10 +52,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of one request; completion_tokens includes the end-of-sequence token."""
+    """Token counts of one request; completion_tokens includes the end-of-sequence token.
+
+    cached_tokens: those of the prompt that the server had computed before; with n or best_of, for the first completion.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

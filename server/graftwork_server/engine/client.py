@@ -269,6 +269,9 @@ class EngineClient:
         sampling: Sampling,
         adapter: AdapterRef | None = None,
         prompt_logprobs: int | None = None,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
     ) -> AsyncGenerator[SequenceOutput, None]:
         """Outputs of one sequence, several steps' worth in one if the reader is slower than the engine.
 
@@ -283,6 +286,8 @@ class EngineClient:
             sampling=sampling,
             adapter=adapter,
             prompt_logprobs=prompt_logprobs,
+            cache_salt=cache_salt,
+            priority=priority,
         )
         self._send(message)
         stream = self._streams[sequence_id] = OutputStream()

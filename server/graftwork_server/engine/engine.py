@@ -29,6 +29,7 @@ class EngineLimits:
     max_step_tokens: int = 1024
     kv_memory_bytes: int = 0
     adapter_memory_bytes: int = 0
+    prefix_cache: bool = True
 
 
 class Engine:
@@ -54,6 +55,7 @@ class Engine:
             lambda sequence: request_load(sequence.request.adapter) if sequence.request.adapter else None,
             max_sequences=limits.max_sequences,
             max_step_tokens=limits.max_step_tokens,
+            prefix_cache=limits.prefix_cache,
         )
         self._sequences: dict[int, Sequence] = {}
         self._masks = Masks()
@@ -63,6 +65,11 @@ class Engine:
     def active(self) -> int:
         """Sequences that run or wait."""
         return len(self._sequences)
+
+    @property
+    def cache_figures(self) -> tuple[int, int]:
+        """Prompt tokens so far, and how many of them were in the cache."""
+        return self._scheduler.prompt_tokens, self._scheduler.cached_tokens
 
     @property
     def has_running(self) -> bool:
@@ -91,7 +98,7 @@ class Engine:
 
     def fail_waiting(self, digest: str, error: ErrorBody) -> list[SequenceOutput]:
         """Ends the waiting sequences of an adapter that could not be loaded."""
-        failed = [sequence for sequence in self._scheduler.waiting if sequence.digest == digest]
+        failed = self._scheduler.waiting_for(digest)
         return [self._end(sequence, SequenceOutput(sequence.id, [], "error", error=error)) for sequence in failed]
 
     def step(self) -> list[SequenceOutput]:
@@ -104,13 +111,20 @@ class Engine:
         if not chunks:
             return refused
         results = self._runner.run(chunks)
+        outputs = refused + [self._discard(result.chunk.sequence) for result in results if not result.finite]
+        results = [result for result in results if result.finite]
         for result in results:
             result.chunk.sequence.computed += result.chunk.count
-        outputs = refused + self._prompt_outputs(results)
+        outputs.extend(self._prompt_outputs(results))
         sampling = [result for result in results if result.chunk.samples and not self._only_scored(result)]
         if sampling:
             outputs.extend(self._sample(sampling))
         return outputs
+
+    def _discard(self, sequence: Sequence) -> SequenceOutput:
+        """Ends a sequence with logits that are not finite; what it computed is found by nobody."""
+        self._runner.discard(self.blocks.forget(sequence.block_table))
+        return self._end(sequence, _not_finite(sequence))
 
     def _only_scored(self, result: ChunkLogits) -> bool:
         return result.chunk.sequence.request.sampling.max_tokens == 0
@@ -130,14 +144,11 @@ class Engine:
     def _sample(self, results: list[ChunkLogits]) -> list[SequenceOutput]:
         sequences = [result.chunk.sequence for result in results]
         logits = torch.stack([result.logits[-1] for result in results])  # [sequences, vocabulary]
-        finite = torch.isfinite(logits).all(-1).tolist()
-        tokens = sample(logits.nan_to_num(), sequences, self._masks)
+        # sample changes what it is given.
+        shown = any(sequence.request.sampling.logprobs is not None for sequence in sequences)
+        tokens = sample(logits.clone() if shown else logits, sequences, self._masks)
         outputs = []
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
-            if not finite[row]:
-                self._runner.discard(sequence)
-                outputs.append(self._end(sequence, _not_finite(sequence)))
-                continue
             if token is None or not sequence.accepts(token):
                 outputs.append(self._end(sequence, _nothing_allowed(sequence)))
                 continue
@@ -146,7 +157,8 @@ class Engine:
             prompt_logprobs = list(sequence.prompt_logprobs) if first and sequence.wants_prompt_logprobs else None
             sequence.tokens.append(token)
             finish = self._finish_reason(sequence, token)
-            output = SequenceOutput(sequence.id, [token], finish, logprobs, prompt_logprobs)
+            cached = (sequence.cached_tokens or 0) if first else 0
+            output = SequenceOutput(sequence.id, [token], finish, logprobs, prompt_logprobs, cached_tokens=cached)
             outputs.append(self._end(sequence, output) if finish else output)
         return outputs
 

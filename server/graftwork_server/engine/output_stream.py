@@ -78,4 +78,5 @@ def merge(outputs: list[SequenceOutput]) -> SequenceOutput:
         logprobs=logprobs if any(output.logprobs is not None for output in outputs) else None,
         prompt_logprobs=outputs[0].prompt_logprobs,
         error=last.error,
+        cached_tokens=outputs[0].cached_tokens,
     )

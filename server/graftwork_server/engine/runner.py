@@ -8,19 +8,21 @@ from dataclasses import dataclass
 import torch
 
 from graftwork_server.engine.attention.paged import Chunk, plan_attention
-from graftwork_server.engine.kv_cache import KVCache, rows_of
+from graftwork_server.engine.kv_cache import BLOCK_TOKENS, KVCache, rows_of
 from graftwork_server.engine.model import EngineModel
 from graftwork_server.engine.routing import Routing, RowSpan
-from graftwork_server.engine.sequence import ScheduledChunk, Sequence
+from graftwork_server.engine.sequence import ScheduledChunk
 
 
 @dataclass(frozen=True)
 class ChunkLogits:
     """Logits [rows, vocabulary] float32 of a chunk: of all its tokens if the prompt's log probabilities are wanted,
-    else of its last token if the chunk samples, else none."""
+    else of its last token; none of a chunk of virtual tokens alone."""
 
     chunk: ScheduledChunk
     logits: torch.Tensor
+    finite: bool = True
+    """None of them is NaN or infinite."""
 
 
 class Runner:
@@ -44,11 +46,11 @@ class Runner:
                 results.extend(self._forward(model, sorted(members, key=_packing_order)))
         return results
 
-    def discard(self, sequence: Sequence) -> None:
-        """Zeroes what a sequence with non-finite logits left in the cache, before its blocks go to others."""
+    def discard(self, blocks: SequenceOf[int]) -> None:
+        """Zeroes blocks of a sequence with non-finite logits, before they go to others."""
         with torch.inference_mode():
-            rows = rows_of(sequence.block_table, 0, min(len(sequence.tokens), 16 * len(sequence.block_table)))
-            self._cache.clear(torch.tensor(rows, device=self._device))
+            rows = rows_of(blocks, 0, BLOCK_TOKENS * len(blocks))
+            self._cache.clear(torch.tensor(rows, dtype=torch.int64, device=self._device))
 
     def _forward(self, model: EngineModel, chunks: list[ScheduledChunk]) -> list[ChunkLogits]:
         input_ids: list[int] = []
@@ -68,7 +70,7 @@ class Runner:
             if chunk.sequence.wants_prompt_logprobs:
                 kept = range(row, row + count)
             else:
-                kept = range(row + count - 1, row + count) if chunk.samples else range(0)
+                kept = range(row + max(count - 1, 0), row + count)
             keep.extend(kept)
             kept_counts.append(len(kept))
         if not input_ids:
@@ -81,8 +83,13 @@ class Runner:
             Routing(_spans(chunks, counts), self._device, model.kernels),
             Routing(_spans(chunks, kept_counts), self._device, model.kernels),
         )
-        parts = logits.float().split(kept_counts)
-        return [ChunkLogits(chunk, part) for chunk, part in zip(chunks, parts, strict=True)]
+        logits = logits.float()
+        finite = torch.isfinite(logits).all(-1).tolist()
+        results, row = [], 0
+        for chunk, part in zip(chunks, logits.split(kept_counts), strict=True):
+            results.append(ChunkLogits(chunk, part, all(finite[row : row + len(part)])))
+            row += len(part)
+        return results
 
     def _skip_virtual(self, chunk: ScheduledChunk) -> int:
         """Where the chunk's own tokens begin. Its virtual ones are not run: their keys and values are written."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from graftwork_server.engine.kv_cache import BLOCK_TOKENS, block_key, root_key
 from graftwork_server.engine.logits_processing import LogitsProcessing
 from graftwork_server.engine.slots import LoadedAdapter
 from graftwork_server.messages import Generate, TokenLogprobs
@@ -32,6 +33,10 @@ class Sequence:
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
     block_table: list[int] = field(default_factory=list)
+    kept_blocks: int = 0
+    """Blocks, from the first on, that others can find by their keys."""
+    cached_tokens: int | None = None
+    """Prompt tokens that were in the cache when it first ran, virtual ones not counted; None before that."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     random: random.Random = field(default_factory=random.Random)
     """The request's own stream, one draw per sampled token."""
@@ -43,6 +48,7 @@ class Sequence:
     too_long: bool = False
     """With the adapter's virtual tokens it would be longer than `longest`; it must not be run."""
     _adapter: LoadedAdapter | None = None
+    _block_keys: list[bytes] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -93,6 +99,20 @@ class Sequence:
     def digest(self) -> str | None:
         """Digest of the adapter that it asks for; None is the base."""
         return self.request.adapter.digest if self.request.adapter else None
+
+    @property
+    def priority(self) -> int:
+        """The request's priority; higher ones run first."""
+        return self.request.priority
+
+    def block_key(self, index: int) -> bytes:
+        """Key of its block `index`, which must be full. Only while an adapter is leased, or after: before the first
+        lease its virtual tokens may be missing."""
+        while len(self._block_keys) <= index:
+            parent = self._block_keys[-1] if self._block_keys else root_key(self.digest, self.request.cache_salt)
+            start = len(self._block_keys) * BLOCK_TOKENS
+            self._block_keys.append(block_key(parent, self.tokens[start : start + BLOCK_TOKENS]))
+        return self._block_keys[index]
 
     @property
     def generated(self) -> int:

@@ -37,6 +37,9 @@ from graftwork_server.types import AdapterRef, ArtifactInfo, StrategyInfo
 
 log = logging.getLogger("graftwork.engine")
 
+FIGURES_SECONDS = 60.0
+"""Time between two log lines that say how well the prefix cache does."""
+
 
 class Strategies(Protocol):
     """What the engine needs of the plugins; plugin_host.PluginHost is the one there is."""
@@ -91,6 +94,8 @@ class EngineWorker:
         """Leases that keep a fresh load on the device until the scheduler has seen it once."""
         self._reported: list[str] = []
         self._deadline: float | None = None
+        self._figures = self.engine.cache_figures
+        self._figures_told = time.monotonic()
         self._gate_fd = os.memfd_create("graftwork-gate") if hasattr(os, "memfd_create") else _gate_file()
         os.ftruncate(self._gate_fd, mmap.PAGESIZE)
         self._gate = mmap.mmap(self._gate_fd, mmap.PAGESIZE)
@@ -118,6 +123,7 @@ class EngineWorker:
         try:
             self._loop()
         finally:
+            self._tell_figures()
             self._stop.set()
             self._tuners.stop_all()
             self._outbox.put(None)
@@ -144,8 +150,18 @@ class EngineWorker:
     def _active(self) -> int:
         return self.engine.active + len(self._compiling)
 
+    def _tell_figures(self) -> None:
+        """Logs how many prompt tokens since the start were in the KV cache, if there were new ones."""
+        self._figures_told = time.monotonic()
+        if self._figures != self.engine.cache_figures:
+            self._figures = tokens, cached = self.engine.cache_figures
+            share = 100 * cached / tokens
+            log.info("prefix cache: %d of %d prompt tokens since the start were in it (%.1f%%)", cached, tokens, share)
+
     def _after_step(self) -> None:
         struct.pack_into("<q", self._gate, 0, self._active)
+        if time.monotonic() - self._figures_told > FIGURES_SECONDS:
+            self._tell_figures()
         digests = self.engine.adapters.digests()
         if digests != self._reported:
             self._reported = digests

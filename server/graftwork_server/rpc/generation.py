@@ -29,6 +29,7 @@ from graftwork_server.rpc.limits import (
     Admission,
     check_prompt,
     check_prompt_logprobs,
+    check_scheduling,
     context_limit,
     invalid,
     off_loop_if_large,
@@ -77,7 +78,7 @@ class GenerationService(GenerationServiceServicer):
                 ids = await _prompt_ids(request, field, text)
                 echo = request.text or (_needed(text).decode(ids) if request.sampling.echo else "")
                 prompt = _Prompt(ids, field, echo)
-                await self._stream(resolved, text, prompt, request.sampling, pb.GenerateResponse, context)
+                await self._stream(resolved, text, prompt, request, pb.GenerateResponse, context)
 
     async def Chat(  # type: ignore[override]  # writes to the context instead of yielding
         self, request: pb.ChatRequest, context: Context
@@ -90,7 +91,7 @@ class GenerationService(GenerationServiceServicer):
                     raise invalid([Violation("sampling.echo", what)])
                 ids = await chat_ids(request, _needed(text))
                 prompt = _Prompt(ids, "messages", request.messages[-1].content)
-                await self._stream(resolved, text, prompt, request.sampling, pb.ChatResponse, context)
+                await self._stream(resolved, text, prompt, request, pb.ChatResponse, context)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Log probabilities of a given text."""
@@ -135,22 +136,31 @@ class GenerationService(GenerationServiceServicer):
         resolved: Resolved,
         text: TextProcessor | None,
         prompt: _Prompt,
-        parameters: pb.SamplingParameters,
+        request: pb.GenerateRequest | pb.ChatRequest,
         response_type: type[pb.GenerateResponse] | type[pb.ChatResponse],
         context: Context,
     ) -> None:
+        parameters = request.sampling
+        check_scheduling(request.cache_salt, request.priority)
         check_prompt(prompt.ids, prompt.field, self._engine.model, room_for=1)
         sampling = sampling_of(parameters, len(prompt.ids), self._engine.model, text)
         own_end = text.eos_token_id if text and text is not self._texts.base else None
         if own_end is not None and own_end not in self._engine.model.eos_token_ids and not sampling.ignore_eos:
             sampling = msgspec.structs.replace(sampling, stop_token_ids=[*sampling.stop_token_ids, own_end])
-        counts = sample_counts(parameters)
+        counts = sample_counts(parameters, self._admission.limit)
         top = prompt_logprobs_of(parameters, len(prompt.ids))
         if parameters.stop or parameters.echo:
             _needed(text)
 
         def start(one: Sampling, first: bool) -> AsyncGenerator[SequenceOutput, None]:
-            return self._engine.generate(prompt.ids, one, resolved.adapter, top if first else None)
+            return self._engine.generate(
+                prompt.ids,
+                one,
+                resolved.adapter,
+                top if first else None,
+                cache_salt=request.cache_salt,
+                priority=request.priority,
+            )
 
         completions = [
             Completion(
@@ -169,8 +179,9 @@ class GenerationService(GenerationServiceServicer):
         ]
         if counts.scored and sampling.logprobs is None:
             sampling = msgspec.structs.replace(sampling, logprobs=0)
-        async with Samples(start, samplings_of(sampling, counts.sampled)) as samples:
-            await _write(samples, completions, counts, len(prompt.ids), context)
+        with self._admission.admit(counts.sampled - 1):
+            async with Samples(start, samplings_of(sampling, counts.sampled)) as samples:
+                await _write(samples, completions, counts, len(prompt.ids), context)
 
     async def _prompt_logprobs(self, resolved: Resolved, prompt_ids: list[int], top: int) -> list[TokenLogprobs]:
         entries: list[TokenLogprobs] = []
@@ -194,6 +205,8 @@ async def _write(
     usage = pb.Usage(prompt_tokens=prompt_tokens)
     async for index, output in samples:
         completion = completions[index]
+        if index == 0:
+            usage.cached_tokens += output.cached_tokens
         if completion.ended:
             continue
         message = completion.message(output)

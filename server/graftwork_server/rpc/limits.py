@@ -18,6 +18,8 @@ MAX_LOGPROBS = 20
 MAX_PROMPT_LOGPROBS = 1 << 20
 """Log probabilities of one prompt, alternatives counted: they are sent in one message."""
 MAX_MESSAGES = 4096
+MAX_SALT_CHARACTERS = 256
+MAX_PRIORITY = 100
 RETRY_AFTER_MS = 500
 LARGE_TEXT_CHARACTERS = 10_000
 
@@ -25,27 +27,27 @@ T = TypeVar("T")
 
 
 class Admission:
-    """Counts requests that wait or run, and refuses what is over the limit at once instead of letting it wait."""
+    """Counts sequences that wait or run, and refuses what is over the limit at once instead of letting it wait."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self.admitted = 0
-        """Requests in the server now."""
+        """Sequences in the server now."""
 
     @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Holds a place while the block runs. Raises ResourceExhausted (QUEUE_FULL) if there is none."""
-        if self.admitted >= self._limit:
+    def admit(self, sequences: int = 1) -> Iterator[None]:
+        """Holds places while the block runs. Raises ResourceExhausted (QUEUE_FULL) if there are too few."""
+        if self.admitted + sequences > self.limit:
             raise ResourceExhausted(
-                f"{self._limit} requests wait or run already; send it again later",
+                f"{self.admitted} sequences wait or run, {self.limit} may; send it again later",
                 reason="QUEUE_FULL",
                 metadata={"retry_after_ms": str(RETRY_AFTER_MS)},
             )
-        self.admitted += 1
+        self.admitted += sequences
         try:
             yield
         finally:
-            self.admitted -= 1
+            self.admitted -= sequences
 
 
 def context_limit(model: ModelInfo) -> int:
@@ -83,6 +85,18 @@ def check_prompt_logprobs(top: int, field: str, prompt_tokens: int) -> None:
         most = MAX_PROMPT_LOGPROBS // prompt_tokens - 1
         accepted = f"at most {most} is accepted" if most >= 0 else f"at most {MAX_PROMPT_LOGPROBS} tokens are accepted"
         raise invalid([Violation(field, f"is {top} for each of {prompt_tokens} tokens; {accepted}")])
+
+
+def check_scheduling(cache_salt: str, priority: int) -> None:
+    """Raises InvalidArgument unless the salt is short and the priority in its range."""
+    wrong = []
+    if len(cache_salt) > MAX_SALT_CHARACTERS:
+        what = f"has {len(cache_salt)} characters; at most {MAX_SALT_CHARACTERS} are accepted"
+        wrong.append(Violation("cache_salt", what))
+    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        wrong.append(Violation("priority", f"is {priority}; {-MAX_PRIORITY} to {MAX_PRIORITY} is accepted"))
+    if wrong:
+        raise invalid(wrong)
 
 
 def check_messages(messages: Sequence[pb.ChatMessage]) -> None:

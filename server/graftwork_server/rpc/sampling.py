@@ -89,15 +89,16 @@ class SampleCounts:
     scored: bool
 
 
-def sample_counts(parameters: pb.SamplingParameters) -> SampleCounts:
-    """n and best_of. Raises InvalidArgument."""
+def sample_counts(parameters: pb.SamplingParameters, max_queue: int) -> SampleCounts:
+    """n and best_of; no request has more than the whole queue may. Raises InvalidArgument."""
     wrong = Wrong()
+    most = min(MAX_SAMPLES, max_queue)
     n = parameters.n if parameters.HasField("n") else 1
     best_of = parameters.best_of if parameters.HasField("best_of") else n
-    wrong.unless(1 <= n <= MAX_SAMPLES, "n", f"is {n}; 1 to {MAX_SAMPLES} is accepted")
+    wrong.unless(1 <= n <= most, "n", f"is {n}; 1 to {most} is accepted")
     if parameters.HasField("best_of"):
-        accepted = max(n, 1) <= best_of <= MAX_SAMPLES
-        wrong.unless(accepted, "best_of", f"is {best_of}; n ({n}) to {MAX_SAMPLES} is accepted")
+        accepted = max(n, 1) <= best_of <= most
+        wrong.unless(accepted, "best_of", f"is {best_of}; n ({n}) to {most} is accepted")
     wrong.raise_if_any()
     return SampleCounts(best_of, n, parameters.HasField("best_of"))
 

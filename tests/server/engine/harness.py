@@ -37,10 +37,15 @@ class Harness:
         self.logits: dict[int, list[torch.Tensor]] = defaultdict(list)
         self.finished: dict[int, SequenceOutput] = {}
         self.prompt_logprobs: dict[int, Any] = {}
+        self.cached: dict[int, int] = defaultdict(int)
+        self.rows: dict[int, int] = defaultdict(int)
+        """By request: tokens that were run, or written if they were virtual."""
         self.steps = 0
         run = self.engine._runner.run
 
         def recording(chunks: Any) -> Any:
+            for chunk in chunks:
+                self.rows[chunk.sequence.id] += chunk.count
             results = run(chunks)
             for result in results:
                 if result.chunk.samples:
@@ -62,6 +67,9 @@ class Harness:
         prompt: list[int],
         adapter: AdapterRef | None = None,
         prompt_logprobs: int | None = None,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
         **sampling: Any,
     ) -> None:
         """Queues a request."""
@@ -73,6 +81,8 @@ class Harness:
                 sampling=Sampling(**settings),
                 adapter=adapter,
                 prompt_logprobs=prompt_logprobs,
+                cache_salt=cache_salt,
+                priority=priority,
             )
         )
         if refused is not None:
@@ -84,6 +94,7 @@ class Harness:
         self.steps += 1
         for output in outputs:
             self.tokens[output.id].extend(output.token_ids)
+            self.cached[output.id] += output.cached_tokens
             if output.prompt_logprobs is not None:
                 self.prompt_logprobs[output.id] = output.prompt_logprobs
             if output.finish:

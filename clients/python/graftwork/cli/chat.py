@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from typing import Annotated, TypeAlias
 
 import typer
 
@@ -14,6 +14,7 @@ from graftwork.cli import output
 from graftwork.cli.options import (
     Address,
     AsJson,
+    CacheSalt,
     Choice,
     FrequencyPenalty,
     JsonSchema,
@@ -22,6 +23,7 @@ from graftwork.cli.options import (
     MinTokens,
     Model,
     PresencePenalty,
+    Priority,
     Regex,
     RepetitionPenalty,
     Seed,
@@ -31,10 +33,13 @@ from graftwork.cli.options import (
     TopP,
 )
 from graftwork.cli.session import session
-from graftwork.client import Client
 from graftwork.errors import APIError, UnavailableError
-from graftwork.requests import SamplingOptions
+from graftwork.requests import Messages, SamplingOptions
+from graftwork.streams import GenerationStream
 from graftwork.types import Generation, Message
+
+Ask: TypeAlias = Callable[[Messages], GenerationStream]
+"""Sends a conversation."""
 
 
 def chat(
@@ -55,6 +60,8 @@ def chat(
     json_schema: JsonSchema = None,
     regex: Regex = None,
     choice: Choice = None,
+    cache_salt: CacheSalt = None,
+    priority: Priority = None,
     as_json: AsJson = False,
     address: Address = None,
 ) -> None:
@@ -79,11 +86,17 @@ def chat(
         choice=choice,
     )
     with session(ctx, address, as_json) as client:
-        opening = [Message(role="system", content=system)] if system else []
-        _converse(client, model, opening, options, as_json)
+
+        def ask(messages: Messages) -> GenerationStream:
+            running: GenerationStream = client.chat(
+                model, messages, stream=True, cache_salt=cache_salt, priority=priority, **options
+            )
+            return running
+
+        _converse(ask, [Message(role="system", content=system)] if system else [], as_json)
 
 
-def _converse(client: Client, model: str, opening: list[Message], options: SamplingOptions, as_json: bool) -> None:
+def _converse(ask: Ask, opening: list[Message], as_json: bool) -> None:
     interactive = sys.stdin.isatty()
     history = list(opening)
     for line in _lines(interactive, as_json):
@@ -94,7 +107,7 @@ def _converse(client: Client, model: str, opening: list[Message], options: Sampl
             continue
         turn = Message(role="user", content=line)
         try:
-            answer = _answer(client, model, [*history, turn], options, as_json)
+            answer = _answer(ask([*history, turn]), as_json)
         except KeyboardInterrupt:
             if not interactive:
                 raise
@@ -125,12 +138,12 @@ def _lines(interactive: bool, as_json: bool) -> Iterator[str]:
             yield line
 
 
-def _answer(client: Client, model: str, messages: list[Message], options: SamplingOptions, as_json: bool) -> Generation:
-    if as_json:
-        answer = client.chat(model, messages, **options)
-        output.emit(answer)
-        return answer
-    with client.chat(model, messages, stream=True, **options) as stream:
+def _answer(running: GenerationStream, as_json: bool) -> Generation:
+    with running as stream:
+        if as_json:
+            answer = stream.result()
+            output.emit(answer)
+            return answer
         started = False
         try:
             for chunk in stream:
@@ -139,5 +152,4 @@ def _answer(client: Client, model: str, messages: list[Message], options: Sampli
         finally:
             if started:
                 print(flush=True)
-        whole: Generation = stream.result()
-        return whole
+        return stream.result()

@@ -11,6 +11,7 @@ from graftwork.cli import output
 from graftwork.cli.options import (
     Address,
     AsJson,
+    CacheSalt,
     Choice,
     FrequencyPenalty,
     JsonSchema,
@@ -19,6 +20,7 @@ from graftwork.cli.options import (
     MinTokens,
     Model,
     PresencePenalty,
+    Priority,
     Regex,
     RepetitionPenalty,
     Seed,
@@ -28,8 +30,8 @@ from graftwork.cli.options import (
     TopP,
 )
 from graftwork.cli.session import session
-from graftwork.client import Client
 from graftwork.requests import SamplingOptions
+from graftwork.streams import GenerationStream
 from graftwork.types import Completion, TokenLogprob
 
 TokenIds = Annotated[
@@ -63,6 +65,8 @@ def generate(
     best_of: Annotated[int | None, typer.Option("--best-of", help="Sample so many and return the best N.")] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Begin with the prompt.")] = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
+    cache_salt: CacheSalt = None,
+    priority: Priority = None,
     as_json: AsJson = False,
     address: Address = None,
 ) -> None:
@@ -90,16 +94,20 @@ def generate(
         choice=choice,
     )
     with session(ctx, address, as_json) as client:
-        if as_json:
-            output.emit(client.generate(model, given, **options))
-        elif (n or 1) > 1:
-            _print_completions(client.generate(model, given, **options).completions)
+        if as_json or (n or 1) > 1:
+            answer = client.generate(model, given, cache_salt=cache_salt, priority=priority, **options)
+            if as_json:
+                output.emit(answer)
+            else:
+                _print_completions(answer.completions)
         else:
-            _stream(client, model, given, options)
+            _print_stream(
+                client.generate(model, given, stream=True, cache_salt=cache_salt, priority=priority, **options)
+            )
 
 
-def _stream(client: Client, model: str, prompt: str | Sequence[int], options: SamplingOptions) -> None:
-    with client.generate(model, prompt, stream=True, **options) as stream:
+def _print_stream(running: GenerationStream) -> None:
+    with running as stream:
         started = False
         try:
             for chunk in stream:

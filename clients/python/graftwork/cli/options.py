@@ -47,6 +47,12 @@ Choice: TypeAlias = Annotated[
     list[str] | None, typer.Option("--choice", help="A text to choose from; may be repeated.")
 ]
 
+CacheSalt: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--cache-salt", help="Share nothing in the server's cache with requests of another salt."),
+]
+Priority: TypeAlias = Annotated[int | None, typer.Option("--priority", help="-100 to 100; higher ones begin first.")]
+
 
 def subgroup(help_text: str) -> typer.Typer:
     """A command group that looks and fails like the others."""
