@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from llguidance import LLMatcher
 
+from graftwork_server.engine.adapter_pool import AdapterPool
 from graftwork_server.engine.grammars import Masks, too_complex
 from graftwork_server.engine.kv_cache import BLOCK_TOKENS, BlockPool, KVCache
 from graftwork_server.engine.model import BaseModel
@@ -15,7 +16,6 @@ from graftwork_server.engine.runner import ChunkLogits, Runner
 from graftwork_server.engine.sampling import sample, token_logprobs
 from graftwork_server.engine.scheduler import Scheduler
 from graftwork_server.engine.sequence import Sequence
-from graftwork_server.engine.slots import AdapterPool
 from graftwork_server.errors import ErrorBody
 from graftwork_server.messages import Generate, SequenceOutput, TokenLogprobs
 from graftwork_server.types import AdapterRef
@@ -29,6 +29,8 @@ class EngineLimits:
     max_step_tokens: int = 1024
     kv_memory_bytes: int = 0
     adapter_memory_bytes: int = 0
+    host_cache_bytes: int = 0
+    """Of evicted adapters in host memory; 0: none."""
 
 
 class Engine:
@@ -45,6 +47,7 @@ class Engine:
             base.engine_model.groups,
             base.dtype,
             base.device,
+            limits.host_cache_bytes,
         )
         cache = KVCache(base.layer_shapes, num_blocks, base.dtype, base.device, base.engine_model.kernels)
         self._runner = Runner(base.engine_model, cache, base.device)
@@ -82,6 +85,10 @@ class Engine:
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
         return None
+
+    def waited_for(self) -> set[str]:
+        """Digests of the adapters of waiting sequences."""
+        return {sequence.digest for sequence in self._scheduler.waiting if sequence.digest is not None}
 
     def cancel(self, sequence_id: int) -> None:
         """Ends a sequence without an answer; unknown ids are ignored."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from graftwork_plugins import Delta, FullWeights, Head, LowRank, Prefix, Replace, Scale
-from graftwork_server.engine.binding import bind_changes, rejected
+from graftwork_server.engine.binding import bind_changes, check_values, rejected
 from graftwork_server.engine.changes import Changes
 from graftwork_server.engine.model import BaseModel, tuned_model, unwrapped_state
 from graftwork_server.engine.prefix import bind_prefix
-from graftwork_server.engine.slots import PreparedAdapter
+from graftwork_server.engine.slots import PreparedAdapter, empty_packed
 
 
 def bind(base: BaseModel, digest: str, deltas: Sequence[Delta], *, place: bool = True) -> PreparedAdapter:
@@ -43,29 +44,52 @@ def _bind_modules(
     groups = base.engine_model.groups
     linear = {name for group in groups for name in group.names}
     by_module = {delta.module: delta for delta in deltas if isinstance(delta, LowRank) and delta.module in linear}
-    ranks: list[tuple[int, ...]] = []
-    tensors: list[tuple[torch.Tensor, list[torch.Tensor]] | None] = []
-    for group in groups:
-        members = [by_module.get(name) for name in group.names]
-        ranks.append(tuple(delta.a.shape[0] if delta is not None else 0 for delta in members))
-        present = [delta for delta in members if delta is not None]
-        if not present:
-            tensors.append(None)
-            continue
-        a = torch.cat([delta.a.float() for delta in present]).to(base.dtype)  # [sum of ranks, in]
-        bs = [(delta.b.float() * delta.scaling).t().contiguous().to(base.dtype) for delta in present]  # [rank, out]
-        tensors.append((a, bs))
-    low_rank_bytes = sum(t[0].nbytes + sum(b.nbytes for b in t[1]) for t in tensors if t is not None)
+    members = [[by_module.get(name) for name in group.names] for group in groups]
+    packed = _packed(base, members) if by_module else None
+    low_rank_bytes = packed.nbytes if packed is not None else 0
     return PreparedAdapter(
         digest=digest,
         modules_bound=len(set(by_module) | set(changes)),
         rank=max((delta.a.shape[-2] for delta in deltas if isinstance(delta, LowRank)), default=0),
         parameter_count=sum(_parameters(delta) for delta in deltas),
         device_bytes=low_rank_bytes + sum(change.device_bytes for made in changes.values() for change in made),
-        ranks=tuple(ranks),
-        tensors=tensors if by_module else [],
+        ranks=tuple(tuple(delta.a.shape[0] if delta is not None else 0 for delta in group) for group in members),
+        packed=packed,
         changes=changes,
     )
+
+
+def _packed(base: BaseModel, groups: Sequence[Sequence[LowRank | None]]) -> torch.Tensor:
+    """PreparedAdapter.packed of the deltas by linear group and member, whose shapes were checked."""
+    by_group = [[delta for delta in members if delta is not None] for members in groups]
+    sizes = []
+    for deltas in filter(None, by_group):
+        sizes += [sum(delta.a.numel() for delta in deltas), *(delta.b.numel() for delta in deltas)]
+    packed = empty_packed(sum(sizes), base.dtype, for_gpu=base.device.type == "cuda")
+    pieces = iter(packed.split(sizes))
+    for deltas in filter(None, by_group):
+        torch.cat([_wide(delta.a, base.dtype).reshape(-1) for delta in deltas], out=next(pieces))
+        for delta in deltas:
+            b = _wide(delta.b, base.dtype)
+            torch.mul(b.t(), delta.scaling, out=next(pieces).view(b.shape[1], b.shape[0]))
+    if not math.isfinite(packed.sum().item()) and not torch.isfinite(packed).all():
+        _refuse_values([delta for deltas in by_group for delta in deltas], base.dtype)
+    return packed
+
+
+def _wide(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What can be multiplied in its own dtype without rounding twice."""
+    return tensor if tensor.dtype == dtype else tensor.float()
+
+
+def _refuse_values(deltas: Sequence[LowRank], dtype: torch.dtype) -> None:
+    for delta in deltas:
+        check_values(f"{delta.module}: A", delta.a, delta.module)
+        check_values(f"{delta.module}: B", delta.b, delta.module)
+    for delta in deltas:
+        for name, tensor in (("A", delta.a), ("B times its scaling", delta.b.float() * delta.scaling)):
+            if not torch.isfinite(tensor.to(dtype)).all():
+                raise rejected(delta.module, f"{delta.module}: {name} is too large for {dtype}")
 
 
 def _bind_prefix(base: BaseModel, digest: str, deltas: Sequence[Delta], delta: Prefix) -> PreparedAdapter:
@@ -110,8 +134,8 @@ def _bind_full(base: BaseModel, digest: str, delta: FullWeights, place: bool) ->
             raise rejected(name, f"{name} is {list(tensor.shape)}; this base takes {list(wanted.shape)}")
         if tensor.is_floating_point() != wanted.is_floating_point():
             raise rejected(name, f"{name} is {tensor.dtype}; floating point is accepted")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise rejected(name, f"{name} holds NaN or infinite values")
+        if tensor.is_floating_point():
+            check_values(name, tensor)
     parameters = sum(tensors[name].numel() for name in resident)
     model, own_bytes = tuned_model(base, tensors) if place else (None, 0)
     return PreparedAdapter(

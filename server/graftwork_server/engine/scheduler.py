@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from graftwork_server.engine.adapter_pool import AdapterPool
 from graftwork_server.engine.kv_cache import BlockPool
 from graftwork_server.engine.sequence import ScheduledChunk, Sequence
-from graftwork_server.engine.slots import AdapterPool
 
 _PROMPT_LOGPROBS_CHUNK = 256
 """Tokens per step of a sequence that needs logits at each of them: a chunk's logits are [tokens, vocabulary] floats."""
@@ -65,8 +65,8 @@ class Scheduler:
     def _admit(self, budget: int, chunks: list[ScheduledChunk]) -> None:
         """Moves waiting sequences to running, oldest first.
 
-        One whose adapter is still loading is passed by; but where its load waits for room, nobody newer is let in, so
-        that leases end and it gets its turn.
+        One whose adapter is still loading is passed by. Where its load waits for room, the pool gives no new leases on
+        an adapter that is to make room for it, so that those leases end and it gets its turn.
         """
         for sequence in list(self.waiting):
             if len(self.running) >= self._max_sequences or budget <= 0:
@@ -75,8 +75,6 @@ class Scheduler:
                 sequence.adapter = self._adapters.lease(sequence.digest)
                 if sequence.adapter is None:
                     self._request_load(sequence)
-                    if self._adapters.waits_for_room:
-                        return
                     continue
             if not self._blocks.extend(sequence.block_table, len(sequence.tokens)):
                 self._free(sequence)
