@@ -341,11 +341,6 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], obj
         f"{Q0}.lora_A.weight",
         "int32",
     ),
-    "NaN": (
-        lambda config, tensors: tensors[f"{Q0}.lora_B.weight"].fill_(float("nan")),
-        f"{Q0}.lora_B.weight",
-        "not finite",
-    ),
 }
 
 

@@ -281,6 +281,21 @@ class AdapterPool:
             yield
         self._stream.synchronize()
 
+    def ready_next_slot(self, like: LoadedAdapter) -> None:
+        """Gives the next adapter of the same family memory to lie in: a page that is written for the first time costs
+        several times what the copy costs, and the operating system's whims. Of no use on a GPU."""
+        with self._changed:
+            block = like.block
+            if block is None or self._device.type != "cpu" or self.used_bytes + like.bytes > self.budget_bytes:
+                return
+            block, slot = self._take_slot(block.ranks)
+        try:
+            if slot in block.unused:
+                block.clear(slot)
+        finally:
+            with self._changed:
+                self._give_slot_back(block, slot)
+
     # ------------------------------------------------------------------------------------------ places
 
     def _drop(self, adapter: LoadedAdapter) -> None:
@@ -293,14 +308,7 @@ class AdapterPool:
     def _free_slot(self, adapter: LoadedAdapter) -> None:
         self.generation += 1
         if adapter.block is not None:
-            adapter.block.free.append(adapter.slot)
-            adapter.block.free.sort()
-            ranks = adapter.block.ranks
-            kept = [block for block in self._blocks[ranks] if len(block.free) < SLOTS_PER_BLOCK]
-            if kept:
-                self._blocks[ranks] = kept
-            else:
-                del self._blocks[ranks]
+            self._give_slot_back(adapter.block, adapter.slot)
         adapter.forget()
 
     def _take_slot(self, ranks: Ranks) -> tuple[SlotBlock, int]:
@@ -309,7 +317,20 @@ class AdapterPool:
         if block is None:
             block = SlotBlock(ranks, self._groups, self._dtype, self._device)
             blocks.append(block)
-        return block, block.free.pop(0)
+        # One that was written before has its memory.
+        slot = next((slot for slot in block.free if slot not in block.unused), block.free[0])
+        block.free.remove(slot)
+        return block, slot
+
+    def _give_slot_back(self, block: SlotBlock, slot: int) -> None:
+        block.free.append(slot)
+        block.free.sort()
+        blocks = self._blocks[block.ranks]
+        empty = [block for block in blocks if len(block.free) == SLOTS_PER_BLOCK]
+        if len(empty) == len(blocks):
+            del self._blocks[block.ranks]
+        elif empty and sum(len(block.free) for block in blocks) > SLOTS_PER_BLOCK:
+            blocks.remove(empty[-1])
 
 
 def _bytes(adapters: Collection[LoadedAdapter]) -> int:

@@ -132,6 +132,8 @@ def _linear_changes(base: BaseModel, name: str, module: AdaptedLinear, deltas: _
         if low_rank is not None or deltas.tensors:
             raise rejected(name, f"{name} has a scaled input and another delta; one of them is accepted")
         return [ScaledInput(layer, _vector(base, name, "factors", scale.factors, module.in_features))]
+    if low_rank is not None and low_rank.bias is low_rank.magnitude is scale is None and not deltas.tensors:
+        return []
     affine = _affine(base, name, module, deltas)
     return [affine] if affine.factor is not None or affine.offset is not None else []
 

@@ -61,25 +61,31 @@ def _bind_modules(
 
 def _packed(base: BaseModel, groups: Sequence[Sequence[LowRank | None]]) -> torch.Tensor:
     """PreparedAdapter.packed of the deltas by linear group and member, whose shapes were checked."""
-    by_group = [[delta for delta in members if delta is not None] for members in groups]
-    sizes = []
-    for deltas in filter(None, by_group):
-        sizes += [sum(delta.a.numel() for delta in deltas), *(delta.b.numel() for delta in deltas)]
-    packed = empty_packed(sum(sizes), base.dtype, for_gpu=base.device.type == "cuda")
-    pieces = iter(packed.split(sizes))
-    for deltas in filter(None, by_group):
-        torch.cat([_wide(delta.a, base.dtype).reshape(-1) for delta in deltas], out=next(pieces))
-        for delta in deltas:
-            b = _wide(delta.b, base.dtype)
-            torch.mul(b.t(), delta.scaling, out=next(pieces).view(b.shape[1], b.shape[0]))
+    deltas = [delta for members in groups for delta in members if delta is not None]
+    a_elements, b_elements = (
+        [tensor.numel() for tensor in side] for side in zip(*((d.a, d.b) for d in deltas), strict=True)
+    )
+    packed = empty_packed(sum(a_elements) + sum(b_elements), base.dtype, for_gpu=base.device.type == "cuda")
+    a_side, b_side = packed.split([sum(a_elements), sum(b_elements)])
+    torch._foreach_copy_(a_side.split(a_elements), [delta.a.reshape(-1) for delta in deltas])
+    _write_b_sides(base, deltas, b_side.split(b_elements))
     if not math.isfinite(packed.sum().item()) and not torch.isfinite(packed).all():
-        _refuse_values([delta for deltas in by_group for delta in deltas], base.dtype)
+        _refuse_values(deltas, base.dtype)
     return packed
 
 
-def _wide(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What can be multiplied in its own dtype without rounding twice."""
-    return tensor if tensor.dtype == dtype else tensor.float()
+def _write_b_sides(base: BaseModel, deltas: Sequence[LowRank], targets: Sequence[torch.Tensor]) -> None:
+    """B [out, rank] * scaling as [rank, out], rounded once."""
+    is_exact = [delta.b.dtype == base.dtype for delta in deltas]
+    sources = [
+        d.b if same else (d.b.float() * d.scaling).to(base.dtype) for d, same in zip(deltas, is_exact, strict=True)
+    ]
+    scales = [delta.scaling if same else 1.0 for delta, same in zip(deltas, is_exact, strict=True)]
+    if base.engine_model.kernels is not None:
+        base.engine_model.kernels.transpose([b.contiguous() for b in sources], targets, scales)
+        return
+    for b, target, scale in zip(sources, targets, scales, strict=True):
+        torch.mul(b.t(), scale, out=target.view(b.shape[1], b.shape[0]))
 
 
 def _refuse_values(deltas: Sequence[LowRank], dtype: torch.dtype) -> None:

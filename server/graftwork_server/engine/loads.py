@@ -65,20 +65,29 @@ class Loads:
 
     def _load(self, adapter: AdapterRef, started: float, reading: AbstractContextManager[Any], done: Done) -> None:
         try:
-            prepared = self._pool.host_cache.take(adapter.digest)
-            if prepared is None:
-                with reading:
-                    prepared = self._prepare(adapter)
-            placed = self._pool.place_now(prepared, started)
-            if placed is None and adapter.digest in self._due:
-                placed = self._pool.place(prepared, started, self._stop)
-            if placed is None:
-                self._pool.keep(prepared)
-            self._due.discard(adapter.digest)
-            done(placed)
+            placed = self._placed(adapter, started, reading)
         except Exception as error:
-            self._due.discard(adapter.digest)
             done(error)
+            return
+        finally:
+            self._due.discard(adapter.digest)
+        done(placed)
+        if placed is not None:
+            self._pool.ready_next_slot(placed)
+
+    def _placed(
+        self, adapter: AdapterRef, started: float, reading: AbstractContextManager[Any]
+    ) -> LoadedAdapter | None:
+        prepared = self._pool.host_cache.take(adapter.digest)
+        if prepared is None:
+            with reading:
+                prepared = self._prepare(adapter)
+        placed = self._pool.place_now(prepared, started)
+        if placed is None and adapter.digest in self._due:
+            placed = self._pool.place(prepared, started, self._stop)
+        if placed is None:
+            self._pool.keep(prepared)
+        return placed
 
 
 def _file_bytes(folder: str) -> int:

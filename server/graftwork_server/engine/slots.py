@@ -56,6 +56,8 @@ class SlotBlock:
         self.ranks = ranks
         self.groups: list[GroupLora | None] = []
         self.free = list(range(SLOTS_PER_BLOCK))
+        self.unused = set(self.free)
+        """Slots whose memory was never written."""
         self.most_ranks = max(map(sum, ranks))
         for group_ranks, group in zip(ranks, groups, strict=True):
             if not any(group_ranks):
@@ -80,14 +82,21 @@ class SlotBlock:
 
     def write(self, slot: int, packed: torch.Tensor) -> None:
         """Fills a slot that nobody else uses. packed [elements]: see PreparedAdapter.packed."""
+        self.unused.discard(slot)
         pieces = self._pieces(slot)
         on_device = packed.to(pieces[0].device, non_blocking=True)
         torch._foreach_copy_(pieces, on_device.split([piece.numel() for piece in pieces]))
 
+    def clear(self, slot: int) -> None:
+        """Writes zeros into a slot that nobody else uses, so that its memory is there when an adapter comes."""
+        self.unused.discard(slot)
+        torch._foreach_zero_(self._pieces(slot))
+
     def _pieces(self, slot: int) -> list[torch.Tensor]:
         """What lies in a slot, flat, in the order of PreparedAdapter.packed."""
         lora = [group for group in self.groups if group is not None]
-        return [t[slot].view(-1) for group in lora for t in (group.a, *(member.b for member in group.members))]
+        tensors = [group.a for group in lora] + [member.b for group in lora for member in group.members]
+        return [tensor[slot].view(-1) for tensor in tensors]
 
 
 def empty_packed(elements: int, dtype: torch.dtype, for_gpu: bool) -> torch.Tensor:
@@ -112,8 +121,9 @@ class PreparedAdapter:
     device_bytes: int
     ranks: Ranks = ()
     packed: torch.Tensor | None = None
-    """[elements] in host memory, page-locked where it goes to a GPU: for each linear group with ranks, A [sum of ranks,
-    in], then its members' B [rank, out] with the scaling multiplied in. None without low-rank updates of layers."""
+    """[elements] in host memory, page-locked where it goes to a GPU: A [sum of ranks, in] of each linear group with
+    ranks, then B [rank, out] of their members with the scaling multiplied in. None without low-rank updates of layers.
+    """
     model: EngineModel | None = None
     """A whole tuned checkpoint, bound to a model of its own."""
     changes: Changes = field(default_factory=dict)
