@@ -79,7 +79,7 @@ def _sorted_out(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, base
                 known = {**base.linear_modules, **base.embedding_modules}
             if module not in known and module.removesuffix(_LEVEL * module.count(_LEVEL)) not in experts:
                 raise ArtifactError(full_name, no_such_module(full_name, module, known))
-            check_dtype(full_name, tensor)  # of the hundreds of updates, the engine looks at all values at once
+            check_dtype(full_name, tensor)  # the engine checks the values of updates
             result.updates[module][match["part"]] = tensor
         elif name.endswith(_TOKENS):
             check_values(full_name, tensor)

@@ -24,6 +24,7 @@ from graftwork_server.types import LoadReport
 
 if TYPE_CHECKING:
     from graftwork_server.engine.adapted_linear import LinearGroup
+    from graftwork_server.engine.native import NativeKernels
 
 
 @dataclass(eq=False)
@@ -44,6 +45,7 @@ class AdapterPool:
         dtype: torch.dtype,
         device: torch.device,
         host_cache_bytes: int = 0,
+        kernels: NativeKernels | None = None,
     ) -> None:
         """What is evicted goes to `host_cache`, of `host_cache_bytes`."""
         self.budget_bytes = budget_bytes
@@ -56,6 +58,7 @@ class AdapterPool:
         self._groups = groups
         self._dtype = dtype
         self._device = device
+        self._kernels = kernels
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()  # least recently used first
         self._blocks: dict[Ranks, list[SlotBlock]] = {}
@@ -242,17 +245,25 @@ class AdapterPool:
         with self._changed:
             for adapter in victims:
                 self._free_slot(adapter)
-            block, slot = self._take_slot(prepared.ranks) if prepared.packed is not None else (None, 0)
-        if block is not None and prepared.packed is not None:
-            with self._beside_the_steps():
-                block.write(slot, prepared.packed)
+            in_slot = bool(prepared.updates) or prepared.packed is not None
+            block, slot = self._take_slot(prepared.ranks) if in_slot else (None, 0)
+        if block is not None:
+            try:
+                with self._beside_the_steps():
+                    block.write(slot, prepared, self._kernels)
+            except BaseException:
+                with self._changed:
+                    self.used_bytes -= prepared.device_bytes
+                    self._give_slot_back(block, slot)
+                    self._changed.notify_all()
+                raise
         report = LoadReport(
             modules_bound=prepared.modules_bound,
             rank=prepared.rank,
             device_bytes=prepared.device_bytes,
             load_ms=(time.perf_counter() - started) * 1000,
         )
-        adapter = LoadedAdapter(replace(prepared, packed=None), report, block, slot, leases=1)
+        adapter = LoadedAdapter(replace(prepared, updates=(), packed=None), report, block, slot, leases=1)
         with self._changed:
             self._loaded[prepared.digest] = adapter
             self.generation += 1

@@ -121,7 +121,7 @@ def _linear_changes(base: BaseModel, name: str, module: AdaptedLinear, deltas: _
     assert isinstance(layer, torch.nn.Linear | Conv1D)
     replace, low_rank, scale = deltas.replace, deltas.low_rank, deltas.scale
     if low_rank is not None:
-        check_low_rank(low_rank, module.in_features, module.out_features, values=False)  # loading.py sees all at once
+        check_low_rank(low_rank, module.in_features, module.out_features, values=False)
     if "weight" in deltas.tensors:
         if replace is not None and replace.rows is not None:
             outputs = _indices(base, replace, module.out_features)
@@ -132,8 +132,14 @@ def _linear_changes(base: BaseModel, name: str, module: AdaptedLinear, deltas: _
         if low_rank is not None or deltas.tensors:
             raise rejected(name, f"{name} has a scaled input and another delta; one of them is accepted")
         return [ScaledInput(layer, _vector(base, name, "factors", scale.factors, module.in_features))]
-    if low_rank is not None and low_rank.bias is low_rank.magnitude is scale is None and not deltas.tensors:
-        return []
+    if (
+        low_rank is not None
+        and low_rank.bias is None
+        and low_rank.magnitude is None
+        and replace is None
+        and scale is None
+    ):
+        return []  # the usual case, by the hundred
     affine = _affine(base, name, module, deltas)
     return [affine] if affine.factor is not None or affine.offset is not None else []
 
@@ -313,7 +319,7 @@ def _check_copy(base: BaseModel, delta: Replace) -> None:
 
 
 def check_low_rank(delta: LowRank, in_features: int, out_features: int, *, values: bool = True) -> None:
-    """Raises FailedPrecondition unless A and B fit a module of these sizes; `values`: and are finite."""
+    """Raises FailedPrecondition unless A and B fit a module of these sizes; without `values`, whatever their values."""
     a, b = tuple(delta.a.shape), tuple(delta.b.shape)
     if len(a) != 2 or len(b) != 2 or a[1] != in_features or b[0] != out_features or a[0] != b[1] or a[0] == 0:
         raise rejected(

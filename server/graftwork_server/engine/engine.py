@@ -48,6 +48,7 @@ class Engine:
             base.dtype,
             base.device,
             limits.host_cache_bytes,
+            base.engine_model.kernels,
         )
         cache = KVCache(base.layer_shapes, num_blocks, base.dtype, base.device, base.engine_model.kernels)
         self._runner = Runner(base.engine_model, cache, base.device)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-
-import torch
 
 from graftwork_plugins import Delta, FullWeights, Head, LowRank, Prefix, Replace, Scale
 from graftwork_server.engine.binding import bind_changes, check_values, rejected
 from graftwork_server.engine.changes import Changes
 from graftwork_server.engine.model import BaseModel, tuned_model, unwrapped_state
 from graftwork_server.engine.prefix import bind_prefix
-from graftwork_server.engine.slots import PreparedAdapter, empty_packed
+from graftwork_server.engine.slots import PreparedAdapter
 
 
 def bind(base: BaseModel, digest: str, deltas: Sequence[Delta], *, place: bool = True) -> PreparedAdapter:
-    """Checks every delta against the base and converts it. With place=False it only checks (device_bytes is then what
-    low-rank tensors would take, 0 for a checkpoint).
+    """Checks every delta against the base and converts what does not go into a slot. With place=False it only checks
+    (device_bytes is then what low-rank tensors would take, 0 for a checkpoint), and the values of low-rank updates too.
 
     Raises FailedPrecondition naming the tensor that does not fit, and what would.
     """
@@ -35,7 +32,12 @@ def bind(base: BaseModel, digest: str, deltas: Sequence[Delta], *, place: bool =
             raise rejected("deltas", "a head of its own is not served: no method answers with its scores yet")
     of_modules = [delta for delta in deltas if isinstance(delta, LowRank | Scale | Replace)]
     changes = bind_changes(base, of_modules)
-    return _bind_modules(base, digest, of_modules, changes)
+    prepared = _bind_modules(base, digest, of_modules, changes)
+    if not place:  # where a slot is filled, their values are seen then
+        for delta in [delta for of_group in prepared.updates for delta in of_group]:
+            check_values(f"{delta.module}: A", delta.a, delta.module)
+            check_values(f"{delta.module}: B", delta.b, delta.module)
+    return prepared
 
 
 def _bind_modules(
@@ -45,8 +47,9 @@ def _bind_modules(
     linear = {name for group in groups for name in group.names}
     by_module = {delta.module: delta for delta in deltas if isinstance(delta, LowRank) and delta.module in linear}
     members = [[by_module.get(name) for name in group.names] for group in groups]
-    packed = _packed(base, members) if by_module else None
-    low_rank_bytes = packed.nbytes if packed is not None else 0
+    updates = [present for of_group in members if (present := [delta for delta in of_group if delta is not None])]
+    elements = sum(delta.a.numel() + delta.b.numel() for delta in by_module.values())
+    low_rank_bytes = elements * base.dtype.itemsize
     return PreparedAdapter(
         digest=digest,
         modules_bound=len(set(by_module) | set(changes)),
@@ -54,48 +57,9 @@ def _bind_modules(
         parameter_count=sum(_parameters(delta) for delta in deltas),
         device_bytes=low_rank_bytes + sum(change.device_bytes for made in changes.values() for change in made),
         ranks=tuple(tuple(delta.a.shape[0] if delta is not None else 0 for delta in group) for group in members),
-        packed=packed,
+        updates=updates,
         changes=changes,
     )
-
-
-def _packed(base: BaseModel, groups: Sequence[Sequence[LowRank | None]]) -> torch.Tensor:
-    """PreparedAdapter.packed of the deltas by linear group and member, whose shapes were checked."""
-    deltas = [delta for members in groups for delta in members if delta is not None]
-    a_elements, b_elements = (
-        [tensor.numel() for tensor in side] for side in zip(*((d.a, d.b) for d in deltas), strict=True)
-    )
-    packed = empty_packed(sum(a_elements) + sum(b_elements), base.dtype, for_gpu=base.device.type == "cuda")
-    a_side, b_side = packed.split([sum(a_elements), sum(b_elements)])
-    torch._foreach_copy_(a_side.split(a_elements), [delta.a.reshape(-1) for delta in deltas])
-    _write_b_sides(base, deltas, b_side.split(b_elements))
-    if not math.isfinite(packed.sum().item()) and not torch.isfinite(packed).all():
-        _refuse_values(deltas, base.dtype)
-    return packed
-
-
-def _write_b_sides(base: BaseModel, deltas: Sequence[LowRank], targets: Sequence[torch.Tensor]) -> None:
-    """B [out, rank] * scaling as [rank, out], rounded once."""
-    is_exact = [delta.b.dtype == base.dtype for delta in deltas]
-    sources = [
-        d.b if same else (d.b.float() * d.scaling).to(base.dtype) for d, same in zip(deltas, is_exact, strict=True)
-    ]
-    scales = [delta.scaling if same else 1.0 for delta, same in zip(deltas, is_exact, strict=True)]
-    if base.engine_model.kernels is not None:
-        base.engine_model.kernels.transpose([b.contiguous() for b in sources], targets, scales)
-        return
-    for b, target, scale in zip(sources, targets, scales, strict=True):
-        torch.mul(b.t(), scale, out=target.view(b.shape[1], b.shape[0]))
-
-
-def _refuse_values(deltas: Sequence[LowRank], dtype: torch.dtype) -> None:
-    for delta in deltas:
-        check_values(f"{delta.module}: A", delta.a, delta.module)
-        check_values(f"{delta.module}: B", delta.b, delta.module)
-    for delta in deltas:
-        for name, tensor in (("A", delta.a), ("B times its scaling", delta.b.float() * delta.scaling)):
-            if not torch.isfinite(tensor.to(dtype)).all():
-                raise rejected(delta.module, f"{delta.module}: {name} is too large for {dtype}")
 
 
 def _bind_prefix(base: BaseModel, digest: str, deltas: Sequence[Delta], delta: Prefix) -> PreparedAdapter:

@@ -7,23 +7,31 @@ nothing is padded to a common maximum.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from graftwork_plugins import LowRank
+from graftwork_server.errors import FailedPrecondition
 from graftwork_server.types import LoadReport
 
 if TYPE_CHECKING:
     from graftwork_server.engine.adapted_linear import LinearGroup
     from graftwork_server.engine.changes import Changes
     from graftwork_server.engine.model import EngineModel
+    from graftwork_server.engine.native import NativeKernels
     from graftwork_server.engine.prefix import PrefixKV
 
 SLOTS_PER_BLOCK = 16
 
 Ranks = tuple[tuple[int, ...], ...]
 """By linear group, then by its members: the rank of the delta, 0 for none. This is what a family has in common."""
+
+Updates = Sequence[Sequence[LowRank]]
+"""By linear group that has any, then by its members that have one."""
 
 
 @dataclass(frozen=True)
@@ -54,38 +62,47 @@ class SlotBlock:
 
     def __init__(self, ranks: Ranks, groups: list[LinearGroup], dtype: torch.dtype, device: torch.device) -> None:
         self.ranks = ranks
-        self.groups: list[GroupLora | None] = []
         self.free = list(range(SLOTS_PER_BLOCK))
         self.unused = set(self.free)
         """Slots whose memory was never written."""
         self.most_ranks = max(map(sum, ranks))
-        for group_ranks, group in zip(ranks, groups, strict=True):
-            if not any(group_ranks):
-                self.groups.append(None)
-                continue
-            a = torch.empty(SLOTS_PER_BLOCK, sum(group_ranks), group.in_features, dtype=dtype, device=device)
-            members = []
-            rank_offset = column_offset = 0
-            for rank, out_features in zip(group_ranks, group.out_features, strict=True):
-                if rank:
-                    b = torch.empty(SLOTS_PER_BLOCK, rank, out_features, dtype=dtype, device=device)
-                    columns = slice(column_offset, column_offset + out_features)
-                    members.append(MemberLora(slice(rank_offset, rank_offset + rank), columns, b))
-                rank_offset += rank
-                column_offset += out_features
-            self.groups.append(GroupLora(a, members, _description(members)))
+        adapted = [(of_group, group) for of_group, group in zip(ranks, groups, strict=True) if any(of_group)]
+        shapes = [(SLOTS_PER_BLOCK, sum(of_group), group.in_features) for of_group, group in adapted]
+        for of_group, group in adapted:
+            outs = zip(of_group, group.out_features, strict=True)
+            shapes += [(SLOTS_PER_BLOCK, rank, out_features) for rank, out_features in outs if rank]
+        sizes = [math.prod(shape) for shape in shapes]
+        # One allocation: hundreds of small ones cost milliseconds.
+        pieces = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
+        self._tensors = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        """[slots, ...] each: A of every group with ranks, then B of every member with a rank"""
+        a, b = iter(self._tensors[: len(adapted)]), iter(self._tensors[len(adapted) :])
+        self.groups = [
+            _group_lora(next(a), of_group, group, b) if any(of_group) else None
+            for of_group, group in zip(ranks, groups, strict=True)
+        ]
 
     def read(self, slot: int) -> torch.Tensor:
         """A copy of a slot in host memory: PreparedAdapter.packed."""
-        packed = torch.cat(self._pieces(slot))
-        return packed if packed.device.type == "cpu" else empty_packed(len(packed), packed.dtype, True).copy_(packed)
+        packed = torch.cat([piece.view(-1) for piece in self._pieces(slot)])
+        return packed if packed.device.type == "cpu" else _page_locked(len(packed), packed.dtype).copy_(packed)
 
-    def write(self, slot: int, packed: torch.Tensor) -> None:
-        """Fills a slot that nobody else uses. packed [elements]: see PreparedAdapter.packed."""
+    def write(self, slot: int, prepared: PreparedAdapter, kernels: NativeKernels | None) -> None:
+        """Fills a slot that nobody else uses."""
         self.unused.discard(slot)
         pieces = self._pieces(slot)
-        on_device = packed.to(pieces[0].device, non_blocking=True)
-        torch._foreach_copy_(pieces, on_device.split([piece.numel() for piece in pieces]))
+        sizes = [piece.numel() for piece in pieces]
+        if prepared.packed is not None:
+            packed = prepared.packed
+        elif pieces[0].device.type == "cpu":
+            write_updates(prepared.updates, pieces, kernels)
+            return
+        else:  # converted in host memory, so that one copy crosses over
+            packed = _page_locked(sum(sizes), pieces[0].dtype)
+            shaped = [part.view_as(piece) for part, piece in zip(packed.split(sizes), pieces, strict=True)]
+            write_updates(prepared.updates, shaped, None)
+        arrived = packed.to(pieces[0].device, non_blocking=True)
+        torch._foreach_copy_([piece.view(-1) for piece in pieces], arrived.split(sizes))
 
     def clear(self, slot: int) -> None:
         """Writes zeros into a slot that nobody else uses, so that its memory is there when an adapter comes."""
@@ -93,15 +110,58 @@ class SlotBlock:
         torch._foreach_zero_(self._pieces(slot))
 
     def _pieces(self, slot: int) -> list[torch.Tensor]:
-        """What lies in a slot, flat, in the order of PreparedAdapter.packed."""
-        lora = [group for group in self.groups if group is not None]
-        tensors = [group.a for group in lora] + [member.b for group in lora for member in group.members]
-        return [tensor[slot].view(-1) for tensor in tensors]
+        """What lies in a slot: A [sum of ranks, in] and B [rank, out]."""
+        return [tensor[slot] for tensor in self._tensors]
 
 
-def empty_packed(elements: int, dtype: torch.dtype, for_gpu: bool) -> torch.Tensor:
-    """Room for PreparedAdapter.packed."""
-    return torch.empty(elements, dtype=dtype, pin_memory=for_gpu)
+def _group_lora(a: torch.Tensor, ranks: tuple[int, ...], group: LinearGroup, b: Iterator[torch.Tensor]) -> GroupLora:
+    members = []
+    rank_offset = column_offset = 0
+    for rank, out_features in zip(ranks, group.out_features, strict=True):
+        if rank:
+            columns = slice(column_offset, column_offset + out_features)
+            members.append(MemberLora(slice(rank_offset, rank_offset + rank), columns, next(b)))
+        rank_offset += rank
+        column_offset += out_features
+    return GroupLora(a, members, _description(members))
+
+
+def write_updates(updates: Updates, targets: list[torch.Tensor], kernels: NativeKernels | None) -> None:
+    """Writes A and B * scaling, rounded once, into `targets`: A [sum of ranks, in] of each group, then B [rank, out].
+
+    Raises FailedPrecondition (ARTIFACT_REJECTED) where values are not finite, or not when they are rounded.
+    """
+    deltas = [delta for of_group in updates for delta in of_group]
+    a_targets = [part for of_group, a in zip(updates, targets, strict=False) for part in _rows(a, of_group)]
+    b_targets, dtype = targets[len(updates) :], targets[0].dtype
+    is_exact = [delta.b.dtype == dtype for delta in deltas]
+    sources = [d.b if exact else (d.b.float() * d.scaling).to(dtype) for d, exact in zip(deltas, is_exact, strict=True)]
+    scales = [delta.scaling if exact else 1.0 for delta, exact in zip(deltas, is_exact, strict=True)]
+    if kernels is None:
+        torch._foreach_copy_(a_targets, [delta.a for delta in deltas])
+        for b, target, scale in zip(sources, b_targets, scales, strict=True):
+            torch.mul(b.t(), scale, out=target)
+        finite = [bool(torch.isfinite(target).all()) for target in [*a_targets, *b_targets]]
+    else:
+        rows = [delta.a.to(dtype).reshape(1, -1) for delta in deltas]
+        columns = [b.contiguous() for b in sources]
+        finite = kernels.transpose(rows + columns, [*a_targets, *b_targets], [1.0] * len(rows) + scales)
+    for index, (delta, is_finite) in enumerate(zip([*deltas, *deltas], finite, strict=True)):
+        if not is_finite:
+            name = "A" if index < len(deltas) else "B"
+            raise FailedPrecondition(
+                f"{delta.module}: {name} holds NaN or infinite values, or such that are too large for {dtype}",
+                reason="ARTIFACT_REJECTED",
+                field=delta.module,
+            )
+
+
+def _rows(a: torch.Tensor, deltas: Sequence[LowRank]) -> Sequence[torch.Tensor]:
+    return a.split([delta.a.shape[0] for delta in deltas]) if len(deltas) > 1 else [a]
+
+
+def _page_locked(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(elements, dtype=dtype, pin_memory=True)
 
 
 def _description(members: list[MemberLora]) -> torch.Tensor:
@@ -120,10 +180,12 @@ class PreparedAdapter:
     parameter_count: int
     device_bytes: int
     ranks: Ranks = ()
+    updates: Updates = ()
+    """Its low-rank updates of linear layers, shapes checked. They are written into a slot, and their values checked, as
+    they come from the file's mapping: each byte is read once and written once."""
     packed: torch.Tensor | None = None
-    """[elements] in host memory, page-locked where it goes to a GPU: A [sum of ranks, in] of each linear group with
-    ranks, then B [rank, out] of their members with the scaling multiplied in. None without low-rank updates of layers.
-    """
+    """Instead of `updates`, where it was in a slot before: [elements] in host memory, page-locked where it goes to a
+    GPU; A [sum of ranks, in] of each linear group with ranks, then B [rank, out] of their members, scaled."""
     model: EngineModel | None = None
     """A whole tuned checkpoint, bound to a model of its own."""
     changes: Changes = field(default_factory=dict)
@@ -142,7 +204,7 @@ class LoadedAdapter:
     """An adapter on the device."""
 
     prepared: PreparedAdapter
-    """As it came, without `packed`."""
+    """As it came, without what lies in the slot now."""
     report: LoadReport
     block: SlotBlock | None
     slot: int

@@ -22,7 +22,7 @@ _SIGNATURES = {
     "rms_norm": (_P, _P, _P, _I, _I, _D, _I),
     "silu_mul": (_P, _P, _I, _I, _I),
     "linear": (_P, _P, _P, _P, _I, _I, _I, _I),
-    "transpose": (_P, _P, _I, _I),
+    "transpose": (_P, _P, _P, _I, _I),
 }
 LINEAR_ROWS = 32
 """Rows up to which `linear` is not slower than torch's GEMM (measured with 576 to 1,536 input features)."""
@@ -153,11 +153,14 @@ class NativeKernels:
 
     def transpose(
         self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], scales: Sequence[float]
-    ) -> None:
-        """targets[i] = sources[i] [rows, columns]^T * scales[i]; the targets, of as many elements, hold them dense."""
+    ) -> list[bool]:
+        """targets[i] = sources[i] [rows, columns]^T * scales[i]; the targets, of as many elements, hold them dense. For
+        each, whether all its values are finite."""
         items = [[s.data_ptr(), t.data_ptr(), *s.shape] for s, t in zip(sources, targets, strict=True)]
         table, factors = torch.tensor(items), torch.tensor(scales, dtype=torch.float64)
-        self._transpose(table.data_ptr(), factors.data_ptr(), len(items), self.threads)
+        finite = torch.empty(len(items), dtype=torch.int64)
+        self._transpose(table.data_ptr(), factors.data_ptr(), finite.data_ptr(), len(items), self.threads)
+        return finite.bool().tolist()
 
 
 def native_kernels(device: torch.device, dtype: torch.dtype) -> NativeKernels | None:
