@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from graftwork_server.engine.adapted_linear import LinearGroup
     from graftwork_server.engine.native import NativeKernels
 
+_SPARE_BYTES = 32 * 1024 * 1024
+
 
 @dataclass(eq=False)
 class _Waiting:
@@ -67,6 +69,8 @@ class AdapterPool:
         self._yielding: set[str] = set()
         """To be evicted for a load that waits, when their leases end."""
         self._pinned: frozenset[str] = frozenset()
+        self._spare: SlotBlock | None = None
+        """The block that was emptied last, if it is small: who unloads an adapter often loads its successor."""
         self._waiting: list[_Waiting] = []  # in order of arrival
         self._changed = threading.Condition()
 
@@ -326,7 +330,10 @@ class AdapterPool:
         blocks = self._blocks.setdefault(ranks, [])
         block = next((block for block in blocks if block.free), None)
         if block is None:
-            block = SlotBlock(ranks, self._groups, self._dtype, self._device)
+            spare, self._spare = self._spare, None
+            if spare is None or spare.ranks != ranks:
+                spare = SlotBlock(ranks, self._groups, self._dtype, self._device)
+            block = spare
             blocks.append(block)
         # One that was written before has its memory.
         slot = next((slot for slot in block.free if slot not in block.unused), block.free[0])
@@ -340,6 +347,7 @@ class AdapterPool:
         empty = [block for block in blocks if len(block.free) == SLOTS_PER_BLOCK]
         if len(empty) == len(blocks):
             del self._blocks[block.ranks]
+            self._spare = block if block.written_bytes <= _SPARE_BYTES else None
         elif empty and sum(len(block.free) for block in blocks) > SLOTS_PER_BLOCK:
             blocks.remove(empty[-1])
 

@@ -82,6 +82,11 @@ class SlotBlock:
             for of_group, group in zip(ranks, groups, strict=True)
         ]
 
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of the slots that were written at some time."""
+        return sum(t.nbytes for t in self._tensors) // SLOTS_PER_BLOCK * (SLOTS_PER_BLOCK - len(self.unused))
+
     def read(self, slot: int) -> torch.Tensor:
         """A copy of a slot in host memory: PreparedAdapter.packed."""
         packed = torch.cat([piece.view(-1) for piece in self._pieces(slot)])

@@ -188,6 +188,9 @@ class EngineWorker:
                 self._load_call(message)
             case m.Unload():
                 self._unload_call(message)
+            case m.Pin():
+                self.engine.adapters.pin(message.digests)
+                self._reply(message.call_id, m.Pinned())
             case m.Inspect():
                 self._answer(message.call_id, lambda: self._inspect(message))
             case m.PrepareJob():
