@@ -1,4 +1,4 @@
-"""The pool when adapters are more than it holds: turns, pins, loads ahead of time, and what the host cache gives back."""
+"""The pool when adapters are more than it holds: turns, pins, loads ahead of time, what the host cache gives back."""
 
 from __future__ import annotations
 
