@@ -348,7 +348,7 @@ class AdapterPool:
         if len(empty) == len(blocks):
             del self._blocks[block.ranks]
             self._spare = block if block.written_bytes <= _SPARE_BYTES else None
-        elif empty and sum(len(block.free) for block in blocks) > SLOTS_PER_BLOCK:
+        elif empty and (len(empty) > 1 or empty[0].written_bytes > _SPARE_BYTES):
             blocks.remove(empty[-1])
 
 

@@ -30,7 +30,7 @@ class EngineLimits:
     kv_memory_bytes: int = 0
     adapter_memory_bytes: int = 0
     host_cache_bytes: int = 0
-    """Of evicted adapters in host memory; 0: none."""
+    """Of evicted adapters in host memory."""
 
 
 class Engine:
@@ -47,7 +47,7 @@ class Engine:
             base.engine_model.groups,
             base.dtype,
             base.device,
-            limits.host_cache_bytes,
+            limits.host_cache_bytes or _default_host_cache_bytes(base.device),
             base.engine_model.kernels,
         )
         cache = KVCache(base.layer_shapes, num_blocks, base.dtype, base.device, base.engine_model.kernels)
@@ -232,6 +232,10 @@ def _default_kv_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.6)
     return 2 * 1024**3
+
+
+def _default_host_cache_bytes(device: torch.device) -> int:
+    return 4 * 1024**3 if device.type == "cuda" else 0
 
 
 def _default_adapter_bytes(device: torch.device) -> int:
