@@ -73,6 +73,8 @@ class AdapterPool:
         """The block that was emptied last, if it is small: who unloads an adapter often loads its successor."""
         self._waiting: list[_Waiting] = []  # in order of arrival
         self._changed = threading.Condition()
+        self.waits_for_room = False
+        """A load waits for leases to end. Read without the lock: a stale answer is put right in the next step."""
 
     # ------------------------------------------------------------------------------------------ the step loop's side
 
@@ -80,11 +82,6 @@ class AdapterPool:
         """What is loaded now."""
         with self._changed:
             return list(self._loaded)
-
-    @property
-    def loads_waiting(self) -> int:
-        """Loads that wait for room."""
-        return len(self._waiting)
 
     def lease(self, digest: str) -> LoadedAdapter | None:
         """The adapter with one more lease, or None if it is not loaded or is to go."""
@@ -169,10 +166,12 @@ class AdapterPool:
                         break
                     if stop.is_set():
                         raise ResourceExhausted("the server is shutting down", reason="SHUTTING_DOWN")
+                    self.waits_for_room = True
                     self._changed.wait(timeout=0.1)
             finally:
                 self._waiting.remove(waiting)
                 if not self._waiting:
+                    self.waits_for_room = False
                     self._yielding.clear()
                 self._changed.notify_all()
         return self._fill(prepared, victims, started)

@@ -71,9 +71,9 @@ class Waiting:
         self.threads = ThreadPoolExecutor(8)
 
     def place(self, prepared: PreparedAdapter) -> Future[LoadedAdapter]:
-        before = self.pool.loads_waiting
+        before = len(self.pool._waiting)
         placed = self.threads.submit(self.pool.place, prepared, 0.0, STOP)
-        eventually(lambda: placed.done() or self.pool.loads_waiting > before, "the load to be placed or to wait", 30)
+        eventually(lambda: placed.done() or len(self.pool._waiting) > before, "the load to be placed or to wait", 30)
         return placed
 
 
