@@ -97,6 +97,7 @@ class AdapterPool:
         """Gives one lease back."""
         with self._changed:
             adapter.leases -= 1
+            adapter.is_fresh = False
             if adapter.leases == 0:
                 if adapter.digest in self._draining:
                     self._drop(adapter)
@@ -192,12 +193,14 @@ class AdapterPool:
         for adapter in self._loaded.values():
             if missing <= 0:
                 return
-            if adapter.leases and adapter.digest not in self._pinned and not self._is_leaving(adapter.digest):
+            may_yield = not adapter.is_fresh and adapter.digest not in self._pinned
+            if adapter.leases and may_yield and not self._is_leaving(adapter.digest):
                 self._yielding.add(adapter.digest)
                 missing -= adapter.bytes
 
     def _check_pins(self, prepared: PreparedAdapter) -> None:
-        pinned = _bytes([adapter for digest, adapter in self._loaded.items() if digest in self._pinned])
+        others = self._pinned - {prepared.digest}
+        pinned = _bytes([adapter for digest, adapter in self._loaded.items() if digest in others])
         if pinned + prepared.device_bytes > self.budget_bytes:
             raise ResourceExhausted(
                 f"pinned adapters take {pinned} of the pool's {self.budget_bytes} bytes, and the adapter's "
@@ -237,6 +240,7 @@ class AdapterPool:
             victims.append(idle[len(victims)])
         for adapter in victims:
             del self._loaded[adapter.digest]
+            self._yielding.discard(adapter.digest)
         self.used_bytes += needed - _bytes(victims)
         return victims
 

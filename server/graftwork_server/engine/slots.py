@@ -214,6 +214,8 @@ class LoadedAdapter:
     block: SlotBlock | None
     slot: int
     leases: int = 0
+    is_fresh: bool = True
+    """No lease has ended yet, so sequences that waited for it may not have had their chance: it need not yield."""
 
     def __post_init__(self) -> None:
         self.digest = self.prepared.digest

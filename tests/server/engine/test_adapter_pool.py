@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -58,6 +59,14 @@ def idle(pool: AdapterPool, prepared: PreparedAdapter) -> LoadedAdapter:
     return adapter
 
 
+def held(pool: AdapterPool, prepared: PreparedAdapter) -> LoadedAdapter:
+    """Placed, leased by a sequence, and its load is over."""
+    adapter = pool.place(prepared, 0.0, STOP)
+    assert pool.lease(adapter.digest) is adapter
+    pool.release(adapter)
+    return adapter
+
+
 def content(adapter: LoadedAdapter) -> torch.Tensor:
     assert adapter.block is not None
     return adapter.block.read(adapter.slot)
@@ -79,7 +88,7 @@ class Waiting:
 
 def test_a_load_that_waits_makes_the_least_recently_used_yield(pool_of, prepare) -> None:
     pool = pool_of(2)
-    a, b = (pool.place(prepare(digest), 0.0, STOP) for digest in "ab")
+    a, b = (held(pool, prepare(digest)) for digest in "ab")
     waiting = Waiting(pool)
     c = waiting.place(prepare("c"))
     eventually(lambda: pool.report("a") is None, "the oldest to yield", 30)
@@ -100,12 +109,26 @@ def test_a_load_that_waits_makes_the_least_recently_used_yield(pool_of, prepare)
     assert pool.used_bytes == pool.budget_bytes
 
 
+def test_whoever_waited_for_a_load_gets_a_lease_before_it_yields_again(pool_of, prepare) -> None:
+    pool = pool_of(1)
+    adapter, waiting = held(pool, prepare("a")), Waiting(pool)
+    turns = [waiting.place(prepare(digest)) for digest in "bacd"]
+    for turn, digest in zip(turns, "bacd", strict=True):
+        eventually(lambda name=adapter.digest: pool.report(name) is None, "the one on the device to yield", 30)
+        pool.release(adapter)
+        adapter = turn.result(30)
+        assert adapter.digest == digest
+        time.sleep(0.25)  # those who wait have looked at it
+        assert pool.lease(digest) is adapter, "it was loaded for somebody"
+        pool.release(adapter)  # the load's own
+
+
 def test_one_that_yields_for_nothing_is_leased_again(pool_of, prepare) -> None:
     pool = pool_of(2)
-    pool.place(prepare("a"), 0.0, STOP)
-    b = pool.place(prepare("b"), 0.0, STOP)
+    held(pool, prepare("a"))
+    b = held(pool, prepare("b"))
     c = Waiting(pool).place(prepare("c"))
-    eventually(lambda: pool.lease("a") is None, "the oldest to yield", 30)
+    eventually(lambda: pool.report("a") is None, "the oldest to yield", 30)
     pool.release(b)
     assert c.result(30).digest == "c"
     assert pool.lease("a") is not None
@@ -113,7 +136,7 @@ def test_one_that_yields_for_nothing_is_leased_again(pool_of, prepare) -> None:
 
 def test_small_loads_pass_a_waiting_one_only_where_it_does_not_need_the_room(pool_of, prepare) -> None:
     pool = pool_of(2.25)
-    a, b = (pool.place(prepare(digest), 0.0, STOP) for digest in "ab")
+    a, b = (held(pool, prepare(digest)) for digest in "ab")
     waiting = Waiting(pool)
     large = waiting.place(prepare("large"))
     assert waiting.place(prepare("small", 4)).result(30).digest == "small", "a quarter is left over"
