@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -171,9 +172,35 @@ class Artifact:
             raise ArtifactError(name, f"{name} is missing; the files are {', '.join(self.names()) or 'none'}")
         try:
             with safe_open(path, framework="pt", device="cpu") as handle:
-                return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
+                slices = {key: handle.get_slice(key) for key in handle.offset_keys()}
+                dtypes = {part.get_dtype() for part in slices.values()}
+                if len(dtypes) == 1:
+                    # get_tensor takes 10 us: an adapter's hundreds of tensors are cut out of one.
+                    shapes = {key: part.get_shape() for key, part in slices.items()}
+                    if (tensors := _of_one_dtype(path, dtypes.pop(), shapes)) is not None:
+                        return tensors
+                return {key: handle.get_tensor(key) for key in slices}
         except (SafetensorError, OSError, ValueError) as error:
             raise ArtifactError(name, f"{name} is no whole safetensors file: {error}") from None
+
+
+def _of_one_dtype(path: Path, dtype: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor] | None:
+    """The tensors of a safetensors file, `shapes` in the order of the file; the format leaves no gap between them. None
+    for a dtype that needs more than a cast, or data that do not begin at a multiple of its size."""
+    import torch
+
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if dtype not in kinds:
+        return None
+    with path.open("rb") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+    size = kinds[dtype].itemsize
+    if begin % size:
+        return None
+    elements = [math.prod(shape) for shape in shapes.values()]
+    mapped = torch.from_file(str(path), shared=False, size=begin + size * sum(elements), dtype=torch.uint8)
+    pieces = mapped[begin:].view(kinds[dtype]).split(elements)
+    return {key: piece.view(shape) for (key, shape), piece in zip(shapes.items(), pieces, strict=True)}
 
 
 class TrainingConfig(BaseModel):

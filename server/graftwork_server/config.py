@@ -70,6 +70,8 @@ class ServerConfig(BaseModel):
     """Tokens, of prompts and of decoding sequences, that one engine step takes at most. Default: 1024."""
     adapter_memory_bytes: Bytes = 0
     """Bytes of the device pool for loaded adapters. Default: 0, chosen by the engine."""
+    host_cache_bytes: Bytes = 0
+    """Bytes of host memory for adapters that were evicted from the device. Default: 0, chosen by the engine."""
     max_upload_bytes: Bytes = Field(4 << 30, ge=1)
     """Bytes that one adapter upload may have. Default: 4294967296 (4 GiB)."""
     max_dataset_bytes: Bytes = Field(1 << 30, ge=1)

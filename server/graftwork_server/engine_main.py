@@ -6,6 +6,7 @@ Stands outside engine/ because it brings engine and plugins together, and the en
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -43,6 +44,9 @@ def main() -> int:
         logging.getLogger("graftwork.engine").debug("the engine did not start", exc_info=True)
         connection.sendall(encode_frame(StartFailed(error=body_of(error))))
         return 1
+    # What is there now stays: the garbage collector need not look at it again in the middle of a step.
+    gc.collect()
+    gc.freeze()
     worker.run()
     # Loader threads may be inside a plugin; waiting for them would keep the process alive for nobody.
     sys.stderr.flush()
@@ -80,6 +84,7 @@ def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
         kv_memory_bytes=int(settings.get("kv_memory_bytes", 0)),
         adapter_memory_bytes=int(settings.get("adapter_memory_bytes", 0)),
         prefix_cache=bool(settings.get("prefix_cache", True)),
+        host_cache_bytes=int(settings.get("host_cache_bytes", 0)),
     )
     return EngineWorker(
         base,

@@ -15,6 +15,7 @@ from graftwork_server.engine.client import EngineClient
 from graftwork_server.engine.engine_process import ENGINE_COMMAND
 from graftwork_server.errors import Unavailable
 from graftwork_server.hub.hub import Hub
+from graftwork_server.pins import Pins
 from graftwork_server.rpc.adapters import AdapterService
 from graftwork_server.rpc.generation import GenerationService
 from graftwork_server.rpc.interceptors import Drain
@@ -41,6 +42,7 @@ ENGINE_FIELDS = (
     "prefix_cache",
     "max_step_tokens",
     "adapter_memory_bytes",
+    "host_cache_bytes",
     "tuning_yield_ms",
     "log_level",
     "log_format",
@@ -59,6 +61,7 @@ class Front:
         self._hub: Hub | None = None
         self._jobs: JobManager | None = None
         self._texts: AdapterTexts | None = None
+        self._pins: Pins | None = None
         self.engine = EngineClient(engine_settings(config), command=engine_command)
         self.admission = Admission(config.max_queue)
 
@@ -84,14 +87,17 @@ class Front:
             max_concurrent_jobs=self._config.max_concurrent_jobs,
             check=checker.check,
         )
+        self._pins = pins = Pins(self.engine, hub)
         self.engine.add_listener(jobs)
+        self.engine.add_listener(pins)
         self.engine.add_listener(HealthReporter(self._rpc))
         await self._rpc.start(
             GenerationService(self.engine, hub.resolver, hub.leases, texts, self.admission),
-            AdapterService(self.engine, hub, texts, self._config.max_upload_bytes),
+            AdapterService(self.engine, hub, texts, pins, self._config.max_upload_bytes),
             TuningService(hub, jobs, checker, self._drain, self._config.max_dataset_bytes),
             StrategyService(self.engine),
         )
+        pins.on_engine_ready()
         await jobs.start()
         return bound
 
@@ -107,6 +113,8 @@ class Front:
         """Ends everything, whatever of it was started."""
         if self._jobs is not None:
             await self._jobs.stop()
+        if self._pins is not None:
+            self._pins.stop()
         # Not at once: a call that is just being refused, a watch that was just told, would be CANCELLED instead.
         await self._rpc.stop(BROKEN_OFF_SECONDS)
         await self.engine.stop()

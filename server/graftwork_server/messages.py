@@ -105,6 +105,13 @@ class Unload(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     digest: str
 
 
+class Pin(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Never evict these, and no others, from now on, whether they are loaded yet or not. Reply(result=Pinned)."""
+
+    call_id: int
+    digests: list[str]
+
+
 class Inspect(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Read an artifact and check it against the base without loading it. strategy None: recognise it.
     Answered by Reply(result=ArtifactInfo)."""
@@ -161,7 +168,7 @@ class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     drain_ms: int = 0
 
 
-FrontMessage = Generate | Cancel | Load | Unload | Inspect | PrepareJob | StartJob | StopJob | Shutdown
+FrontMessage = Generate | Cancel | Load | Unload | Pin | Inspect | PrepareJob | StartJob | StopJob | Shutdown
 
 # ---------------------------------------------------------------------------------------------- engine -> front
 
@@ -200,6 +207,10 @@ class Unloaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     was_loaded: bool
 
 
+class Pinned(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answer to Pin."""
+
+
 class PreparedJob(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """`config` has every default filled in and is plain JSON."""
 
@@ -231,7 +242,7 @@ class InspectReply(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     info: ArtifactInfo
 
 
-Result = LoadReply | InspectReply | Unloaded | PreparedJob | Started | Stopped
+Result = LoadReply | InspectReply | Unloaded | Pinned | PreparedJob | Started | Stopped
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -212,16 +212,18 @@ def test_chat_json_and_failure(server: ScriptedServer, run: Any) -> None:
 
 def test_adapter_commands(server: ScriptedServer, run: Any, tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
-    report = a.LoadReport(modules_bound=12, device_bytes=2000, load_ms=3.25)
+    report = a.LoadReport(modules_bound=12, rank=8, device_bytes=2000, load_ms=3.25)
     server.on("CreateAdapter", a.CreateAdapterResponse(adapter=adapter(loaded=True), load_report=report))
     server.on("ListAdapters", a.ListAdaptersResponse(adapters=[adapter(), adapter("much-longer")]))
     server.on("LoadAdapter", a.LoadAdapterResponse(adapter=adapter(), load_report=report))
     server.on("UnloadAdapter", a.UnloadAdapterResponse(adapter=adapter()))
+    server.on("PinAdapter", a.PinAdapterResponse(adapter=adapter(pinned=True), load_report=report))
+    server.on("UnpinAdapter", a.UnpinAdapterResponse(adapter=adapter()))
     server.on("DeleteAdapter", a.DeleteAdapterResponse(deleted_versions=2))
     server.on("GetAdapter", a.GetAdapterResponse(adapter=adapter()))
     created = run("adapter", "create", "dates", str(tmp_path), "--strategy", "lora", "--new-version", "--load").stdout
     assert created.startswith("published dates@1\n")
-    assert "12 modules, 2.0 kB, in 3.2 ms" in created
+    assert "12 modules, rank 8, 2.0 kB, in 3.2 ms" in created
     upload = server.requests("CreateAdapter")[0][0].upload
     assert (upload.strategy, upload.new_version, upload.load) == ("lora", True, True)
     header, first, second = run("adapter", "list").stdout.splitlines()
@@ -234,6 +236,9 @@ def test_adapter_commands(server: ScriptedServer, run: Any, tmp_path: Path) -> N
     assert run("adapter", "load", "dates@1").stdout.startswith("loaded dates@1\n")
     assert objects(run("adapter", "load", "dates", "--json"))[0]["load_report"]["modules_bound"] == 12
     assert run("adapter", "unload", "dates").stdout == "unloaded dates@1\n"
+    assert run("adapter", "pin", "dates").stdout.startswith("pinned dates@1\n")
+    assert objects(run("adapter", "pin", "dates", "--json"))[0]["pinned"] is True
+    assert run("adapter", "unpin", "dates").stdout == "unpinned dates@1\n"
     assert run("adapter", "delete", "dates").stdout == "deleted dates (2 versions)\n"
     assert objects(run("adapter", "delete", "dates", "--json")) == [{"adapter_id": "dates", "deleted_versions": 2}]
 

@@ -247,7 +247,15 @@ async def test_adapter_calls(server: ScriptedServer, client: graftwork.Client, a
     server.on("GetAdapter", a.GetAdapterResponse(adapter=adapter(version=2)))
     server.on("LoadAdapter", a.LoadAdapterResponse(adapter=adapter(loaded=True), load_report=report))
     server.on("UnloadAdapter", a.UnloadAdapterResponse(adapter=adapter()))
+    server.on("PinAdapter", a.PinAdapterResponse(adapter=adapter(pinned=True), load_report=report))
+    server.on("UnpinAdapter", a.UnpinAdapterResponse(adapter=adapter()))
     server.on("DeleteAdapter", a.DeleteAdapterResponse(deleted_versions=2))
+    assert (client.adapters.pin("dates").pinned, (await aclient.adapters.pin("dates")).pinned) == (True, True)
+    assert client.adapters.pin("dates").load_report == graftwork.LoadReport(3, 0, 0, 0.0, True)
+    assert not client.adapters.unpin("dates@1").pinned
+    assert not (await aclient.adapters.unpin("dates")).pinned
+    assert {seen.request.name for seen in server.seen} == {"adapters/dates", "adapters/dates/versions/1"}
+    server.seen.clear()
     found = client.adapters.get("dates@2")
     assert client.adapters.load(found).load_report == graftwork.LoadReport(3, 0, 0, 0.0, True)
     assert (await aclient.adapters.load("dates")).loaded

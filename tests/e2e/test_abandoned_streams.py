@@ -8,11 +8,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from tests import toys
-from tests.e2e.serving import Server, environment
+from tests.e2e.serving import Server, environment, eventually
 
 from graftwork import Client, DeadlineExceededError
 
@@ -80,3 +81,16 @@ def test_an_abandoned_stream_gives_up_its_adapter(one_place: Client) -> None:
         next(stream)
     assert one_place.generate("one", [1, 2, 3], max_tokens=1).model == "one"
     assert one_place.adapters.unload("one").loaded is False
+
+
+def test_a_waiting_request_finds_its_adapter_loaded(one_place: Client) -> None:
+    """It is loaded while the only place is taken, not once the place is free."""
+    one_place.adapters.unload("one")
+    with ThreadPoolExecutor(1) as threads:
+        with one_place.generate("base", [1, 2, 3], stream=True, **ENDLESS) as stream:
+            next(stream)
+            waiting = threads.submit(one_place.generate, "one", [1, 2, 3], max_tokens=1)
+            eventually(lambda: one_place.adapters.get("one").loaded, "the adapter to be loaded ahead of time")
+            next(stream)
+            assert not waiting.done()
+        assert waiting.result(60).model == "one"

@@ -21,6 +21,8 @@ METHODS = {
         "DeleteAdapter",
         "LoadAdapter",
         "UnloadAdapter",
+        "PinAdapter",
+        "UnpinAdapter",
     },
     "TuningService": {
         "UploadDataset",

@@ -162,6 +162,9 @@ class ScriptedEngine:
     def on_unload(self, message: m.Unload) -> m.Unloaded:
         return m.Unloaded(was_loaded=self.loaded.pop(message.digest, None) is not None)
 
+    def on_pin(self, message: m.Pin) -> m.Pinned:
+        return m.Pinned()
+
     def on_inspect(self, message: m.Inspect) -> m.InspectReply:
         config = Path(message.path) / "adapter_config.json"
         if not config.exists():

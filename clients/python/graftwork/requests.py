@@ -317,6 +317,28 @@ def unload_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.UnloadAda
     )
 
 
+def pin_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.PinAdapterResponse, types.Adapter]:
+    """PinAdapter."""
+    return Unary(
+        path=_ADAPTERS + "PinAdapter",
+        request=adapters_pb2.PinAdapterRequest(name=adapter_name(adapter)),
+        response=adapters_pb2.PinAdapterResponse,
+        parse=responses.loaded_adapter,
+        retry=True,
+    )
+
+
+def unpin_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.UnpinAdapterResponse, types.Adapter]:
+    """UnpinAdapter."""
+    return Unary(
+        path=_ADAPTERS + "UnpinAdapter",
+        request=adapters_pb2.UnpinAdapterRequest(name=adapter_name(adapter)),
+        response=adapters_pb2.UnpinAdapterResponse,
+        parse=responses.adapter,
+        retry=True,
+    )
+
+
 def list_strategies(page_size: int, token: str) -> Unary[strategies_pb2.ListStrategiesResponse, Page[types.Strategy]]:
     """ListStrategies, one page."""
     return Unary(

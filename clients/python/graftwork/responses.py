@@ -161,16 +161,21 @@ def _adapter(message: adapters_pb2.Adapter, report: adapters_pb2.LoadReport | No
         create_time=_time(message, "create_time"),
         tuning_job=message.tuning_job,
         rank=message.rank,
+        pinned=message.pinned,
         load_report=load_report,
     )
 
 
-def loaded_adapter(message: adapters_pb2.CreateAdapterResponse | adapters_pb2.LoadAdapterResponse) -> types.Adapter:
+def loaded_adapter(
+    message: adapters_pb2.CreateAdapterResponse | adapters_pb2.LoadAdapterResponse | adapters_pb2.PinAdapterResponse,
+) -> types.Adapter:
     """An adapter with what its load bound, if it was loaded."""
     return _adapter(message.adapter, message.load_report if message.HasField("load_report") else None)
 
 
-def adapter(message: adapters_pb2.GetAdapterResponse | adapters_pb2.UnloadAdapterResponse) -> types.Adapter:
+def adapter(
+    message: adapters_pb2.GetAdapterResponse | adapters_pb2.UnloadAdapterResponse | adapters_pb2.UnpinAdapterResponse,
+) -> types.Adapter:
     """An adapter."""
     return _adapter(message.adapter)
 

@@ -155,7 +155,7 @@ class LoadReport:
 class Adapter:
     """An adapter and its newest version, or the version that was asked for.
 
-    tuning_job is "" for an uploaded one. load_report is set by create(load=True) and load() only.
+    tuning_job is "" for an uploaded one. load_report is set by create(load=True), load() and pin() only.
     """
 
     name: str
@@ -170,6 +170,7 @@ class Adapter:
     create_time: datetime | None
     tuning_job: str
     rank: int
+    pinned: bool = False
     load_report: LoadReport | None = None
 
 

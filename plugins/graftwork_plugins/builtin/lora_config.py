@@ -98,6 +98,8 @@ class LoraPatterns:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def _choose(self, pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+        if not pattern:
+            return default
         key = self.matcher.first_match(pattern, module)
         # Like PEFT: a key that is the name itself counts even where it does not match itself as an expression.
         return pattern[key] if key is not None else pattern.get(module, default)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from graftwork_plugins.builtin.lora_config import AdapterConfig, is_within
 from graftwork_plugins.builtin.lora_experts import expert_updates, target_parameters
-from graftwork_plugins.builtin.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_values
+from graftwork_plugins.builtin.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_dtype, check_values
 from graftwork_plugins.deltas import Delta, LowRank, Replace
 from graftwork_plugins.strategy import ArtifactError, BaseInfo
 
@@ -79,7 +79,7 @@ def _sorted_out(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, base
                 known = {**base.linear_modules, **base.embedding_modules}
             if module not in known and module.removesuffix(_LEVEL * module.count(_LEVEL)) not in experts:
                 raise ArtifactError(full_name, no_such_module(full_name, module, known))
-            check_values(full_name, tensor)
+            check_dtype(full_name, tensor)  # the engine checks the values of updates
             result.updates[module][match["part"]] = tensor
         elif name.endswith(_TOKENS):
             check_values(full_name, tensor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from graftwork_server.engine.engine_process import ENGINE_COMMAND, EngineProcess
@@ -27,6 +27,8 @@ from graftwork_server.messages import (
     Load,
     LoadedChanged,
     LoadReply,
+    Pin,
+    Pinned,
     PreparedJob,
     PrepareJob,
     Reply,
@@ -342,6 +344,10 @@ class EngineClient:
         """Unloads an adapter once no sequence uses it; true if it was loaded."""
         result: Unloaded = await self._call(Unload, Unloaded, digest=digest)
         return result.was_loaded
+
+    async def pin(self, digests: Collection[str]) -> None:
+        """From now on the engine evicts none of these, and no longer keeps others that it was told to."""
+        await self._call(Pin, Pinned, digests=sorted(digests))
 
     async def inspect(self, path: str, strategy: str | None = None) -> ArtifactInfo:
         """Reads an artifact and checks it against the base without loading it."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from llguidance import LLMatcher
 
+from graftwork_server.engine.adapter_pool import AdapterPool
 from graftwork_server.engine.grammars import Masks, too_complex
 from graftwork_server.engine.kv_cache import BLOCK_TOKENS, BlockPool, KVCache
 from graftwork_server.engine.model import BaseModel
@@ -15,7 +16,6 @@ from graftwork_server.engine.runner import ChunkLogits, Runner
 from graftwork_server.engine.sampling import sample, token_logprobs
 from graftwork_server.engine.scheduler import Scheduler
 from graftwork_server.engine.sequence import Sequence
-from graftwork_server.engine.slots import AdapterPool
 from graftwork_server.errors import ErrorBody
 from graftwork_server.messages import Generate, SequenceOutput, TokenLogprobs
 from graftwork_server.types import AdapterRef
@@ -30,6 +30,8 @@ class EngineLimits:
     kv_memory_bytes: int = 0
     adapter_memory_bytes: int = 0
     prefix_cache: bool = True
+    host_cache_bytes: int = 0
+    """Of evicted adapters in host memory."""
 
 
 class Engine:
@@ -46,6 +48,8 @@ class Engine:
             base.engine_model.groups,
             base.dtype,
             base.device,
+            limits.host_cache_bytes or _default_host_cache_bytes(base.device),
+            base.engine_model.kernels,
         )
         cache = KVCache(base.layer_shapes, num_blocks, base.dtype, base.device, base.engine_model.kernels)
         self._runner = Runner(base.engine_model, cache, base.device)
@@ -89,6 +93,10 @@ class Engine:
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
         return None
+
+    def waited_for(self) -> set[str]:
+        """Digests of the adapters of waiting sequences."""
+        return self._scheduler.waited_for()
 
     def cancel(self, sequence_id: int) -> None:
         """Ends a sequence without an answer; unknown ids are ignored."""
@@ -236,6 +244,10 @@ def _default_kv_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.6)
     return 2 * 1024**3
+
+
+def _default_host_cache_bytes(device: torch.device) -> int:
+    return 4 * 1024**3 if device.type == "cuda" else 0
 
 
 def _default_adapter_bytes(device: torch.device) -> int:

@@ -130,6 +130,10 @@ class FairQueue:
         client = self._clients.get(digest)
         return list(client.waiting()) if client else []
 
+    def digests(self) -> set[str | None]:
+        """Of the clients that have something waiting."""
+        return {client.digest for client in self._clients.values() if client.waits}
+
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence."""
         client = self._clients.get(sequence.digest)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from graftwork_plugins import Delta, FullWeights, Head, LowRank, Prefix, Replace, Scale
-from graftwork_server.engine.binding import bind_changes, rejected
+from graftwork_server.engine.binding import bind_changes, check_values, rejected
 from graftwork_server.engine.changes import Changes
 from graftwork_server.engine.model import BaseModel, tuned_model, unwrapped_state
 from graftwork_server.engine.prefix import bind_prefix
@@ -15,8 +13,8 @@ from graftwork_server.engine.slots import PreparedAdapter
 
 
 def bind(base: BaseModel, digest: str, deltas: Sequence[Delta], *, place: bool = True) -> PreparedAdapter:
-    """Checks every delta against the base and converts it. With place=False it only checks (device_bytes is then what
-    low-rank tensors would take, 0 for a checkpoint).
+    """Checks every delta against the base and converts what does not go into a slot. With place=False it only checks
+    (device_bytes is then what low-rank tensors would take, 0 for a checkpoint), and the values of low-rank updates too.
 
     Raises FailedPrecondition naming the tensor that does not fit, and what would.
     """
@@ -34,7 +32,12 @@ def bind(base: BaseModel, digest: str, deltas: Sequence[Delta], *, place: bool =
             raise rejected("deltas", "a head of its own is not served: no method answers with its scores yet")
     of_modules = [delta for delta in deltas if isinstance(delta, LowRank | Scale | Replace)]
     changes = bind_changes(base, of_modules)
-    return _bind_modules(base, digest, of_modules, changes)
+    prepared = _bind_modules(base, digest, of_modules, changes)
+    if not place:  # where a slot is filled, their values are seen then
+        for delta in [delta for of_group in prepared.updates for delta in of_group]:
+            check_values(f"{delta.module}: A", delta.a, delta.module)
+            check_values(f"{delta.module}: B", delta.b, delta.module)
+    return prepared
 
 
 def _bind_modules(
@@ -43,27 +46,18 @@ def _bind_modules(
     groups = base.engine_model.groups
     linear = {name for group in groups for name in group.names}
     by_module = {delta.module: delta for delta in deltas if isinstance(delta, LowRank) and delta.module in linear}
-    ranks: list[tuple[int, ...]] = []
-    tensors: list[tuple[torch.Tensor, list[torch.Tensor]] | None] = []
-    for group in groups:
-        members = [by_module.get(name) for name in group.names]
-        ranks.append(tuple(delta.a.shape[0] if delta is not None else 0 for delta in members))
-        present = [delta for delta in members if delta is not None]
-        if not present:
-            tensors.append(None)
-            continue
-        a = torch.cat([delta.a.float() for delta in present]).to(base.dtype)  # [sum of ranks, in]
-        bs = [(delta.b.float() * delta.scaling).t().contiguous().to(base.dtype) for delta in present]  # [rank, out]
-        tensors.append((a, bs))
-    low_rank_bytes = sum(t[0].nbytes + sum(b.nbytes for b in t[1]) for t in tensors if t is not None)
+    members = [[by_module.get(name) for name in group.names] for group in groups]
+    updates = [present for of_group in members if (present := [delta for delta in of_group if delta is not None])]
+    elements = sum(delta.a.numel() + delta.b.numel() for delta in by_module.values())
+    low_rank_bytes = elements * base.dtype.itemsize
     return PreparedAdapter(
         digest=digest,
         modules_bound=len(set(by_module) | set(changes)),
         rank=max((delta.a.shape[-2] for delta in deltas if isinstance(delta, LowRank)), default=0),
         parameter_count=sum(_parameters(delta) for delta in deltas),
         device_bytes=low_rank_bytes + sum(change.device_bytes for made in changes.values() for change in made),
-        ranks=tuple(ranks),
-        tensors=tensors if by_module else [],
+        ranks=tuple(tuple(delta.a.shape[0] if delta is not None else 0 for delta in group) for group in members),
+        updates=updates,
         changes=changes,
     )
 
@@ -116,8 +110,8 @@ def _bind_full(base: BaseModel, digest: str, delta: FullWeights, place: bool) ->
             raise rejected(name, f"{name} is {list(tensor.shape)}; this base takes {list(wanted.shape)}")
         if tensor.is_floating_point() != wanted.is_floating_point():
             raise rejected(name, f"{name} is {tensor.dtype}; floating point is accepted")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise rejected(name, f"{name} holds NaN or infinite values")
+        if tensor.is_floating_point():
+            check_values(name, tensor)
     parameters = sum(tensors[name].numel() for name in resident)
     model, own_bytes = tuned_model(base, tensors) if place else (None, 0)
     return PreparedAdapter(

@@ -10,10 +10,10 @@ import bisect
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from graftwork_server.engine.adapter_pool import AdapterPool
 from graftwork_server.engine.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT, Client, FairQueue
 from graftwork_server.engine.kv_cache import BLOCK_TOKENS, BlockPool
 from graftwork_server.engine.sequence import ScheduledChunk, Sequence
-from graftwork_server.engine.slots import AdapterPool
 
 _PROMPT_LOGPROBS_CHUNK = 256
 """Tokens per step of a sequence that needs logits at each of them: a chunk's logits are [tokens, vocabulary] floats."""
@@ -80,6 +80,11 @@ class Scheduler:
             if chunk.samples:
                 self._queue.charge(chunk.sequence, OUTPUT_WEIGHT)
         return chunks
+
+    def waited_for(self) -> set[str]:
+        """Digests of the adapters of waiting sequences, preempted ones included."""
+        digests = {sequence.digest for sequence in self._preempted} | self._queue.digests()
+        return {digest for digest in digests if digest is not None}
 
     def waiting_for(self, digest: str) -> list[Sequence]:
         """All sequences of an adapter that wait, preempted ones included."""

@@ -1,4 +1,4 @@
-"""The device pool: places for loaded adapters, sized in bytes, with leases and least-recently-used eviction.
+"""Slots: how loaded adapters lie on the device, and how prepared ones wait in host memory.
 
 Low-rank adapters whose modules have the same ranks form a family; a family's A and B lie in blocks of several slots,
 so that different adapters can be computed in one batched GEMM without copying them together. Ranks are true ranks:
@@ -7,31 +7,35 @@ nothing is padded to a common maximum.
 
 from __future__ import annotations
 
-import threading
-import time
-from collections import OrderedDict
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from graftwork_plugins import LowRank
 from graftwork_server.engine.host_memory import zeros_on_demand
-from graftwork_server.errors import ResourceExhausted
+from graftwork_server.errors import FailedPrecondition
 from graftwork_server.types import LoadReport
 
 if TYPE_CHECKING:
     from graftwork_server.engine.adapted_linear import LinearGroup
     from graftwork_server.engine.changes import Changes
     from graftwork_server.engine.model import EngineModel
+    from graftwork_server.engine.native import NativeKernels
     from graftwork_server.engine.prefix import PrefixKV
 
-_SLOTS_PER_BLOCK = 16
+SLOTS_PER_BLOCK = 16
 _CACHE_LINE_BYTES = 64
 _LARGE_SLOT_BYTES = 2 << 20
 """Bytes of a slot from which large pages are worth their size."""
 
 Ranks = tuple[tuple[int, ...], ...]
 """By linear group, then by its members: the rank of the delta, 0 for none. This is what a family has in common."""
+
+Updates = Sequence[Sequence[LowRank]]
+"""By linear group that has any, then by its members that have one."""
 
 
 @dataclass(frozen=True)
@@ -58,46 +62,121 @@ class GroupLora:
 
 
 class SlotBlock:
-    """Slots of one family, side by side. All that belongs to one slot lies together, in the order of the layers: a step
-    reads it from one end to the other."""
+    """Slots of one family, side by side. All that belongs to one slot lies together, in large pages: a step reads it
+    from one end to the other."""
 
     def __init__(self, ranks: Ranks, groups: list[LinearGroup], dtype: torch.dtype, device: torch.device) -> None:
-        self.groups: list[GroupLora | None] = []
-        self.free = list(range(_SLOTS_PER_BLOCK))
+        self.ranks = ranks
+        self.free = list(range(SLOTS_PER_BLOCK))
+        self.unused = set(self.free)
+        """Slots whose memory was never written."""
         self.most_ranks = max(map(sum, ranks))
-        sizes = [
-            [sum(of_group) * group.in_features, *(r * o for r, o in zip(of_group, group.out_features, strict=True))]
+        adapted = [(of_group, group) for of_group, group in zip(ranks, groups, strict=True) if any(of_group)]
+        shapes = [(sum(of_group), group.in_features) for of_group, group in adapted]
+        for of_group, group in adapted:
+            outs = zip(of_group, group.out_features, strict=True)
+            shapes += [(rank, out_features) for rank, out_features in outs if rank]
+        sizes = [math.prod(shape) for shape in shapes]
+        places = [_aligned(size, dtype) for size in sizes]
+        self.slot_elements = sum(places)
+        """Elements from one slot to the next."""
+        # One allocation: hundreds of small ones cost milliseconds.
+        pieces = _slots((SLOTS_PER_BLOCK, self.slot_elements), dtype, device).split(places, dim=1)
+        self._tensors = [p[:, :n].unflatten(1, shape) for p, n, shape in zip(pieces, sizes, shapes, strict=True)]
+        """[slots, ...] each: A of every group with ranks, then B of every member with a rank"""
+        a, b = iter(self._tensors[: len(adapted)]), iter(self._tensors[len(adapted) :])
+        self.groups = [
+            _group_lora(next(a), of_group, group, b) if any(of_group) else None
             for of_group, group in zip(ranks, groups, strict=True)
         ]
-        self.slot_elements = sum(_aligned(size, dtype) for of_group in sizes for size in of_group)
-        """Elements from one slot to the next."""
-        memory = _slots((_SLOTS_PER_BLOCK, self.slot_elements), dtype, device)
-        taken = 0
-
-        def take(*shape: int) -> torch.Tensor:
-            nonlocal taken
-            part = memory[:, taken : taken + shape[0] * shape[1]].unflatten(1, shape)
-            taken += _aligned(shape[0] * shape[1], dtype)
-            return part
-
-        for group_ranks, group in zip(ranks, groups, strict=True):
-            if not any(group_ranks):
-                self.groups.append(None)
-                continue
-            a = take(sum(group_ranks), group.in_features)
-            members = []
-            rank_offset = column_offset = 0
-            for rank, out_features in zip(group_ranks, group.out_features, strict=True):
-                if rank:
-                    columns = slice(column_offset, column_offset + out_features)
-                    members.append(
-                        MemberLora(slice(rank_offset, rank_offset + rank), columns, take(rank, out_features))
-                    )
-                rank_offset += rank
-                column_offset += out_features
-            self.groups.append(GroupLora(a, members, _description(members)))
         self.table = torch.tensor([_table_row(group) for group in self.groups])
         """The groups as the kernels of whole layers take them (LayerKernels)."""
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of the slots that were written at some time."""
+        return sum(t.nbytes for t in self._tensors) // SLOTS_PER_BLOCK * (SLOTS_PER_BLOCK - len(self.unused))
+
+    def read(self, slot: int) -> torch.Tensor:
+        """A copy of a slot in host memory: PreparedAdapter.packed."""
+        packed = torch.cat([piece.view(-1) for piece in self._pieces(slot)])
+        return packed if packed.device.type == "cpu" else _page_locked(len(packed), packed.dtype).copy_(packed)
+
+    def write(self, slot: int, prepared: PreparedAdapter, kernels: NativeKernels | None) -> None:
+        """Fills a slot that nobody else uses."""
+        self.unused.discard(slot)
+        pieces = self._pieces(slot)
+        sizes = [piece.numel() for piece in pieces]
+        if prepared.packed is not None:
+            packed = prepared.packed
+        elif pieces[0].device.type == "cpu":
+            write_updates(prepared.updates, pieces, kernels)
+            return
+        else:  # converted in host memory, so that one copy crosses over
+            packed = _page_locked(sum(sizes), pieces[0].dtype)
+            shaped = [part.view_as(piece) for part, piece in zip(packed.split(sizes), pieces, strict=True)]
+            write_updates(prepared.updates, shaped, None)
+        arrived = packed.to(pieces[0].device, non_blocking=True)
+        torch._foreach_copy_([piece.view(-1) for piece in pieces], arrived.split(sizes))
+
+    def clear(self, slot: int) -> None:
+        """Writes zeros into a slot that nobody else uses, so that its memory is there when an adapter comes."""
+        self.unused.discard(slot)
+        torch._foreach_zero_(self._pieces(slot))
+
+    def _pieces(self, slot: int) -> list[torch.Tensor]:
+        """What lies in a slot: A [sum of ranks, in] and B [rank, out]."""
+        return [tensor[slot] for tensor in self._tensors]
+
+
+def _group_lora(a: torch.Tensor, ranks: tuple[int, ...], group: LinearGroup, b: Iterator[torch.Tensor]) -> GroupLora:
+    members = []
+    rank_offset = column_offset = 0
+    for rank, out_features in zip(ranks, group.out_features, strict=True):
+        if rank:
+            columns = slice(column_offset, column_offset + out_features)
+            members.append(MemberLora(slice(rank_offset, rank_offset + rank), columns, next(b)))
+        rank_offset += rank
+        column_offset += out_features
+    return GroupLora(a, members, _description(members))
+
+
+def write_updates(updates: Updates, targets: list[torch.Tensor], kernels: NativeKernels | None) -> None:
+    """Writes A and B * scaling, rounded once, into `targets`: A [sum of ranks, in] of each group, then B [rank, out].
+
+    Raises FailedPrecondition (ARTIFACT_REJECTED) where values are not finite, or not when they are rounded.
+    """
+    deltas = [delta for of_group in updates for delta in of_group]
+    a_targets = [part for of_group, a in zip(updates, targets, strict=False) for part in _rows(a, of_group)]
+    b_targets, dtype = targets[len(updates) :], targets[0].dtype
+    is_exact = [delta.b.dtype == dtype for delta in deltas]
+    sources = [d.b if exact else (d.b.float() * d.scaling).to(dtype) for d, exact in zip(deltas, is_exact, strict=True)]
+    scales = [delta.scaling if exact else 1.0 for delta, exact in zip(deltas, is_exact, strict=True)]
+    if kernels is None:
+        torch._foreach_copy_(a_targets, [delta.a for delta in deltas])
+        for b, target, scale in zip(sources, b_targets, scales, strict=True):
+            torch.mul(b.t(), scale, out=target)
+        finite = [bool(torch.isfinite(target).all()) for target in [*a_targets, *b_targets]]
+    else:
+        rows = [delta.a.to(dtype).reshape(1, -1) for delta in deltas]
+        columns = [b.contiguous() for b in sources]
+        finite = kernels.transpose(rows + columns, [*a_targets, *b_targets], [1.0] * len(rows) + scales)
+    for index, (delta, is_finite) in enumerate(zip([*deltas, *deltas], finite, strict=True)):
+        if not is_finite:
+            name = "A" if index < len(deltas) else "B"
+            raise FailedPrecondition(
+                f"{delta.module}: {name} holds NaN or infinite values, or such that are too large for {dtype}",
+                reason="ARTIFACT_REJECTED",
+                field=delta.module,
+            )
+
+
+def _rows(a: torch.Tensor, deltas: Sequence[LowRank]) -> Sequence[torch.Tensor]:
+    return a.split([delta.a.shape[0] for delta in deltas]) if len(deltas) > 1 else [a]
+
+
+def _page_locked(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(elements, dtype=dtype, pin_memory=True)
 
 
 def _aligned(elements: int, dtype: torch.dtype) -> int:
@@ -134,8 +213,12 @@ class PreparedAdapter:
     parameter_count: int
     device_bytes: int
     ranks: Ranks = ()
-    tensors: list[tuple[torch.Tensor, list[torch.Tensor]] | None] = field(default_factory=list)
-    """By linear group: A [sum of ranks, in] and the members' B [rank, out], scaled."""
+    updates: Updates = ()
+    """Its low-rank updates of linear layers, shapes checked. They are written into a slot, and their values checked, as
+    they come from the file's mapping: each byte is read once and written once."""
+    packed: torch.Tensor | None = None
+    """Instead of `updates`, where it was in a slot before: [elements] in host memory, page-locked where it goes to a
+    GPU; A [sum of ranks, in] of each linear group with ranks, then B [rank, out] of their members, scaled."""
     model: EngineModel | None = None
     """A whole tuned checkpoint, bound to a model of its own."""
     changes: Changes = field(default_factory=dict)
@@ -143,164 +226,34 @@ class PreparedAdapter:
     prefix: PrefixKV | None = None
     """Virtual tokens before each sequence, on the device already."""
 
+    @property
+    def lies_in_host_memory(self) -> bool:
+        """Nothing of it is on the device yet."""
+        return self.model is None and not self.changes and self.prefix is None
+
 
 @dataclass(eq=False)
 class LoadedAdapter:
     """An adapter on the device."""
 
-    digest: str
+    prepared: PreparedAdapter
+    """As it came, without what lies in the slot now."""
     report: LoadReport
     block: SlotBlock | None
     slot: int
-    model: EngineModel | None
-    changes: Changes = field(default_factory=dict)
-    prefix: PrefixKV | None = None
     leases: int = 0
+    is_fresh: bool = True
+    """No lease has ended yet, so sequences that waited for it may not have had their chance: it need not yield."""
 
+    def __post_init__(self) -> None:
+        self.digest = self.prepared.digest
+        self.bytes = self.prepared.device_bytes
+        self.model = self.prepared.model
+        self.changes = self.prepared.changes
+        self.prefix = self.prepared.prefix
 
-class AdapterPool:
-    """Loaded adapters by digest. Thread-safe: the loader places and evicts, the step loop leases and releases."""
-
-    def __init__(self, budget_bytes: int, groups: list[LinearGroup], dtype: torch.dtype, device: torch.device) -> None:
-        self.budget_bytes = budget_bytes
-        self.used_bytes = 0
-        self._groups = groups
-        self._dtype = dtype
-        self._device = device
-        self._loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()  # least recently used first
-        self._blocks: dict[Ranks, list[SlotBlock]] = {}
-        self._draining: set[str] = set()
-        self._changed = threading.Condition()
-        self.waits_for_room = False
-        """A load waits for leases to end. Read without the lock: a stale answer is put right in the next step."""
-
-    def digests(self) -> list[str]:
-        """What is loaded now."""
-        with self._changed:
-            return list(self._loaded)
-
-    def lease(self, digest: str) -> LoadedAdapter | None:
-        """The adapter with one more lease, or None if it is not loaded or is being unloaded."""
-        with self._changed:
-            adapter = self._loaded.get(digest)
-            if adapter is None or digest in self._draining:
-                return None
-            adapter.leases += 1
-            self._loaded.move_to_end(digest)
-            return adapter
-
-    def release(self, adapter: LoadedAdapter) -> None:
-        """Gives one lease back."""
-        with self._changed:
-            adapter.leases -= 1
-            if adapter.leases == 0 and adapter.digest in self._draining:
-                self._drop(adapter)
-            self._changed.notify_all()
-
-    def place(self, prepared: PreparedAdapter, started: float, stop: threading.Event) -> LoadedAdapter:
-        """Copies an adapter into the pool and returns it with one lease.
-
-        Evicts adapters nobody leases, least recently used first; waits for leases to end while there are not enough.
-        `started` is time.perf_counter() at the request. Raises ResourceExhausted if it could not fit an empty pool.
-        """
-        if prepared.device_bytes > self.budget_bytes:
-            raise ResourceExhausted(
-                f"the adapter takes {prepared.device_bytes} bytes on the device, the pool has {self.budget_bytes}; "
-                "start the server with a larger --adapter-memory-bytes",
-                reason="ADAPTER_TOO_LARGE",
-            )
-        with self._changed:
-            try:
-                while prepared.digest in self._loaded or not self._make_room(prepared.device_bytes):
-                    if stop.is_set():
-                        raise ResourceExhausted("the server is shutting down", reason="SHUTTING_DOWN")
-                    self.waits_for_room = True
-                    self._changed.wait(timeout=0.1)
-            finally:
-                self.waits_for_room = False
-            self.used_bytes += prepared.device_bytes
-            block, slot = self._take_slot(prepared) if prepared.tensors else (None, 0)
-        if block is not None:
-            _copy_into(block, slot, prepared)
-        with self._changed:
-            report = LoadReport(
-                modules_bound=prepared.modules_bound,
-                rank=prepared.rank,
-                device_bytes=prepared.device_bytes,
-                load_ms=(time.perf_counter() - started) * 1000,
-            )
-            adapter = LoadedAdapter(
-                prepared.digest, report, block, slot, prepared.model, prepared.changes, prepared.prefix, leases=1
-            )
-            self._loaded[prepared.digest] = adapter
-            return adapter
-
-    def unload(self, digest: str) -> bool:
-        """Unloads an adapter, at once or when its last lease ends; nobody gets a new lease from now on.
-
-        False if it is not loaded.
-        """
-        with self._changed:
-            adapter = self._loaded.get(digest)
-            if adapter is None:
-                return False
-            if adapter.leases:
-                self._draining.add(digest)
-            else:
-                self._drop(adapter)
-            return True
-
-    def report(self, digest: str) -> LoadReport | None:
-        """What the load of `digest` bound; None if it is not loaded or is being unloaded."""
-        with self._changed:
-            adapter = self._loaded.get(digest)
-            return adapter.report if adapter is not None and digest not in self._draining else None
-
-    def _make_room(self, needed: int) -> bool:
-        """Evicts until `needed` bytes are free; evicts nothing if that cannot be reached."""
-        idle = [adapter for adapter in self._loaded.values() if adapter.leases == 0]
-        available = self.budget_bytes - self.used_bytes
-        if available + sum(adapter.report.device_bytes for adapter in idle) < needed:
-            return False
-        for adapter in idle:
-            if self.budget_bytes - self.used_bytes >= needed:
-                break
-            self._drop(adapter)
-        return True
-
-    def _drop(self, adapter: LoadedAdapter) -> None:
-        del self._loaded[adapter.digest]
-        self._draining.discard(adapter.digest)
-        self.used_bytes -= adapter.report.device_bytes
-        if adapter.block is not None:
-            adapter.block.free.append(adapter.slot)
-            adapter.block.free.sort()
-            for ranks, blocks in list(self._blocks.items()):
-                kept = [block for block in blocks if len(block.free) < _SLOTS_PER_BLOCK]
-                if kept:
-                    self._blocks[ranks] = kept
-                else:
-                    del self._blocks[ranks]
-        adapter.model = None
-        adapter.changes = {}
-        adapter.prefix = None
-        self._changed.notify_all()
-
-    def _take_slot(self, prepared: PreparedAdapter) -> tuple[SlotBlock, int]:
-        blocks = self._blocks.setdefault(prepared.ranks, [])
-        block = next((block for block in blocks if block.free), None)
-        if block is None:
-            block = SlotBlock(prepared.ranks, self._groups, self._dtype, self._device)
-            blocks.append(block)
-        return block, block.free.pop(0)
-
-
-def _copy_into(block: SlotBlock, slot: int, prepared: PreparedAdapter) -> None:
-    """Writes A and B into a slot that nobody else uses."""
-    for lora, tensors in zip(block.groups, prepared.tensors, strict=True):
-        if lora is None or tensors is None:
-            continue
-        a, bs = tensors
-        lora.a[slot].copy_(a)
-        for member, b in zip(lora.members, bs, strict=True):
-            member.b[slot].copy_(b)
+    def forget(self) -> None:
+        """Lets go of what it holds on the device, whoever may still have this object."""
+        self.prepared = replace(self.prepared, model=None, changes={}, prefix=None)
+        self.block = None
+        self.model, self.changes, self.prefix = None, {}, None

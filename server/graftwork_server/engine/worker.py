@@ -1,7 +1,7 @@
 """The engine as a process: takes the front's messages, runs the step loop, sends what it produced.
 
 Threads: the main thread runs the loop and is the only one that touches sequences and the device's step; one reads the
-socket, one writes it, one loads adapters, one compiles grammars, one answers questions (inspect, prepare), and each
+socket, one writes it, a few load adapters, one compiles grammars, one answers questions (inspect, prepare), and each
 tuner has a reader. They
 meet in the inbox, a queue of messages and callbacks that the loop empties between two steps.
 """
@@ -29,8 +29,9 @@ from graftwork_server import messages as m
 from graftwork_server.engine.engine import Engine, EngineLimits
 from graftwork_server.engine.grammars import Grammars
 from graftwork_server.engine.loading import bind
+from graftwork_server.engine.loads import Loads
 from graftwork_server.engine.model import BaseModel
-from graftwork_server.engine.slots import LoadedAdapter
+from graftwork_server.engine.slots import LoadedAdapter, PreparedAdapter
 from graftwork_server.engine.tuners import Tuners
 from graftwork_server.errors import ErrorBody, Unavailable, body_of
 from graftwork_server.types import AdapterRef, ArtifactInfo, StrategyInfo
@@ -81,7 +82,7 @@ class EngineWorker:
         self._inbox: queue.SimpleQueue[m.FrontMessage | Callable[[], None] | None] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._stop = threading.Event()
-        self._loader = ThreadPoolExecutor(1, "load")
+        self._loads = Loads(self._prepare_adapter, self.engine.adapters, self._stop)
         self._answers = ThreadPoolExecutor(1, "answer")
         self._compiler = ThreadPoolExecutor(1, "compile")
         self._grammars = Grammars(base.info)
@@ -92,7 +93,8 @@ class EngineWorker:
         self._unloading: dict[str, list[int]] = {}
         self._load_leases: list[LoadedAdapter] = []
         """Leases that keep a fresh load on the device until the scheduler has seen it once."""
-        self._reported: list[str] = []
+        self._reported = 0
+        """The pool's generation that the front knows of."""
         self._deadline: float | None = None
         self._figures = self.engine.cache_figures
         self._figures_told = time.monotonic()
@@ -162,9 +164,12 @@ class EngineWorker:
         struct.pack_into("<q", self._gate, 0, self._active)
         if time.monotonic() - self._figures_told > FIGURES_SECONDS:
             self._tell_figures()
-        digests = self.engine.adapters.digests()
-        if digests != self._reported:
-            self._reported = digests
+        pool = self.engine.adapters
+        if self._loading:
+            pool.wanted = self.engine.waited_for()
+        if pool.generation != self._reported:
+            self._reported = pool.generation
+            digests = pool.digests()
             self._send(m.LoadedChanged(digests=digests))
             for digest in [digest for digest in self._unloading if digest not in digests]:
                 for call_id in self._unloading.pop(digest):
@@ -199,6 +204,9 @@ class EngineWorker:
                 self._load_call(message)
             case m.Unload():
                 self._unload_call(message)
+            case m.Pin():
+                self.engine.adapters.pin(message.digests)
+                self._reply(message.call_id, m.Pinned())
             case m.Inspect():
                 self._answer(message.call_id, lambda: self._inspect(message))
             case m.PrepareJob():
@@ -216,6 +224,8 @@ class EngineWorker:
         refused = self.engine.add(message, matcher)
         if refused is not None:
             self._send(m.StepOutputs([refused]))
+        elif message.adapter is not None:
+            self._load_ahead(message.adapter)
 
     def _compile(self, message: m.Generate, grammar: m.Grammar) -> None:
         """Compiles off the step loop; the sequence is queued when that is done, unless it was cancelled meanwhile."""
@@ -293,29 +303,37 @@ class EngineWorker:
         else:
             self._reply(message.call_id, m.Unloaded(was_loaded=False))
 
+    def _load_ahead(self, adapter: AdapterRef) -> None:
+        """Starts a load for a sequence that may have to wait for other reasons too."""
+        if adapter.digest not in self._loading and self.engine.adapters.report(adapter.digest) is None:
+            self._start_load(adapter)
+
     def _ensure_loaded(self, adapter: AdapterRef) -> None:
-        """Starts a load unless one is under way. Called in the step thread."""
-        if adapter.digest in self._loading:
-            return
+        """Starts a load unless one is under way; it is needed now. Called in the step thread."""
+        self._loads.is_due(adapter.digest)
+        if adapter.digest not in self._loading:
+            self._start_load(adapter)
+
+    def _start_load(self, adapter: AdapterRef) -> None:
         self._loading[adapter.digest] = []
-        started = time.perf_counter()
+        self._loads.start(adapter, lambda result: self._inbox.put(lambda: self._load_done(adapter, result)))
 
-        def load() -> None:
-            try:
-                deltas = self._strategies.load_deltas(Path(adapter.path), adapter.strategy, self._base_info)
-                prepared = bind(self.engine.base, adapter.digest, deltas)
-                placed = self.engine.adapters.place(prepared, started, self._stop)
-                self._inbox.put(lambda: self._load_done(placed))
-            except Exception as error:
-                body = body_of(error)
-                self._inbox.put(lambda: self._load_failed(adapter.digest, body))
+    def _prepare_adapter(self, adapter: AdapterRef) -> PreparedAdapter:
+        deltas = self._strategies.load_deltas(Path(adapter.path), adapter.strategy, self._base_info)
+        return bind(self.engine.base, adapter.digest, deltas)
 
-        self._loader.submit(load)
-
-    def _load_done(self, adapter: LoadedAdapter) -> None:
-        self._load_leases.append(adapter)
-        for call_id in self._loading.pop(adapter.digest):
-            self._reply(call_id, m.LoadReply(report=adapter.report))
+    def _load_done(self, adapter: AdapterRef, result: LoadedAdapter | Exception | None) -> None:
+        if isinstance(result, Exception):
+            self._load_failed(adapter.digest, body_of(result))
+            return
+        calls = self._loading.pop(adapter.digest)
+        if result is not None:
+            self._load_leases.append(result)
+            for call_id in calls:
+                self._reply(call_id, m.LoadReply(report=result.report))
+        elif calls:  # they came while it was loaded ahead of time, which found no room
+            self._ensure_loaded(adapter)
+            self._loading[adapter.digest] += calls
 
     def _load_failed(self, digest: str, error: ErrorBody) -> None:
         log.warning("adapter %s could not be loaded: %s", digest[:19], error.message)

@@ -25,6 +25,8 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     tuning_job: str | None = None
     """Id of the job that made it."""
+    pinned: bool = False
+    """Kept on the device."""
     create_time: datetime.datetime
 
     @property

@@ -135,6 +135,21 @@ class Registry:
             session.execute(delete(Adapter).where(Adapter.id == adapter_id))
             return versions
 
+    def set_pinned(self, version: VersionRecord, pinned: bool) -> VersionRecord:
+        """Pins or unpins a version. Raises NotFound (VERSION_NOT_FOUND) if it was deleted since."""
+        with self._database.write() as session:
+            row = session.get(Version, (version.adapter_id, version.number))
+            if row is None:
+                raise NotFound(f"{version.name} was deleted just now", reason="VERSION_NOT_FOUND", field="name")
+            row.pinned = pinned
+            return version_record(row)
+
+    def pinned_versions(self) -> list[VersionRecord]:
+        """Versions that are kept on the device."""
+        with self._database.read() as session:
+            rows = session.scalars(select(Version).where(Version.pinned).order_by(Version.adapter_id, Version.number))
+            return [version_record(row) for row in rows]
+
     def digests(self) -> set[str]:
         """Digests of all versions."""
         with self._database.read() as session:
@@ -230,7 +245,7 @@ def insert_version(session: Session, new: NewVersion) -> VersionRecord:
         adapter = Adapter(id=new.adapter_id, next_number=1, create_time=now())
         session.add(adapter)
         session.flush()
-    row = Version(number=adapter.next_number, create_time=now(), **msgspec.structs.asdict(new))
+    row = Version(number=adapter.next_number, create_time=now(), pinned=False, **msgspec.structs.asdict(new))
     adapter.next_number += 1
     session.add(row)
     return version_record(row)

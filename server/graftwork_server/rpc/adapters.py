@@ -19,6 +19,7 @@ from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import VersionRecord
 from graftwork_server.hub.registry import RequestKey, check_adapter_id, request_key
 from graftwork_server.hub.uploads import ArtifactUpload, UploadFile
+from graftwork_server.pins import Pins
 from graftwork_server.rpc.convert import adapter_message, load_report_message
 from graftwork_server.rpc.generation import text_of
 from graftwork_server.rpc.names import adapter_id, adapter_version
@@ -32,10 +33,11 @@ Context = grpc.aio.ServicerContext
 class AdapterService(AdapterServiceServicer):
     """Adapters of this server's hub, on this server's engine. `max_upload_bytes` is for all files of one upload."""
 
-    def __init__(self, engine: EngineClient, hub: Hub, texts: AdapterTexts, max_upload_bytes: int) -> None:
+    def __init__(self, engine: EngineClient, hub: Hub, texts: AdapterTexts, pins: Pins, max_upload_bytes: int) -> None:
         self._engine = engine
         self._hub = hub
         self._texts = texts
+        self._pins = pins
         self._max_upload_bytes = max_upload_bytes
         self._unloads: set[asyncio.Task[None]] = set()
 
@@ -68,7 +70,9 @@ class AdapterService(AdapterServiceServicer):
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
         """Forgets an adapter; its files and its place on the device go once nobody uses them."""
         versions = await to_its_end(self._hub.delete_adapter, adapter_id(request.name))
-        for digest in {version.digest for version in versions} & self._engine.loaded:
+        if any(version.pinned for version in versions):
+            await self._pins.tell()
+        for digest in {version.digest for version in versions}:  # loaded or not: the host may have a copy
             task = asyncio.create_task(self._unload_unless_published(digest))
             self._unloads.add(task)
             task.add_done_callback(self._unloads.discard)
@@ -83,8 +87,28 @@ class AdapterService(AdapterServiceServicer):
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:
         """Takes a version off the device once its running requests have ended."""
         version = await self._version(request.name)
+        if version.pinned:
+            version = await self._set_pinned(version, False)
         await self._engine.unload(version.digest)
         return pb.UnloadAdapterResponse(adapter=self._message(version))
+
+    async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.PinAdapterResponse:
+        """Loads a version and keeps it on the device."""
+        version = await self._version(request.name)
+        report = await self._load(version)
+        was_pinned = version.pinned
+        version = await self._set_pinned(version, True)
+        try:
+            await self._load(version)  # if another one took its place before the engine knew of the pin
+        except GraftworkServerError:
+            await self._set_pinned(version, was_pinned)
+            raise
+        return pb.PinAdapterResponse(adapter=self._message(version), load_report=report)
+
+    async def UnpinAdapter(self, request: pb.UnpinAdapterRequest, context: Context) -> pb.UnpinAdapterResponse:
+        """Lets a version be evicted again."""
+        version = await self._set_pinned(await self._version(request.name), False)
+        return pb.UnpinAdapterResponse(adapter=self._message(version))
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -94,6 +118,11 @@ class AdapterService(AdapterServiceServicer):
     async def _version(self, name: str) -> VersionRecord:
         found, number = adapter_version(name)
         return await asyncio.to_thread(self._hub.registry.get_version, found, number)
+
+    async def _set_pinned(self, version: VersionRecord, pinned: bool) -> VersionRecord:
+        changed = await to_its_end(self._hub.registry.set_pinned, version, pinned)
+        await self._pins.tell()
+        return changed
 
     async def _receive(
         self,

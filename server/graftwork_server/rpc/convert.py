@@ -53,6 +53,7 @@ def adapter_message(version: VersionRecord, *, loaded: bool) -> adapters_pb2.Ada
         create_time=timestamp(version.create_time),
         tuning_job=f"tuningJobs/{version.tuning_job}" if version.tuning_job else "",
         rank=version.rank,
+        pinned=version.pinned,
     )
 
 

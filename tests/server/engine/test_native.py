@@ -52,6 +52,19 @@ def test_linear(rows: int, in_features: int, out_features: int, with_bias: bool)
     assert torch.allclose(answer.float(), expected, rtol=1e-2, atol=2e-2)
 
 
+def test_transpose(kernels: NativeKernels) -> None:
+    shapes = [(70, 3), (1, 65), (129, 16), (5, 1), (64, 64)]
+    sources = [draw(*shape, seed=seed).to(kernels.dtype) for seed, shape in enumerate(shapes)]
+    scales = [1.5, 1.0, 0.3, 1.0, -2.0]
+    targets = [torch.empty(source.shape[::-1], dtype=kernels.dtype) for source in sources]
+    assert kernels.transpose(sources, targets, scales) == [True] * len(shapes)
+    for source, target, scale in zip(sources, targets, scales, strict=True):
+        assert torch.equal(target, (source.float() * scale).to(kernels.dtype).t())
+    sources[1][0, 64], sources[2][128, 15], sources[3][0, 0] = float("nan"), float("inf"), float("-inf")
+    assert kernels.transpose(sources, targets, scales) == [True, False, False, False, True]
+    assert kernels.transpose([torch.full((2, 2), 3e38).to(kernels.dtype)], [targets[4]], [2.0]) == [False]
+
+
 def test_linear_leaves_what_it_cannot_do_to_torch() -> None:
     kernels = native_kernels(CPU, torch.bfloat16)
     if kernels is None:

@@ -177,7 +177,7 @@ def replace(**changes: object) -> Replace:
 )
 def test_deltas_that_do_not_fit_are_refused_by_name(llama: BaseModel, deltas: list[LowRank], says: str) -> None:
     with pytest.raises(FailedPrecondition, match=says) as raised:
-        bind(llama, "d", deltas)
+        bind(llama, "d", deltas, place=False)
     assert raised.value.reason == "ARTIFACT_REJECTED"
     assert raised.value.violations
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import pytest_asyncio
 from tests import toys
@@ -94,6 +95,57 @@ async def test_closing_a_stream_frees_its_place(engine: EngineClient) -> None:
             await stream.aclose()
     assert len(await tokens(engine, None)) == 8
     assert engine.running == 0
+
+
+async def test_more_adapters_than_places_take_turns(llama_dir: Path, adapters: list[Path], tmp_path: Path) -> None:
+    """One place for three adapters, two of which are asked without a pause: the third gets its turn."""
+    client = EngineClient(settings(llama_dir, tmp_path, adapter_memory_bytes=4 * 8 * 3 * 704))
+    await client.start()
+    done = asyncio.Event()
+
+    async def insist(adapter: AdapterRef) -> set[tuple[int, ...]]:
+        answers: set[tuple[int, ...]] = set()
+        while not done.is_set():
+            answers.add(tuple(await tokens(client, adapter)))
+        return answers
+
+    try:
+        busy = [asyncio.create_task(insist(ref(adapters[index % 2]))) for index in range(6)]
+        await asyncio.sleep(0.5)
+        third = [await asyncio.wait_for(tokens(client, ref(adapters[2])), 60) for _ in range(4)]
+        done.set()
+        answers = await asyncio.gather(*busy)
+    finally:
+        await client.stop()
+    alone = [len(own) for own in answers]
+    assert alone == [1] * 6, "each adapter always gives its own answer"
+    assert answers[0] != answers[1]
+    assert len({tuple(answer) for answer in third}) == 1
+
+
+async def test_unloaded_and_evicted_adapters_give_their_memory_back(llama_dir: Path, tmp_path: Path) -> None:
+    """Sixty loads of 4.3 MB each, all under digests of their own."""
+    directory = toys.make_adapter(llama_dir, tmp_path / "wide", r=512)
+    size = 4 * 512 * 3 * 704
+    limits = {"adapter_memory_bytes": 4 * size, "host_cache_bytes": 2 * size}
+    client = EngineClient(settings(llama_dir, tmp_path / "cache", **limits))
+    await client.start()
+    try:
+        process = psutil.Process(client.process_id)
+        for number in range(8):  # pool and host cache are full
+            report = await client.load(ref(directory, f"first-{number}"))
+            assert report.device_bytes == size
+        before = process.memory_info().rss
+        for number in range(60):
+            await client.load(ref(directory, f"d{number}"))
+            if number % 3 == 0:
+                await client.unload(f"d{number}")
+        async with asyncio.timeout(30):  # what was evicted is told after the answer to the load
+            while len(client.loaded) > 4:
+                await asyncio.sleep(0.01)
+        assert process.memory_info().rss - before < 15 * size
+    finally:
+        await client.stop()
 
 
 async def test_a_bad_artifact_fails_its_own_requests_only(

@@ -56,6 +56,8 @@ def calls(server):
         "DeleteAdapter": lambda n: server.adapters.DeleteAdapter(a.DeleteAdapterRequest(name="adapters/" + n)),
         "LoadAdapter": lambda n: server.adapters.LoadAdapter(a.LoadAdapterRequest(name="adapters/" + n)),
         "UnloadAdapter": lambda n: server.adapters.UnloadAdapter(a.UnloadAdapterRequest(name="adapters/" + n)),
+        "PinAdapter": lambda n: server.adapters.PinAdapter(a.PinAdapterRequest(name="adapters/" + n)),
+        "UnpinAdapter": lambda n: server.adapters.UnpinAdapter(a.UnpinAdapterRequest(name="adapters/" + n)),
         "CreateAdapter id": lambda n: create(adapter_id=n),
         "CreateAdapter file": lambda n: create(file=n),
         "CreateTuningJob dataset": lambda n: job(dataset="datasets/" + n),

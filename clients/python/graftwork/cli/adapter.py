@@ -1,4 +1,4 @@
-"""graftwork adapter: upload, look at, load, unload and delete adapters."""
+"""graftwork adapter: upload, look at, load, unload, pin and delete adapters."""
 
 from __future__ import annotations
 
@@ -92,6 +92,25 @@ def unload(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, add
 
 
 @app.command()
+def pin(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, address: Address = None) -> None:
+    """Load an adapter and keep it on the device, over restarts too, until it is unpinned, unloaded or deleted."""
+    with session(ctx, address, as_json) as client:
+        pinned = client.adapters.pin(adapter)
+        _show(pinned, as_json, f"pinned {pinned.adapter_id}@{pinned.version}")
+
+
+@app.command()
+def unpin(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, address: Address = None) -> None:
+    """Let an adapter be evicted again when its room is needed."""
+    with session(ctx, address, as_json) as client:
+        unpinned = client.adapters.unpin(adapter)
+        if as_json:
+            output.emit(unpinned)
+        else:
+            print(f"unpinned {unpinned.adapter_id}@{unpinned.version}")
+
+
+@app.command()
 def delete(
     ctx: typer.Context,
     adapter_id: Annotated[str, typer.Argument(metavar="ID", help="The adapter.")],
@@ -122,11 +141,13 @@ def _show(adapter: Adapter, as_json: bool, headline: str = "") -> None:
         ("rank", adapter.rank or None),
         ("size", output.size(adapter.size_bytes)),
         ("loaded", adapter.loaded),
+        ("pinned", adapter.pinned),
         ("created", adapter.create_time),
         ("tuning job", adapter.tuning_job),
     ]
     report = adapter.load_report
     if report is not None:
         took = "was loaded already" if report.already_loaded else f"in {report.load_ms:.1f} ms"
-        pairs.append(("load", f"{report.modules_bound} modules, {output.size(report.device_bytes)}, {took}"))
+        rank = f"rank {report.rank}, " if report.rank else ""
+        pairs.append(("load", f"{report.modules_bound} modules, {rank}{output.size(report.device_bytes)}, {took}"))
     output.fields(pairs)

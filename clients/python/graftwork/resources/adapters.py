@@ -75,8 +75,19 @@ class Adapters:
         return self._transport.unary(requests.load_adapter(adapter), timeout)
 
     def unload(self, adapter: str | Adapter, *, timeout: float | None = None) -> Adapter:
-        """Takes a version off the device and returns the adapter; the next request loads it again."""
+        """Takes a version off the device and returns the adapter; the next request loads it again. Unpins it."""
         return self._transport.unary(requests.unload_adapter(adapter), timeout)
+
+    def pin(self, adapter: str | Adapter, *, timeout: float | None = None) -> Adapter:
+        """Loads a version and keeps it on the device, over restarts too, until it is unpinned, unloaded or deleted.
+
+        Returns the adapter with its load_report. Raises NotFoundError, ResourceExhaustedError if there is no room.
+        """
+        return self._transport.unary(requests.pin_adapter(adapter), timeout)
+
+    def unpin(self, adapter: str | Adapter, *, timeout: float | None = None) -> Adapter:
+        """Lets a version be evicted again and returns the adapter. Raises NotFoundError."""
+        return self._transport.unary(requests.unpin_adapter(adapter), timeout)
 
 
 class AsyncAdapters:
@@ -127,3 +138,11 @@ class AsyncAdapters:
     async def unload(self, adapter: str | Adapter, *, timeout: float | None = None) -> Adapter:
         """As Adapters.unload."""
         return await self._transport.unary(requests.unload_adapter(adapter), timeout)
+
+    async def pin(self, adapter: str | Adapter, *, timeout: float | None = None) -> Adapter:
+        """As Adapters.pin."""
+        return await self._transport.unary(requests.pin_adapter(adapter), timeout)
+
+    async def unpin(self, adapter: str | Adapter, *, timeout: float | None = None) -> Adapter:
+        """As Adapters.unpin."""
+        return await self._transport.unary(requests.unpin_adapter(adapter), timeout)

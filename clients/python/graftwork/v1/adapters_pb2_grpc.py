@@ -65,6 +65,16 @@ class AdapterServiceStub:
                 request_serializer=graftwork_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=graftwork_dot_v1_dot_adapters__pb2.UnloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.PinAdapter = channel.unary_unary(
+                '/graftwork.v1.AdapterService/PinAdapter',
+                request_serializer=graftwork_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
+                response_deserializer=graftwork_dot_v1_dot_adapters__pb2.PinAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnpinAdapter = channel.unary_unary(
+                '/graftwork.v1.AdapterService/UnpinAdapter',
+                request_serializer=graftwork_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.SerializeToString,
+                response_deserializer=graftwork_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -108,6 +118,22 @@ class AdapterServiceServicer:
 
     def UnloadAdapter(self, request, context):
         """Takes a version off the device once the requests that use it have ended. It stays servable: the next request loads it again.
+        A pinned version is unpinned by it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinAdapter(self, request, context):
+        """Loads a version and keeps it on the device: it is never evicted until it is unpinned, unloaded or deleted. The pin outlives
+        restarts of the server, which loads pinned versions at its start.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinAdapter(self, request, context):
+        """Lets a version be evicted again. It stays on the device until its room is needed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,6 +171,16 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.UnloadAdapter,
                     request_deserializer=graftwork_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=graftwork_dot_v1_dot_adapters__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'PinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinAdapter,
+                    request_deserializer=graftwork_dot_v1_dot_adapters__pb2.PinAdapterRequest.FromString,
+                    response_serializer=graftwork_dot_v1_dot_adapters__pb2.PinAdapterResponse.SerializeToString,
+            ),
+            'UnpinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinAdapter,
+                    request_deserializer=graftwork_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.FromString,
+                    response_serializer=graftwork_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -310,6 +346,60 @@ class AdapterService:
             '/graftwork.v1.AdapterService/UnloadAdapter',
             graftwork_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.SerializeToString,
             graftwork_dot_v1_dot_adapters__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graftwork.v1.AdapterService/PinAdapter',
+            graftwork_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
+            graftwork_dot_v1_dot_adapters__pb2.PinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graftwork.v1.AdapterService/UnpinAdapter',
+            graftwork_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.SerializeToString,
+            graftwork_dot_v1_dot_adapters__pb2.UnpinAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,7 +44,15 @@ class AdapterServiceStub:
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
     """Loads a version beside the base now, so that its first request does not wait for the disk."""
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
-    """Takes a version off the device once the requests that use it have ended. It stays servable: the next request loads it again."""
+    """Takes a version off the device once the requests that use it have ended. It stays servable: the next request loads it again.
+    A pinned version is unpinned by it.
+    """
+    PinAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.PinAdapterResponse]
+    """Loads a version and keeps it on the device: it is never evicted until it is unpinned, unloaded or deleted. The pin outlives
+    restarts of the server, which loads pinned versions at its start.
+    """
+    UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnpinAdapterRequest, _adapters_pb2.UnpinAdapterResponse]
+    """Lets a version be evicted again. It stays on the device until its room is needed."""
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -62,7 +70,15 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
     """Loads a version beside the base now, so that its first request does not wait for the disk."""
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
-    """Takes a version off the device once the requests that use it have ended. It stays servable: the next request loads it again."""
+    """Takes a version off the device once the requests that use it have ended. It stays servable: the next request loads it again.
+    A pinned version is unpinned by it.
+    """
+    PinAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.PinAdapterResponse]  # type: ignore[assignment]
+    """Loads a version and keeps it on the device: it is never evicted until it is unpinned, unloaded or deleted. The pin outlives
+    restarts of the server, which loads pinned versions at its start.
+    """
+    UnpinAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnpinAdapterRequest, _adapters_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
+    """Lets a version be evicted again. It stays on the device until its room is needed."""
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Adapters: everything servable by name beside the base model."""
@@ -113,6 +129,26 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.UnloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapters_pb2.UnloadAdapterResponse]]:
-        """Takes a version off the device once the requests that use it have ended. It stays servable: the next request loads it again."""
+        """Takes a version off the device once the requests that use it have ended. It stays servable: the next request loads it again.
+        A pinned version is unpinned by it.
+        """
+
+    @_abc_1.abstractmethod
+    def PinAdapter(
+        self,
+        request: _adapters_pb2.PinAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.PinAdapterResponse, _abc.Awaitable[_adapters_pb2.PinAdapterResponse]]:
+        """Loads a version and keeps it on the device: it is never evicted until it is unpinned, unloaded or deleted. The pin outlives
+        restarts of the server, which loads pinned versions at its start.
+        """
+
+    @_abc_1.abstractmethod
+    def UnpinAdapter(
+        self,
+        request: _adapters_pb2.UnpinAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.UnpinAdapterResponse, _abc.Awaitable[_adapters_pb2.UnpinAdapterResponse]]:
+        """Lets a version be evicted again. It stays on the device until its room is needed."""
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

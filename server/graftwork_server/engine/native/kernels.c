@@ -1,6 +1,7 @@
 // The engine's CPU kernels: what a decode step does between its large GEMMs, and bfloat16 GEMMs of few rows.
 // Compiled on the machine that runs them (build.py), for its own instructions, against torch's own OpenMP threads.
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -33,6 +34,7 @@ static inline bf16 narrow(float value) {
 #define T float
 #define LOAD(value) (value)
 #define STORE(value) (value)
+#define FINITE(value) (fabsf(value) <= FLT_MAX)
 #define NAME(kernel) graftwork_##kernel##_float32
 #include "typed.h"
 #ifdef __AMX_INT8__
@@ -41,11 +43,13 @@ static inline bf16 narrow(float value) {
 #undef T
 #undef LOAD
 #undef STORE
+#undef FINITE
 #undef NAME
 
 #define T bf16
 #define LOAD(value) widen(value)
 #define STORE(value) narrow(value)
+#define FINITE(value) (((value) & 0x7f80) != 0x7f80)
 #define NAME(kernel) graftwork_##kernel##_bfloat16
 #include "typed.h"
 #ifdef __AMX_INT8__

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ _SIGNATURES = {
     "rms_norm": (_P, _P, _P, _I, _I, _D, _I),
     "silu_mul": (_P, _P, _I, _I, _I),
     "linear": (_P, _P, _P, _P, _P, _I, _I, _I, _I),
+    "transpose": (_P, _P, _P, _I, _I),
 }
 LINEAR_ROWS = 32
 """Rows up to which `linear` in vectors is not slower than torch's GEMM (measured with 576 to 1,536 input features)."""
@@ -44,6 +46,7 @@ class NativeKernels:
         self.layers = LayerKernels.of(library) if dtype == torch.bfloat16 else None
         """Whole decoder layers, where the processor has the instructions."""
         self.int8 = Int8Kernel(library, dtype, self.threads)
+        self._transpose = _function(library, "transpose", dtype)
 
     def has_linear(self, x: torch.Tensor, out_features: int) -> bool:
         """Whether `linear` can and should compute a product of x [..., in] with that many outputs."""
@@ -157,6 +160,17 @@ class NativeKernels:
         y = gate_up.new_empty(*gate_up.shape[:-1], size)
         self._silu_mul(gate_up.data_ptr(), y.data_ptr(), y.numel() // size if size else 0, size, self.threads)
         return y
+
+    def transpose(
+        self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], scales: Sequence[float]
+    ) -> list[bool]:
+        """targets[i] = sources[i] [rows, columns]^T * scales[i]; the targets, of as many elements, hold them dense. For
+        each, whether all its values are finite."""
+        items = [[s.data_ptr(), t.data_ptr(), *s.shape] for s, t in zip(sources, targets, strict=True)]
+        table, factors = torch.tensor(items), torch.tensor(scales, dtype=torch.float64)
+        finite = torch.empty(len(items), dtype=torch.int64)
+        self._transpose(table.data_ptr(), factors.data_ptr(), finite.data_ptr(), len(items), self.threads)
+        return finite.bool().tolist()
 
 
 def native_kernels(device: torch.device, dtype: torch.dtype) -> NativeKernels | None:

@@ -1,5 +1,5 @@
 // Kernels in one element type T, included once for float and once for bfloat16 by kernels.c.
-// LOAD(element) -> float, STORE(float) -> element, NAME(kernel) -> the kernel's name for this type.
+// LOAD(element) -> float, STORE(float) -> element, FINITE(element) -> whether it is, NAME(kernel) -> the kernel's name for this type.
 // Arithmetic is float32 throughout; results are rounded to T once.
 
 static inline float NAME(dot)(const float *restrict a, const T *restrict b, int64_t n) {
@@ -172,5 +172,37 @@ void NAME(silu_mul)(const T *restrict x, T *restrict y, int64_t rows, int64_t si
             const float value = LOAD(gate[i]);
             target[i] = STORE(value / (1.0f + expf(-value)) * LOAD(up[i]));
         }
+    }
+}
+
+// target[c][r] = source[r][c] * scale for n matrices. items: n x {address of source [rows, columns], address of target
+// [columns, rows], rows, columns}; scales [n]. finite [n] becomes 0 where a target has NaN or infinite values, else 1.
+void NAME(transpose)(const int64_t *restrict items, const double *restrict scales, int64_t *restrict finite, int64_t n,
+                     int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
+    for (int64_t i = 0; i < n; i++) {
+        const T *restrict source = (const T *)items[4 * i];
+        T *restrict target = (T *)items[4 * i + 1];
+        const int64_t rows = items[4 * i + 2], columns = items[4 * i + 3];
+        const float scale = (float)scales[i];
+        int64_t bad = 0;
+        if (rows == 1 && scale == 1.0f) {
+            for (int64_t c = 0; c < columns; c++) {
+                target[c] = source[c];
+                bad |= !FINITE(source[c]);
+            }
+        } else {
+            for (int64_t first = 0; first < rows; first += TILE) {
+                const int64_t last = first + TILE < rows ? first + TILE : rows;
+                for (int64_t c = 0; c < columns; c++) {
+                    for (int64_t r = first; r < last; r++) {
+                        const T value = STORE(LOAD(source[r * columns + c]) * scale);
+                        target[c * rows + r] = value;
+                        bad |= !FINITE(value);
+                    }
+                }
+            }
+        }
+        finite[i] = !bad;
     }
 }

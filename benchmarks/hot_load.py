@@ -1,0 +1,196 @@
+"""Hot load: the first token of an adapter that is not loaded, against one that is, with few and many registered.
+
+    python -m benchmarks.hot_load [--shape 135m] [--rounds 40] [--registered 1 100 1000] [--output FILE.json]
+
+One real server process, one real client; every figure is the time from the call to the first token over gRPC. Each
+round unloads an adapter, asks it (cold: read, checked, bound, copied into a slot, run), then asks it again (warm), with
+the same prompt, and the answers must be equal. Up to 16 adapters are of rank 16 on every linear layer (9.8 MB with the
+135m shape) and take turns; those beyond are of rank 1 on one projection, each with weights of its own, so that a
+thousand uploads take seconds and not a disk. Medians; the aim is a difference of at most 15 ms, however many are
+registered. Last, two adapters take turns in a pool with room for one, with the host cache and without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from benchmarks.machine import describe_machine
+from benchmarks.server_process import ServerProcess
+from benchmarks.shapes import make_adapters, make_model
+from graftwork import Client
+
+PROMPT = list(range(100, 164))
+LARGE = 16
+
+
+def first_token(client: Client, model: str) -> tuple[float, int]:
+    """Milliseconds to the first token, and the token."""
+    started = time.perf_counter()
+    with client.generate(model, PROMPT, max_tokens=2, ignore_eos=True, stream=True) as stream:
+        token = next(stream).token_ids[0]
+        milliseconds = (time.perf_counter() - started) * 1000
+        for _ in stream:
+            pass
+    return milliseconds, token
+
+
+def small_adapter(like: Path, directory: Path, seed: int) -> Path:
+    """An adapter of rank 1 on the query projections alone, cut from `like`, its weights scaled by its own factor."""
+    directory.mkdir()
+    config = json.loads((like / "adapter_config.json").read_text())
+    config |= {"r": 1, "target_modules": ["q_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {
+        name: (tensor[:1] if "lora_A" in name else tensor[:, :1]) * (1 + seed / 1024)
+        for name, tensor in load_file(like / "adapter_model.safetensors").items()
+        if ".q_proj." in name
+    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "adapter_model.safetensors")
+    return directory
+
+
+def register(client: Client, count: int, present: int, large: list[Path], folder: Path) -> float:
+    """Uploads adapters until `count` are registered; seconds that it took."""
+    started = time.perf_counter()
+    for index in range(present, count):
+        if index < len(large):
+            client.adapters.create(f"large-{index}", large[index])
+        else:
+            client.adapters.create(f"small-{index}", small_adapter(large[0], folder / str(index), index))
+    return time.perf_counter() - started
+
+
+def compare(client: Client, adapters: list[str], rounds: int) -> dict[str, Any]:
+    """Cold and warm first tokens of adapters that take turns, in ms."""
+    cold, warm, loads = [], [], []
+    for index in range(rounds + 2):
+        name = adapters[index % len(adapters)]
+        client.adapters.unload(name)
+        cold_ms, cold_token = first_token(client, name)
+        warm_ms, warm_token = first_token(client, name)
+        if cold_token != warm_token:
+            raise RuntimeError(f"{name} answered {cold_token} when cold and {warm_token} when warm")
+        client.adapters.unload(name)
+        report = client.adapters.load(name).load_report
+        assert report is not None
+        if index >= 2:  # before that, code is cold too
+            cold.append(cold_ms)
+            warm.append(warm_ms)
+            loads.append(report.load_ms)
+    return {
+        "warm_first_token_ms": statistics.median(warm),
+        "cold_first_token_ms": statistics.median(cold),
+        "difference_ms": statistics.median(cold) - statistics.median(warm),
+        "load_call_ms": statistics.median(loads),
+        "cold_rounds_ms": cold,
+        "warm_rounds_ms": warm,
+        "adapter_bytes": report.device_bytes,
+    }
+
+
+def evicted(server: ServerProcess, large: list[Path], rounds: int) -> float:
+    """By how many ms the first token comes later where two adapters evict each other from a pool with room for one."""
+    with Client(address=server.address) as client:
+        for index, directory in enumerate(large[:2]):
+            client.adapters.create(f"large-{index}", directory)
+        cold, warm = [], []
+        for index in range(rounds + 4):
+            for times in (cold, warm):
+                times.append(first_token(client, f"large-{index % 2}")[0])
+    return statistics.median(cold[4:]) - statistics.median(warm[4:])
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One server; more and more adapters registered."""
+    model_dir = make_model(arguments.shape, arguments.work)
+    large = make_adapters(model_dir, LARGE)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="graftwork-bench-") as folder:
+        options = ["--model", str(model_dir), "--data-dir", f"{folder}/data", "--threads", str(arguments.threads)]
+        options += ["--dtype", arguments.dtype, "--log-level", "warning"]
+        with ServerProcess(options) as server, Client(address=server.address) as client:
+            present = 0
+            for count in sorted(arguments.registered):
+                seconds = register(client, count, present, large, Path(folder))
+                present = count
+                turns = [f"large-{index}" for index in range(min(count, LARGE))]
+                row = {"registered": count, "upload_seconds": seconds} | compare(client, turns, arguments.rounds)
+                results.append(row)
+                print(line(row), flush=True)
+            dtype = server.dtype
+        pool = ["--adapter-memory-bytes", str(results[0]["adapter_bytes"] * 3 // 2)]
+        came_back = {}
+        for name, host_cache in (("files", 0), ("host cache", 1 << 30)):
+            options[3] = f"{folder}/{name}"
+            with ServerProcess([*options, *pool, "--host-cache-bytes", str(host_cache)]) as server:
+                came_back[name] = evicted(server, large, arguments.rounds)
+    return {
+        "benchmark": "hot_load",
+        "machine": describe_machine(),
+        "shape": arguments.shape,
+        "dtype": dtype,
+        "threads": arguments.threads,
+        "prompt_tokens": len(PROMPT),
+        "rounds": arguments.rounds,
+        "large_adapters": LARGE,
+        "results": results,
+        "evicted_difference_ms": came_back,
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """One result as a row of a Markdown table."""
+    return (
+        f"| {row['registered']} | {row['warm_first_token_ms']:.1f} ms | {row['cold_first_token_ms']:.1f} ms "
+        f"| {row['difference_ms']:.1f} ms | {row['load_call_ms']:.1f} ms |"
+    )
+
+
+def table(measured: dict[str, Any]) -> str:
+    """The result as a Markdown table."""
+    machine = measured["machine"]
+    size = measured["results"][0]["adapter_bytes"] / 1e6
+    return "\n".join(
+        [
+            f"{measured['shape']} Llama shape, {measured['dtype']}, adapters of {size:.1f} MB, prompts of "
+            f"{measured['prompt_tokens']} tokens, {measured['threads']} threads; {machine['processor']}, "
+            f"{machine['cores']} cores; torch {machine['torch']}; medians of {measured['rounds']} rounds.",
+            "",
+            "| registered | warm first token | cold first token | difference | LoadAdapter call |",
+            "|---|---|---|---|---|",
+            *map(line, measured["results"]),
+            "",
+            "Where two adapters evict each other, the difference is "
+            + ", ".join(f"{value:.1f} ms from {name}" for name, value in measured["evicted_difference_ms"].items()),
+        ]
+    )
+
+
+def main() -> None:
+    """Measures, prints and stores."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="135m")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--registered", type=int, nargs="+", default=[1, 100, 1000])
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--work", type=Path, default=Path(".bench"))
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    measured = measure(arguments)
+    print("\n" + table(measured))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(measured, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
