@@ -64,6 +64,11 @@ class BaseInfo:
     """modules whose weight is the input embedding's own: the output layer, where they are tied"""
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """shapes of all parameters by dotted name, a tied one under each of its names"""
+    trunk: str = ""
+    """name of the module that answers with the last hidden states; "" if it is the model itself"""
+    trunk_name: str = ""
+    """the name that transformers gives the trunk in models with a head: "model", "transformer", "bert"; with it before
+    them, the names of an encoder's modules are those of its ForSequenceClassification's"""
 
 
 @dataclass(frozen=True, kw_only=True)

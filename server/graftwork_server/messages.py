@@ -69,6 +69,16 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     grammar: Grammar | None = None
 
 
+class Pool(msgspec.Struct, frozen=True, array_like=True):
+    """What is wanted of a sequence in the place of tokens. kind: "classify", the logits of the head; "embed", one hidden
+    state. pooling: "mean", "cls" or "last", for embed. dimensions: so many first values of it, 0: all."""
+
+    kind: str
+    pooling: str = ""
+    normalize: bool = False
+    dimensions: int = 0
+
+
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Queue a sequence. Answered by SequenceOutputs with the same id until one of them has a finish reason."""
 
@@ -79,6 +89,8 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prompt_logprobs: int | None = None
     """For Score: log probabilities of the prompt's tokens, in the first output. With sampling.max_tokens 0 nothing
     is sampled."""
+    pool: Pool | None = None
+    """For Classify and Embed: nothing is sampled (max_tokens must be 0), and the one output has `pooled`."""
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -171,6 +183,20 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]] = []
 
 
+class HeadInfo(msgspec.Struct, frozen=True, array_like=True):
+    """What a head's outputs are called, and transformers' problem_type."""
+
+    labels: list[str]
+    problem_type: str
+
+
+class Pooled(msgspec.Struct, frozen=True, array_like=True):
+    """Answer to Pool: float32 values, little endian; for "classify" with the head that gave them."""
+
+    values: bytes
+    head: HeadInfo | None = None
+
+
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one sequence. finish is "", "stop", "length" or "error"; the last three end it."""
 
@@ -180,6 +206,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: ErrorBody | None = None
+    pooled: Pooled | None = None
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):

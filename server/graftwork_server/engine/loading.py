@@ -9,6 +9,7 @@ import torch
 from graftwork_plugins import Delta, FullWeights, Head, LowRank, Prefix, Replace, Scale
 from graftwork_server.engine.binding import bind_changes, rejected
 from graftwork_server.engine.changes import Changes
+from graftwork_server.engine.heads import BoundHead, bind_head
 from graftwork_server.engine.model import BaseModel, tuned_model, unwrapped_state
 from graftwork_server.engine.prefix import bind_prefix
 from graftwork_server.engine.slots import PreparedAdapter
@@ -25,20 +26,26 @@ def bind(base: BaseModel, digest: str, deltas: Sequence[Delta], *, place: bool =
     full = [delta for delta in deltas if isinstance(delta, FullWeights)]
     if full and len(deltas) > 1:
         raise rejected("deltas", "a whole checkpoint cannot be combined with other deltas")
+    if not base.info.generates and any(isinstance(delta, FullWeights | Prefix) for delta in deltas):
+        raise rejected("deltas", "an encoder takes deltas of modules and heads, no whole checkpoint and no prefix")
     if full:
         return _bind_full(base, digest, full[0], place)
     for delta in deltas:
         if isinstance(delta, Prefix):
             return _bind_prefix(base, digest, deltas, delta)
-        if isinstance(delta, Head):
-            raise rejected("deltas", "a head of its own is not served: no method answers with its scores yet")
     of_modules = [delta for delta in deltas if isinstance(delta, LowRank | Scale | Replace)]
     changes = bind_changes(base, of_modules)
-    return _bind_modules(base, digest, of_modules, changes)
+    heads = [delta for delta in deltas if isinstance(delta, Head)]
+    head = bind_head(base, heads, of_modules) if heads else None
+    return _bind_modules(base, digest, of_modules, changes, head)
 
 
 def _bind_modules(
-    base: BaseModel, digest: str, deltas: Sequence[LowRank | Scale | Replace], changes: Changes
+    base: BaseModel,
+    digest: str,
+    deltas: Sequence[LowRank | Scale | Replace],
+    changes: Changes,
+    head: BoundHead | None,
 ) -> PreparedAdapter:
     groups = base.engine_model.groups
     linear = {name for group in groups for name in group.names}
@@ -58,13 +65,16 @@ def _bind_modules(
     low_rank_bytes = sum(t[0].nbytes + sum(b.nbytes for b in t[1]) for t in tensors if t is not None)
     return PreparedAdapter(
         digest=digest,
-        modules_bound=len(set(by_module) | set(changes)),
+        modules_bound=len(set(by_module) | set(changes)) + (head is not None),
         rank=max((delta.a.shape[-2] for delta in deltas if isinstance(delta, LowRank)), default=0),
-        parameter_count=sum(_parameters(delta) for delta in deltas),
-        device_bytes=low_rank_bytes + sum(change.device_bytes for made in changes.values() for change in made),
+        parameter_count=sum(_parameters(delta) for delta in deltas) + (head.parameter_count if head else 0),
+        device_bytes=low_rank_bytes
+        + sum(change.device_bytes for made in changes.values() for change in made)
+        + (head.device_bytes if head else 0),
         ranks=tuple(ranks),
         tensors=tensors if by_module else [],
         changes=changes,
+        head=head,
     )
 
 

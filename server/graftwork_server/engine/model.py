@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -23,6 +23,9 @@ from graftwork_server.engine.routing import Routing
 from graftwork_server.engine.weights import SharedWeights, assign_tensors, empty_model, pack
 from graftwork_server.errors import FailedPrecondition
 from graftwork_server.types import ModelInfo
+
+if TYPE_CHECKING:
+    from graftwork_server.engine.heads import BoundHead
 
 _PROBE_TOLERANCE = 2e-3
 """Largest difference of a probe's log probabilities, packed against one by one, in float32."""
@@ -42,7 +45,22 @@ class EngineModel:
             fuse_modules(model, kernels)
         self.changeable: dict[str, ChangeableModule] = {}
         """Modules that adapters may change beyond low-rank products; the base's probe fills it in."""
+        self.head_modules: tuple[str, ...] = ()
+        """Linear layers that stand before a head: BERT's pooler."""
+        self.missing_modules: tuple[str, ...] = ()
+        """Those of them that the checkpoint has no weights for."""
         model.set_attn_implementation(paged.NAME)  # type: ignore[operator]
+
+    @property
+    def trunk(self) -> torch.nn.Module:
+        """What answers with the last hidden states, after the final norm."""
+        trunk: torch.nn.Module = self.model.base_model  # type: ignore[assignment]
+        return trunk
+
+    @property
+    def hidden_size(self) -> int:
+        """Size of a hidden state."""
+        return int(self.model.config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]
 
     def forward(
         self,
@@ -84,6 +102,8 @@ class BaseModel:
     weights: SharedWeights
     info: ModelInfo
     layer_shapes: list[LayerShape]
+    head: BoundHead | None = None
+    """Of a base that is a classifier."""
 
     @property
     def device(self) -> torch.device:
@@ -142,7 +162,7 @@ def load_base(source: str, device: torch.device, dtype: torch.dtype, cache_dir: 
         parameter_count=sum(parameter.numel() for parameter in model.parameters()),
         weight_bytes=weights.size_bytes,
         eos_token_ids=_eos_token_ids(model),
-        tokenizer_dir=_fast_tokenizer(source, cache_dir, print_of_base),
+        tokenizer_dir=fast_tokenizer(source, cache_dir, print_of_base),
         kv_tokens=0,
         max_sequences=0,
     )
@@ -318,7 +338,7 @@ def _eos_token_ids(model: Any) -> list[int]:
     return []
 
 
-def _fast_tokenizer(source: str, cache_dir: Path, name: str) -> str | None:
+def fast_tokenizer(source: str, cache_dir: Path, name: str) -> str | None:
     """A directory with the model's tokenizer as tokenizer.json, converted if need be; None if the model has none."""
     if (Path(source) / "tokenizer.json").is_file():
         return str(Path(source).resolve())

@@ -21,6 +21,7 @@ from graftwork_server.types import LoadReport
 if TYPE_CHECKING:
     from graftwork_server.engine.adapted_linear import LinearGroup
     from graftwork_server.engine.changes import Changes
+    from graftwork_server.engine.heads import BoundHead
     from graftwork_server.engine.model import EngineModel
     from graftwork_server.engine.prefix import PrefixKV
 
@@ -101,6 +102,8 @@ class PreparedAdapter:
     """What it changes beside low-rank products, on the device already."""
     prefix: PrefixKV | None = None
     """Virtual tokens before each sequence, on the device already."""
+    head: BoundHead | None = None
+    """What classifies instead of generating, on the device already."""
 
 
 @dataclass(eq=False)
@@ -114,6 +117,7 @@ class LoadedAdapter:
     model: EngineModel | None
     changes: Changes = field(default_factory=dict)
     prefix: PrefixKV | None = None
+    head: BoundHead | None = None
     leases: int = 0
 
 
@@ -189,7 +193,15 @@ class AdapterPool:
                 load_ms=(time.perf_counter() - started) * 1000,
             )
             adapter = LoadedAdapter(
-                prepared.digest, report, block, slot, prepared.model, prepared.changes, prepared.prefix, leases=1
+                prepared.digest,
+                report,
+                block,
+                slot,
+                prepared.model,
+                prepared.changes,
+                prepared.prefix,
+                prepared.head,
+                leases=1,
             )
             self._loaded[prepared.digest] = adapter
             return adapter
@@ -243,6 +255,7 @@ class AdapterPool:
         adapter.model = None
         adapter.changes = {}
         adapter.prefix = None
+        adapter.head = None
         self._changed.notify_all()
 
     def _take_slot(self, prepared: PreparedAdapter) -> tuple[SlotBlock, int]:
