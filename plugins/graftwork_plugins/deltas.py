@@ -88,8 +88,8 @@ class Prefix:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A classifier over one hidden state of each sequence, in the place of the layer that makes the next token's logits:
-    logits = weight * activation(dense * state + dense_bias) + bias, or weight * state + bias without a dense layer.
+    """A classifier over one hidden state of each sequence, in the place of the layer that makes the next token's
+    logits: weight * activation(dense * state + dense_bias) + bias, or weight * state + bias without a dense layer.
 
     Goes with every delta of modules. A variant that has one answers Classify, and does not generate.
     """

@@ -1,4 +1,4 @@
-"""Classification heads as transformers' ForSequenceClassification classes build them: which layers, over which state."""
+"""Heads as transformers' ForSequenceClassification classes build them: which layers, and their outputs' names."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ class HeadLayout:
     trunk_dense: str | None = None
     """A layer before it that belongs to the trunk, by its name there."""
     activation: Literal["tanh", "relu", "gelu"] = "tanh"
+    unused: str = ""
+    """A part of the trunk that the class with a head does without."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -35,7 +37,7 @@ class HeadLayout:
         return self.outputs if self.dense is None else (*self.outputs, self.dense)
 
 
-_ROBERTA = HeadLayout(("classifier.out_proj",), "cls", dense="classifier.dense")
+_ROBERTA = HeadLayout(("classifier.out_proj",), "cls", dense="classifier.dense", unused="pooler")
 
 ENCODERS: Mapping[str, HeadLayout] = {
     "bert": HeadLayout(("classifier",), "cls", trunk_dense="pooler.dense"),

@@ -84,8 +84,10 @@ def _renaming(
     """From the base's names to the adapter's; None for what the adapter's class of model does not have."""
     if not base.trunk:
         before = f"{base.trunk_name}."
-        has_head = base.trunk_name and any(name.startswith(PREFIX + before) for name in tensors)
-        return lambda name: before + name if has_head else name
+        if not base.trunk_name or not any(name.startswith(PREFIX + before) for name in tensors):
+            return lambda name: name
+        unused = layout_of(base.config).unused
+        return lambda name: None if unused and _is_part(name, unused) else before + name
     if config.task_type == "FEATURE_EXTRACTION":
         trunk = f"{base.trunk}."
         return lambda name: name.removeprefix(trunk) if name.startswith(trunk) else None
@@ -111,7 +113,8 @@ def _take_head(tensors: dict[str, torch.Tensor], layout: HeadLayout) -> dict[str
     taken = {}
     for full_name in list(tensors):
         name = full_name.removeprefix(PREFIX)
-        if name.rpartition(".")[0] in layout.modules:
+        module, _, leaf = name.rpartition(".")
+        if module in layout.modules and leaf in ("weight", "bias"):
             check_values(full_name, tensors[full_name])
             taken[name] = tensors.pop(full_name)
     return taken

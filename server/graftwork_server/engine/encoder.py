@@ -160,13 +160,13 @@ def load_model(
     Raises FailedPrecondition, saying what is wrong, if it cannot be served.
     """
     config = _config(source)
-    if config is not None and config.model_type in ENCODERS and not config.is_decoder:
+    if config is not None and config.model_type in ENCODERS and not getattr(config, "is_decoder", False):
         return _load_encoder(source, config, device, dtype, cache_dir, native)
     if config is not None and _is_classifier(config):
         raise FailedPrecondition(
-            f"{source} is a {config.architectures[0]}: a decoder with a head and no output layer. Serve the causal model "
-            "that it was made from, and the head as an adapter (PEFT, task_type SEQ_CLS); classifiers are served as bases "
-            f"where they are encoders ({', '.join(ENCODERS)})",
+            f"{source} is a {config.architectures[0]}: a decoder with a head and no output layer. Serve the causal "
+            "model that it was made from, and the head as an adapter (PEFT, task_type SEQ_CLS); classifiers are served as "
+            f"bases where they are encoders ({', '.join(ENCODERS)})",
             reason="MODEL_UNSUPPORTED",
         )
     base = load_base(source, device, dtype, cache_dir, native)
@@ -295,13 +295,15 @@ def _check_probe(base: BaseModel, expected: torch.Tensor, expected_logits: torch
             first = model.before_head(first, None) if base.head.dense_module is not None else first
             differences.append((base.head.logits(first) - expected_logits).abs())
     model.changeable = changeable_modules(model.model, row_dims, None)
-    for name in model.head_modules:
-        model.changeable[name] = ChangeableModule(model.model.get_submodule(name), 0, True)
+    # RoBERTa's pooler is never run, but adapters of all linear layers have an update of it.
+    for name, module in model.model.named_modules():
+        if name in (*model.head_modules, "pooler.dense"):
+            model.changeable[name] = ChangeableModule(module, 0, True)
     exact = base.dtype == torch.float32
     difference = max((d.max() if exact else d.mean()).item() for d in differences)
     if not difference <= (_PROBE_TOLERANCE if exact else _ROUNDED_PROBE_TOLERANCE):
         raise FailedPrecondition(
-            f"{base.info.architecture} cannot be served: packing sequences into one forward changes its hidden states by "
-            f"{difference:.2g}",
+            f"{base.info.architecture} cannot be served: packing sequences into one forward changes its hidden states "
+            f"by {difference:.2g}",
             reason="MODEL_UNSUPPORTED",
         )

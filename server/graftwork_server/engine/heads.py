@@ -139,7 +139,8 @@ def no_head(of_adapter: bool) -> ErrorBody:
     return ErrorBody(
         code="FAILED_PRECONDITION",
         reason="HEAD_MISSING",
-        message=f"{who} has no classification head; Classify takes adapters that PEFT saved with task_type SEQ_CLS{others}",
+        message=f"{who} has no classification head; Classify takes adapters that PEFT saved with task_type SEQ_CLS"
+        f"{others}",
     )
 
 

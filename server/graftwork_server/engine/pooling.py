@@ -7,7 +7,8 @@ logits are made of them. A state is gathered chunk by chunk, so a prompt may tak
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence as SequenceOf
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ POOLINGS = ("mean", "cls", "last")
 
 @contextmanager
 def trunk_states(model: EngineModel, wanted: bool) -> Iterator[list[torch.Tensor]]:
-    """Within it, a forward of `model` leaves its last hidden states [tokens, hidden] in the list, if they are wanted."""
+    """Within it, a forward of `model` leaves its last hidden states [tokens, hidden] in the list, if `wanted`."""
     states: list[torch.Tensor] = []
     if not wanted:
         yield states

@@ -1,4 +1,4 @@
-"""Attention of encoders over packed rows: every token sees all tokens of its row. No KV cache; nothing is left to come."""
+"""Attention of encoders over packed rows: every token sees all of its row, so there is nothing to cache."""
 
 from __future__ import annotations
 
