@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import string
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    BertTokenizerFast,
     DistilBertConfig,
     ElectraConfig,
     Gemma3TextConfig,
@@ -247,6 +249,17 @@ def make_encoder(architecture: str, directory: Path, seed: int = 0, kind: Any = 
     model = kind.from_config(settings)
     _move(model, only_trained=False, seed=seed, scale=0.05)
     model.save_pretrained(directory)
+    return directory
+
+
+def make_text_encoder(directory: Path, seed: int = 0, kind: Any = AutoModel, **config: Any) -> Path:
+    """Saves a random BERT with a WordPiece tokenizer of its own in `directory`; returns it."""
+    words = ["the", "quick", "brown", "fox", "over", "lazy", "dog", "one", "two", "three", "four", "five"]
+    pieces = [f"##{letter}" for letter in string.ascii_lowercase] + list(string.ascii_lowercase)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *pieces]
+    tokenizer = BertTokenizerFast(vocab={token: index for index, token in enumerate(vocabulary)})
+    make_encoder("bert", directory, seed, kind, vocab_size=len(vocabulary), **config)
+    tokenizer.save_pretrained(directory)
     return directory
 
 

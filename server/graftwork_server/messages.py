@@ -71,12 +71,17 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
 
 class Pool(msgspec.Struct, frozen=True, array_like=True):
     """What is wanted of a sequence in the place of tokens. kind: "classify", the logits of the head; "embed", one
-    hidden state. pooling: "mean", "cls" or "last", for embed. dimensions: so many first values of it, 0: all."""
+    hidden state. pooling: "mean", "cls" or "last", for embed. dimensions: so many first values of it, 0:
+    all."""
 
     kind: str
     pooling: str = ""
     normalize: bool = False
     dimensions: int = 0
+    names_head: bool = False
+    """The answer says what the head's outputs are called."""
+    token_type_ids: list[int] = []
+    """One for each token, for encoders that know types; empty: all 0."""
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -191,7 +196,8 @@ class HeadInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Pooled(msgspec.Struct, frozen=True, array_like=True):
-    """Answer to Pool: float32 values, little endian; for "classify" with the head that gave them."""
+    """Answer to Pool: float32 values, little endian; for "classify" with the head that gave them, if it was asked to be
+    named."""
 
     values: bytes
     head: HeadInfo | None = None

@@ -58,20 +58,28 @@ class EncoderModel(EngineModel):
         counts_from_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
         self.padding_idx: int | None = int(embeddings.padding_idx) if counts_from_padding else None
         """RoBERTa: positions begin behind this one, and tokens with this id do not count."""
+        self.token_types = int(getattr(any_model.config, "type_vocab_size", 0))
+        """How many types of tokens it knows; up to 1: it takes no token_type_ids."""
         if layout.trunk_dense is not None:
             self.head_modules = (layout.trunk_dense,)
             for group in self.groups:
                 group.is_output = group.names == [layout.trunk_dense]
 
     def states(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: SequenceOf[int], tokens: Routing | None
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        token_type_ids: torch.Tensor,
+        cu_seqlens: SequenceOf[int],
+        tokens: Routing | None,
     ) -> torch.Tensor:
-        """input_ids and position_ids [tokens] of whole sequences -> last hidden states [tokens, hidden]."""
+        """input_ids, position_ids, token_type_ids [tokens] of whole sequences -> hidden states [tokens, hidden]."""
+        types = {"token_type_ids": token_type_ids[None].clamp(max=self.token_types - 1)} if self.token_types > 1 else {}
         self.step.tokens = tokens or None
         hooks = hook_changes(self.changeable, tokens.changed, ()) if tokens is not None else []
         try:
             with packed.packed_rows(cu_seqlens):
-                output = self.model(input_ids=input_ids[None], position_ids=position_ids[None])
+                output = self.model(input_ids=input_ids[None], position_ids=position_ids[None], **types)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -123,6 +131,7 @@ class EncoderRunner:
             states = self._model.states(
                 self._tensor(token for chunk in ordered for token in chunk.sequence.tokens),
                 self._tensor(position for c in ordered for position in self._model.positions(c.sequence.tokens)),
+                self._tensor(kind for chunk in ordered for kind in _token_types(chunk.sequence)),
                 [0, *itertools.accumulate(counts)],
                 Routing(spans_of(ordered, counts), self._device, self._model.kernels),
             )
@@ -149,6 +158,11 @@ class EncoderRunner:
         return torch.tensor(list(values), device=self._device)
 
 
+def _token_types(sequence: Sequence) -> SequenceOf[int]:
+    pool = sequence.request.pool
+    return pool.token_type_ids if pool is not None and pool.token_type_ids else [0] * len(sequence.tokens)
+
+
 # ---------------------------------------------------------------------------------------------- loading
 
 
@@ -165,8 +179,8 @@ def load_model(
     if config is not None and _is_classifier(config):
         raise FailedPrecondition(
             f"{source} is a {config.architectures[0]}: a decoder with a head and no output layer. Serve the causal "
-            "model that it was made from, and the head as an adapter (PEFT, task_type SEQ_CLS); classifiers are served as "
-            f"bases where they are encoders ({', '.join(ENCODERS)})",
+            "model that it was made from, and the head as an adapter (PEFT, task_type SEQ_CLS); classifiers are served "
+            f"as bases where they are encoders ({', '.join(ENCODERS)})",
             reason="MODEL_UNSUPPORTED",
         )
     base = load_base(source, device, dtype, cache_dir, native)
@@ -286,7 +300,8 @@ def _check_probe(base: BaseModel, expected: torch.Tensor, expected_logits: torch
     positions = torch.tensor([position for row in rows for position in model.positions(row)], device=base.device)
     row_dims, hooks = record_row_dims(model.model, len(ids))
     with torch.inference_mode():
-        states = model.states(ids, positions, [0, *itertools.accumulate(map(len, rows))], None)
+        cu_seqlens = [0, *itertools.accumulate(map(len, rows))]
+        states = model.states(ids, positions, torch.zeros_like(ids), cu_seqlens, None)
         for hook in hooks:
             hook.remove()
         differences = [(states.float() - expected).abs()]

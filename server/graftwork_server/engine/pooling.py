@@ -91,7 +91,8 @@ def answers(sequences: SequenceOf[Sequence], base_head: BoundHead | None) -> lis
     outputs: list[SequenceOutput | None] = []
     for sequence in sequences:
         vector, head = values[sequence.id].cpu(), head_for(sequence, base_head)
-        pooled = Pooled(vector.numpy().astype("<f4").tobytes(), head.info if head is not None else None)
+        named = sequence.request.pool is not None and sequence.request.pool.names_head
+        pooled = Pooled(vector.numpy().astype("<f4").tobytes(), head.info if head is not None and named else None)
         finite = bool(torch.isfinite(vector).all())
         outputs.append(SequenceOutput(sequence.id, [], "stop", pooled=pooled) if finite else None)
     return outputs

@@ -86,7 +86,7 @@ class Harness:
                 prompt_ids=prompt,
                 sampling=Sampling(max_tokens=0),
                 adapter=adapter,
-                pool=Pool(**{"kind": "embed", "pooling": "last"} | pool),
+                pool=Pool(**{"kind": "embed", "pooling": "last", "names_head": True} | pool),
             )
         )
         if refused is not None:

@@ -194,7 +194,7 @@ def test_what_an_encoder_does_not_take_is_refused(tmp_path: Path) -> None:
 def test_a_decoders_classifier_is_no_base(tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_config(toys.CONFIGS["llama"])
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(FailedPrecondition, match="LlamaForSequenceClassification.*as an adapter"):
+    with pytest.raises(FailedPrecondition, match=r"LlamaForSequenceClassification.*as an adapter"):
         load_model(str(tmp_path / "model"), CPU, torch.float32, tmp_path)
 
 
