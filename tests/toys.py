@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertTokenizerFast,
+    CamembertConfig,
     DistilBertConfig,
     ElectraConfig,
     Gemma3TextConfig,
@@ -39,6 +40,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     RobertaConfig,
+    XLMRobertaConfig,
 )
 
 VOCAB = 160
@@ -228,6 +230,8 @@ ENCODERS: dict[str, Any] = {
         max_position_embeddings=64,
         initializer_range=0.2,
     ),
+    "xlm-roberta": XLMRobertaConfig(**_ENCODER | {"pad_token_id": 1}, bos_token_id=0),
+    "camembert": CamembertConfig(**_ENCODER | {"pad_token_id": 1}, bos_token_id=0),
     "electra": ElectraConfig(**_ENCODER, embedding_size=32),
 }
 
