@@ -21,8 +21,10 @@ from graftwork_server.types import ModelInfo
 
 MAX_INPUTS = 256
 MAX_INPUT_TOKENS = 131_072
-MAX_LABEL_SCORES = 1 << 18
+MAX_LABEL_SCORES = 1 << 17
 """Labels of one answer: inputs times the head's labels."""
+INPUTS_AT_ONCE = 64
+"""Inputs of one request that the engine has at the same time: a long list must not fill its queue."""
 
 _POOLINGS: Mapping[pb.Pooling.ValueType, str] = {
     pb.POOLING_MEAN: "mean",
@@ -114,9 +116,13 @@ async def run(engine: EngineClient, rows: Sequence[Row], resolved: Resolved, poo
         msgspec.structs.replace(pool, token_type_ids=row.token_type_ids, names_head=index == 0)
         for index, row in enumerate(rows)
     ]
-    running = [
-        asyncio.create_task(engine.pool(row.ids, own, resolved.adapter)) for row, own in zip(rows, pools, strict=True)
-    ]
+    places = asyncio.Semaphore(INPUTS_AT_ONCE)
+
+    async def one(row: Row, own: Pool) -> Pooled:
+        async with places:
+            return await engine.pool(row.ids, own, resolved.adapter)
+
+    running = [asyncio.create_task(one(row, own)) for row, own in zip(rows, pools, strict=True)]
     try:
         return await asyncio.gather(*running)
     finally:

@@ -142,6 +142,11 @@ async def test_tokens_and_labels_are_capped_in_all(make_server, refused, monkeyp
     assert error.fields == {"inputs": "has 2 texts; at most 1 are accepted, as the head has 3 labels"}
 
 
+async def test_a_long_list_is_answered_in_order(server):
+    answer = await server.generation.Embed(embed(*[ids(number, 1) for number in range(pooled.MAX_INPUTS)]))
+    assert [one.values[0] for one in answer.embeddings] == list(range(pooled.MAX_INPUTS))
+
+
 async def test_the_first_error_ends_all_inputs(server, refused):
     error = await refused(server.generation.Embed(embed(ids(1), ids(script.FAIL), ids(2))))
     assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "KV_FULL")
