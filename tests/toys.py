@@ -34,6 +34,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MixtralConfig,
+    ModernBertConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -232,6 +233,15 @@ ENCODERS: dict[str, Any] = {
     ),
     "xlm-roberta": XLMRobertaConfig(**_ENCODER | {"pad_token_id": 1}, bos_token_id=0),
     "camembert": CamembertConfig(**_ENCODER | {"pad_token_id": 1}, bos_token_id=0),
+    "modernbert": ModernBertConfig(
+        **_ENCODER,
+        cls_token_id=2,
+        sep_token_id=3,
+        bos_token_id=2,
+        eos_token_id=3,
+        local_attention=8,
+        global_attn_every_n_layers=2,
+    ),
     "electra": ElectraConfig(**_ENCODER, embedding_size=32),
 }
 

@@ -21,7 +21,7 @@ class HeadLayout:
     """The layers between a model's last hidden states and its labels' logits, by their names in the whole model."""
 
     outputs: tuple[str, ...]
-    """Names that the last layer can have."""
+    """Names that the last layer can have; none: heads of this architecture are not served."""
     pooling: Literal["last", "cls", "mean"]
     dense: str | None = None
     """A layer before it that belongs to the head."""
@@ -45,6 +45,7 @@ ENCODERS: Mapping[str, HeadLayout] = {
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
     "electra": HeadLayout(("classifier.out_proj",), "cls", dense="classifier.dense", activation="gelu"),
+    "modernbert": HeadLayout((), "cls"),
     "distilbert": HeadLayout(("classifier",), "cls", dense="pre_classifier", activation="relu"),
 }
 """Encoders that are served, by model_type."""
@@ -60,6 +61,9 @@ def layout_of(config: Mapping[str, Any]) -> HeadLayout:
 def head_of(tensors: Mapping[str, torch.Tensor], layout: HeadLayout, document: Mapping[str, Any], file: str) -> Head:
     """The head whose layers are `tensors` ("score.weight"), with what `document` (the model's configuration, of `file`)
     says of labels. Raises ArtifactError naming the tensor or key that is missing or does not fit."""
+    if not layout.outputs:
+        accepted = ", ".join(name for name, known in ENCODERS.items() if known.outputs)
+        raise ArtifactError("task_type", f"heads on this base are not served; accepted are those on {accepted}")
     output = next((name for name in layout.outputs if f"{name}.weight" in tensors), layout.outputs[0])
     weight = _needed(tensors, f"{output}.weight")
     dense = None if layout.dense is None else _needed(tensors, f"{layout.dense}.weight")

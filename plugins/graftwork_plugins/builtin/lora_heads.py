@@ -131,7 +131,7 @@ def _head(artifact: Artifact, tensors: Mapping[str, torch.Tensor], layout: HeadL
     try:
         return head_of(tensors, layout, document, file)
     except ArtifactError as error:
-        if error.key in document:
+        if error.key in document or not layout.outputs:
             raise
         raise ArtifactError(
             f"{PREFIX}{error.key}",

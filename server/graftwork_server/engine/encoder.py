@@ -206,6 +206,12 @@ def _load_encoder(
     source: str, config: Any, device: torch.device, dtype: torch.dtype, cache_dir: Path, native: bool
 ) -> BaseModel:
     layout = layout_of(config.to_dict())
+    if _is_classifier(config) and not layout.outputs:
+        raise FailedPrecondition(
+            f"{source} is a {config.architectures[0]}, whose head is not served; the encoder without it is, and "
+            f"classifiers of {', '.join(name for name, known in ENCODERS.items() if known.outputs)}",
+            reason="MODEL_UNSUPPORTED",
+        )
     whole, missing = _from_pretrained(source, config, device, dtype)
     trunk = whole.base_model
     tensors = {name: tensor for name, tensor in whole.state_dict().items() if name.rpartition(".")[0] in layout.modules}

@@ -14,7 +14,7 @@ from tests.server.engine.harness import CPU, Harness
 from tests.server.engine.test_heads import load
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from graftwork_plugins import FullWeights, Prefix
+from graftwork_plugins import ArtifactError, FullWeights, Prefix
 from graftwork_server.engine.encoder import load_model
 from graftwork_server.engine.loading import bind
 from graftwork_server.errors import FailedPrecondition
@@ -32,7 +32,7 @@ def prompts(count: int = 7) -> list[list[int]]:
     return [[2, *ids[:20], 1, 5, 0, 9] if index % 2 else [2, *ids] for index, ids in enumerate(toys.prompts(count))]
 
 
-@pytest.fixture(scope="module", params=list(toys.ENCODERS))
+@pytest.fixture(scope="module", params=[name for name in toys.ENCODERS if name != "modernbert"])
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -134,6 +134,31 @@ def test_a_classifier_as_the_base_has_labels_of_its_own(architecture: str, tmp_p
     torch.testing.assert_close(served, logits_of(PeftModel.from_pretrained(other, two).eval(), rows), atol=1e-4, rtol=0)
     assert harness.base.info.architecture.endswith("ForSequenceClassification")
     assert not harness.base.info.generates
+
+
+def test_modernbert_gives_vectors_and_has_no_heads(tmp_path: Path) -> None:
+    model_dir = toys.make_encoder("modernbert", tmp_path / "model")
+    harness = harness_of(model_dir)
+    embedder = toys.make_embedder(model_dir, tmp_path / "embedder")
+    ref = load(harness, embedder)
+    rows = prompts()
+    assert max(map(len, rows)) > toys.ENCODERS["modernbert"].sliding_window + 1  # local attention hides something
+    for index, ids in enumerate(rows):
+        harness.pool(index, ids, pooling="mean")
+        harness.pool(10 + index, ids, ref, pooling="last")
+    harness.run()
+    plain = AutoModel.from_pretrained(model_dir, dtype=torch.float32).eval()
+    expected = [states_of(plain, ids).mean(0) for ids in rows]
+    adapted = PeftModel.from_pretrained(plain, embedder).eval()
+    for index, ids in enumerate(rows):
+        torch.testing.assert_close(harness.values(index), expected[index], atol=1e-4, rtol=0)
+        torch.testing.assert_close(harness.values(10 + index), states_of(adapted, ids)[-1], atol=1e-4, rtol=0)
+    with pytest.raises(ArtifactError, match="heads on this base are not served; accepted are those on bert") as caught:
+        load(harness, toys.make_classifier(model_dir, tmp_path / "two", target_modules=["Wqkv"]))
+    assert caught.value.key == "task_type"
+    whole = toys.make_encoder("modernbert", tmp_path / "whole", kind=AutoModelForSequenceClassification)
+    with pytest.raises(FailedPrecondition, match="ModernBertForSequenceClassification, whose head is not served"):
+        harness_of(whole)
 
 
 def test_whole_modules_biases_and_embeddings_of_an_encoder(tmp_path: Path) -> None:

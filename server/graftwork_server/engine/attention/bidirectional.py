@@ -21,11 +21,13 @@ def bidirectional_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [1, heads, tokens, head_dim] -> ([1, tokens, heads, dim], None).
 
-    Rows are those of packed_rows; neighbours of one length are computed together. Outside it the input is one row.
+    With a sliding_window a token sees the sliding_window - 1 tokens before it, and as many behind it. Rows are those of
+    packed_rows; neighbours of one length are computed together. Outside it the input is one row.
     """
     cu_seqlens = current_rows() or [0, query.shape[2]]
     lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
@@ -36,7 +38,11 @@ def bidirectional_attention(
         start = tokens.stop
         # [1, heads, count * length, dim] -> [count, heads, length, dim]
         q, k, v = (tensor[0, :, tokens].unflatten(1, (count, length)).transpose(0, 1) for tensor in (query, key, value))
-        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling)
+        visible = None
+        if sliding_window is not None and length > sliding_window:
+            position = torch.arange(length, device=query.device)
+            visible = (position[:, None] - position[None, :]).abs() < sliding_window  # [length, length]
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
         parts.append(attended.transpose(1, 2).flatten(0, 1))  # [count * length, heads, dim]
     return torch.cat(parts)[None], None
 
