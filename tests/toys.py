@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import string
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,28 @@ from peft import (
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertTokenizerFast,
+    CamembertConfig,
+    DistilBertConfig,
+    ElectraConfig,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MixtralConfig,
+    ModernBertConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
 )
 
 VOCAB = 160
@@ -194,6 +206,99 @@ def other_peft_configs(architecture: str) -> dict[str, PeftConfig]:
             **task, num_virtual_tokens=17, prefix_projection=True, encoder_hidden_size=16
         ),
     }
+
+
+_ENCODER: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+
+ENCODERS: dict[str, Any] = {
+    "bert": BertConfig(**_ENCODER),
+    "roberta": RobertaConfig(**_ENCODER | {"pad_token_id": 1}, bos_token_id=0),
+    "distilbert": DistilBertConfig(
+        vocab_size=VOCAB,
+        dim=48,
+        hidden_dim=80,
+        n_layers=3,
+        n_heads=6,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    ),
+    "xlm-roberta": XLMRobertaConfig(**_ENCODER | {"pad_token_id": 1}, bos_token_id=0),
+    "camembert": CamembertConfig(**_ENCODER | {"pad_token_id": 1}, bos_token_id=0),
+    "modernbert": ModernBertConfig(
+        **_ENCODER,
+        cls_token_id=2,
+        sep_token_id=3,
+        bos_token_id=2,
+        eos_token_id=3,
+        local_attention=8,
+        global_attn_every_n_layers=2,
+    ),
+    "electra": ElectraConfig(**_ENCODER, embedding_size=32),
+}
+
+
+def _move(model: torch.nn.Module, only_trained: bool, seed: int, scale: float = 0.15) -> None:
+    """Adds a little to every parameter, so that nothing is what transformers or PEFT start with."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad or not only_trained:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def make_encoder(architecture: str, directory: Path, seed: int = 0, kind: Any = AutoModel, **config: Any) -> Path:
+    """Saves a random encoder in `directory`; returns it. kind: another Auto class, for a checkpoint with a head."""
+    torch.manual_seed(seed)
+    settings = copy.deepcopy(ENCODERS[architecture])
+    settings.update(config)
+    model = kind.from_config(settings)
+    _move(model, only_trained=False, seed=seed, scale=0.05)
+    model.save_pretrained(directory)
+    return directory
+
+
+def make_text_encoder(directory: Path, seed: int = 0, kind: Any = AutoModel, **config: Any) -> Path:
+    """Saves a random BERT with a WordPiece tokenizer of its own in `directory`; returns it."""
+    words = ["the", "quick", "brown", "fox", "over", "lazy", "dog", "one", "two", "three", "four", "five"]
+    pieces = [f"##{letter}" for letter in string.ascii_lowercase] + list(string.ascii_lowercase)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *pieces]
+    tokenizer = BertTokenizerFast(vocab={token: index for index, token in enumerate(vocabulary)})
+    make_encoder("bert", directory, seed, kind, vocab_size=len(vocabulary), **config)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def make_classifier(model_dir: Path, directory: Path, labels: int = 3, seed: int = 0, **config: Any) -> Path:
+    """Saves a random PEFT adapter of task_type SEQ_CLS for the model, its head with it, in `directory`; returns it."""
+    return _make_other_task(AutoModelForSequenceClassification, model_dir, directory, labels, seed, "SEQ_CLS", config)
+
+
+def make_embedder(model_dir: Path, directory: Path, seed: int = 0, **config: Any) -> Path:
+    """Saves a random PEFT adapter of task_type FEATURE_EXTRACTION for the model in `directory`; returns it."""
+    return _make_other_task(AutoModel, model_dir, directory, 2, seed, "FEATURE_EXTRACTION", config)
+
+
+def _make_other_task(
+    kind: Any, model_dir: Path, directory: Path, labels: int, seed: int, task: str, config: dict[str, Any]
+) -> Path:
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = kind.from_pretrained(model_dir, dtype=torch.float32, num_labels=labels, ignore_mismatched_sizes=True)
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": task} | config
+        peft_model = get_peft_model(model, LoraConfig(**settings))
+        _move(peft_model, only_trained=True, seed=seed)
+        peft_model.save_pretrained(directory)
+    return directory
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:

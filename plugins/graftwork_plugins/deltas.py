@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
@@ -86,13 +88,32 @@ class Prefix:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A head of its own over the last hidden state (classification, scores). Part of the contract; engines of this
-    version refuse it by name, since no method answers with it yet."""
+    """A classifier over one hidden state of each sequence, in the place of the layer that makes the next token's
+    logits: weight * activation(dense * state + dense_bias) + bias, or weight * state + bias without a dense layer.
+
+    Goes with every delta of modules. A variant that has one answers Classify, and does not generate.
+    """
 
     weight: torch.Tensor
     """[labels, hidden_size]"""
     bias: torch.Tensor | None = None
     """[labels]"""
+    pooling: Literal["last", "cls", "mean"] = "last"
+    """Whose state it is: of the last token that is no padding, of the first, or the mean of all."""
+    pad_token_id: int | None = None
+    """With pooling "last", this token counts as padding."""
+    labels: Sequence[str] = ()
+    """A name for each row of `weight`; empty: LABEL_0, LABEL_1, ..."""
+    problem_type: ProblemType | None = None
+    """As in transformers. None: regression for one label, single_label_classification for several."""
+    dense_module: str | None = None
+    """Name of a linear layer of the base that is the dense layer, with what other deltas do to it: BERT's pooler."""
+    dense_weight: torch.Tensor | None = None
+    """[features, hidden_size]: a dense layer of the variant's own; `weight` then is [labels, features]."""
+    dense_bias: torch.Tensor | None = None
+    """[features]"""
+    activation: Literal["tanh", "relu", "gelu"] = "tanh"
+    """What follows the dense layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,11 @@ class BaseInfo:
     quantization: str = "none"
     """of the linear layers: none, nf4 or int8. The parameters of quantised ones hold codes, and the layers are called
     as ever; gradients flow through them to what comes before."""
+    trunk: str = ""
+    """name of the module that answers with the last hidden states; "" if it is the model itself"""
+    trunk_name: str = ""
+    """the name that transformers gives the trunk in models with a head: "model", "transformer", "bert"; with it before
+    them, the names of an encoder's modules are those of its ForSequenceClassification's"""
 
 
 @dataclass(frozen=True, kw_only=True)

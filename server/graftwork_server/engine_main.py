@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from graftwork_server.engine.describe import base_info
+from graftwork_server.engine.encoder import load_model
 from graftwork_server.engine.engine import EngineLimits
-from graftwork_server.engine.model import choose_device, choose_dtype, load_base
+from graftwork_server.engine.model import choose_device, choose_dtype
 from graftwork_server.engine.worker import EngineWorker
 from graftwork_server.errors import body_of
 from graftwork_server.logs import set_up
@@ -70,7 +71,7 @@ def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
     device = choose_device(str(settings.get("device", "auto")))
     dtype = choose_dtype(str(settings.get("dtype", "auto")), device)
     source = settings.get("model") or str(Path(__file__).parent / "base_model")
-    base = load_base(
+    base = load_model(
         str(source),
         device,
         dtype,

@@ -69,6 +69,21 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     grammar: Grammar | None = None
 
 
+class Pool(msgspec.Struct, frozen=True, array_like=True):
+    """What is wanted of a sequence in the place of tokens. kind: "classify", the logits of the head; "embed", one
+    hidden state. pooling: "mean", "cls" or "last", for embed. dimensions: so many first values of it, 0:
+    all."""
+
+    kind: str
+    pooling: str = ""
+    normalize: bool = False
+    dimensions: int = 0
+    names_head: bool = False
+    """The answer says what the head's outputs are called."""
+    token_type_ids: list[int] = []
+    """One for each token, for encoders that know types; empty: all 0."""
+
+
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Queue a sequence. Answered by SequenceOutputs with the same id until one of them has a finish reason."""
 
@@ -83,6 +98,8 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Sequences share what the KV cache has only with those of the same salt."""
     priority: int = 0
     """Higher ones run first."""
+    pool: Pool | None = None
+    """For Classify and Embed: nothing is sampled (max_tokens must be 0), and the one output has `pooled`."""
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -182,6 +199,21 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]] = []
 
 
+class HeadInfo(msgspec.Struct, frozen=True, array_like=True):
+    """What a head's outputs are called, and transformers' problem_type."""
+
+    labels: list[str]
+    problem_type: str
+
+
+class Pooled(msgspec.Struct, frozen=True, array_like=True):
+    """Answer to Pool: float32 values, little endian; for "classify" with the head that gave them, if it was asked to be
+    named."""
+
+    values: bytes
+    head: HeadInfo | None = None
+
+
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one sequence. finish is "", "stop", "length" or "error"; the last three end it."""
 
@@ -193,6 +225,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     error: ErrorBody | None = None
     cached_tokens: int = 0
     """In the first output: prompt tokens that the KV cache had and that were not computed."""
+    pooled: Pooled | None = None
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):

@@ -122,6 +122,11 @@ class TextProcessor:
         """Token ids of `text`, with the special tokens that the tokenizer's post-processor adds."""
         return self._encode(text, add_special_tokens=True).ids
 
+    def encode_pair(self, text: str, pair: str) -> tuple[list[int], list[int]]:
+        """Token ids of two texts joined as the tokenizer's post-processor joins them, and the type of each token."""
+        encoding = self._encode(text, add_special_tokens=True, pair=pair)
+        return encoding.ids, encoding.type_ids
+
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of `text` alone. Special tokens written out in the text are recognised."""
         return self._encode(text, add_special_tokens=False).ids
@@ -210,9 +215,9 @@ class TextProcessor:
         encoding = self._encode(text, add_special_tokens=False)
         return encoding.ids, _mask(encoding.offsets, spans)
 
-    def _encode(self, text: str, add_special_tokens: bool) -> Encoding:
+    def _encode(self, text: str, add_special_tokens: bool, pair: str | None = None) -> Encoding:
         try:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            return self._tokenizer.encode(text, pair, add_special_tokens=add_special_tokens)
         except (UnicodeError, TypeError) as error:  # lone surrogates, as JSON's "\ud800" gives them
             raise InvalidArgument("the text is not valid Unicode", reason="TEXT_INVALID", field="text") from error
 

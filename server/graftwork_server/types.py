@@ -35,11 +35,16 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_dir: str | None
     """Directory with tokenizer.json and tokenizer_config.json, perhaps a chat template; None: only token ids work."""
     kv_tokens: int
-    """Tokens that fit the KV cache at once."""
+    """Tokens that fit the KV cache at once; 0 for an encoder, which has none."""
     max_sequences: int
     """Sequences that are decoded together."""
     quantization: str = "none"
     """Of the linear layers: none, nf4 or int8. weight_bytes counts them as they are; the fingerprint does not tell."""
+    generates: bool = True
+    """False for an encoder: it answers Classify and Embed alone."""
+    hidden_size: int = 0
+    default_pooling: str = "last"
+    """Of Embed: "mean", "cls" or "last"."""
 
 
 class StrategyInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,12 +16,13 @@ from graftwork.v1 import adapters_pb2, generation_pb2, strategies_pb2, tuning_pb
 
 NAMES = """
 APIError AbortedError Adapter AlreadyExistsError AsyncClient AsyncGenerationStream AsyncTuningJob CancelledError
-Client Completion DataLossError Dataset DatasetReport DeadlineExceededError FailedPreconditionError FieldViolation
-Generation GenerationChunk GenerationStream GraftworkError InternalError InvalidArgumentError JobFailedError
-JobTimeoutError LineError LoadReport Message NotFoundError OutOfRangeError PermissionDeniedError
-ResourceExhaustedError SamplingOptions Score Strategy TokenLogprob Tokenization TopLogprob TuningEstimate
-TuningEvaluation TuningEvent TuningJob TuningJobInfo TuningProgress TuningResult TuningSpec UnauthenticatedError
-UnavailableError UnimplementedError UnknownError UploadError Usage __version__
+Classification ClassificationResult Client Completion DataLossError Dataset DatasetReport DeadlineExceededError
+Embedding EmbeddingResult FailedPreconditionError FieldViolation Generation GenerationChunk GenerationStream
+GraftworkError InternalError InvalidArgumentError JobFailedError JobTimeoutError LabelScore LineError LoadReport
+Message NotFoundError OutOfRangeError PermissionDeniedError ResourceExhaustedError SamplingOptions Score Strategy
+TokenLogprob Tokenization TopLogprob TuningEstimate TuningEvaluation TuningEvent TuningJob TuningJobInfo
+TuningProgress TuningResult TuningSpec UnauthenticatedError UnavailableError UnimplementedError UnknownError
+UploadError Usage __version__
 """
 
 

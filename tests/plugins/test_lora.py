@@ -140,7 +140,7 @@ def test_peft_reads_what_is_saved(models: dict[str, Path], tmp_path: Path, archi
 
 KEYS: list[tuple[str, Any]] = [
     ("peft_type", "LOHA"),
-    ("task_type", "SEQ_CLS"),
+    ("task_type", "TOKEN_CLS"),
     ("bias", "some"),
     ("use_dora", "yes"),
     ("lora_bias", 1),

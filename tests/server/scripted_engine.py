@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from array import array
 from pathlib import Path
 
 from graftwork_server import messages as m
@@ -44,6 +45,9 @@ OPTIONS = {
     "start_failed": None,
     "exit_on_start": None,
     "exit_after_ms": None,
+    "labels": None,
+    "problem_type": "single_label_classification",
+    "generates": True,
     "job_steps": 3,
     "job_step_ms": 10.0,
 }
@@ -70,6 +74,8 @@ class ScriptedEngine:
                 entry = {"type": type(message).__name__, "id": getattr(message, "id", None)}
                 if isinstance(message, m.Generate):
                     entry |= {"prompt": message.prompt_ids, "adapter": message.adapter and message.adapter.digest}
+                    entry["pool"] = message.pool and [message.pool.kind, message.pool.pooling, message.pool.normalize]
+                    entry["types"] = message.pool and message.pool.token_type_ids
                     entry |= {"seed": message.sampling.seed, "max_tokens": message.sampling.max_tokens}
                 if isinstance(message, m.Unload):
                     entry["digest"] = message.digest
@@ -114,6 +120,10 @@ class ScriptedEngine:
             body = ErrorBody(code="RESOURCE_EXHAUSTED", reason="KV_FULL", message="no room")
             self.output(message.id, [], "error", error=body)
             return
+        if message.pool is not None:
+            answer = self.pooled(message)
+            self.output(message.id, [], "error" if "error" in answer else "stop", **answer)
+            return
         if message.prompt_logprobs is not None:
             scores = [m.TokenLogprobs(message.prompt_ids[0], None)]
             scores += [m.TokenLogprobs(t, -0.5, self.top(t, message.prompt_logprobs)) for t in message.prompt_ids[1:]]
@@ -136,6 +146,18 @@ class ScriptedEngine:
                 return
             if command != FLOOD:
                 time.sleep(self.options["step_ms"] / 1000)
+
+    def pooled(self, message: m.Generate) -> dict:
+        """Logits 1, 2, ... for as many labels as options["labels"] has; for a vector, the prompt's first tokens."""
+        if message.pool.kind == "embed":
+            values = [*map(float, message.prompt_ids), *[0.0] * 8][: message.pool.dimensions or 8]
+            return {"pooled": m.Pooled(array("f", values).tobytes())}
+        if not self.options["labels"]:
+            body = ErrorBody(code="FAILED_PRECONDITION", reason="HEAD_MISSING", message="there is no head")
+            return {"error": body}
+        values = [float(index + len(message.prompt_ids)) for index in range(len(self.options["labels"]))]
+        head = m.HeadInfo(self.options["labels"], self.options["problem_type"])
+        return {"pooled": m.Pooled(array("f", values).tobytes(), head if message.pool.names_head else None)}
 
     @staticmethod
     def top(token: int, count: int) -> list[tuple[int, float]]:
@@ -263,6 +285,8 @@ def model_info(options: dict) -> ModelInfo:
         tokenizer_dir=options["tokenizer_dir"],
         kv_tokens=4096,
         max_sequences=64,
+        generates=options["generates"],
+        hidden_size=8,
     )
 
 

@@ -4,20 +4,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
 from graftwork import requests
 from graftwork.async_transport import AsyncTransport
 from graftwork.calls import Streaming
-from graftwork.requests import Messages, Prompt, SamplingOptions, Tools
+from graftwork.requests import Messages, Prompt, SamplingOptions, TextInput, Tools
 from graftwork.resources.adapters import AsyncAdapters
 from graftwork.resources.datasets import AsyncDatasets
 from graftwork.resources.strategies import AsyncStrategies
 from graftwork.resources.tuning import AsyncTuning
 from graftwork.streams import AsyncGenerationStream
 from graftwork.transport import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, Settings
-from graftwork.types import Generation, GenerationChunk, Score, Tokenization
+from graftwork.types import (
+    ClassificationResult,
+    EmbeddingResult,
+    Generation,
+    GenerationChunk,
+    Pooling,
+    Score,
+    Tokenization,
+)
 
 
 class AsyncClient:
@@ -168,6 +177,25 @@ class AsyncClient:
     async def score(self, model: str, text: Prompt, *, top_logprobs: int = 0, timeout: float | None = None) -> Score:
         """As Client.score."""
         return await self._transport.unary(requests.score(model, text, top_logprobs), timeout)
+
+    async def classify(
+        self, model: str, inputs: TextInput | Sequence[TextInput], *, timeout: float | None = None
+    ) -> ClassificationResult:
+        """As Client.classify."""
+        return await self._transport.unary(requests.classify(model, inputs), timeout)
+
+    async def embed(
+        self,
+        model: str,
+        inputs: TextInput | Sequence[TextInput],
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool = True,
+        dimensions: int | None = None,
+        timeout: float | None = None,
+    ) -> EmbeddingResult:
+        """As Client.embed."""
+        return await self._transport.unary(requests.embed(model, inputs, pooling, normalize, dimensions), timeout)
 
     async def tokenize(
         self,

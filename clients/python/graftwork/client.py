@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
 from graftwork import requests
 from graftwork.calls import Streaming
-from graftwork.requests import Messages, Prompt, SamplingOptions, Tools
+from graftwork.requests import Messages, Prompt, SamplingOptions, TextInput, Tools
 from graftwork.resources.adapters import Adapters
 from graftwork.resources.datasets import Datasets
 from graftwork.resources.strategies import Strategies
 from graftwork.resources.tuning import Tuning
 from graftwork.streams import GenerationStream
 from graftwork.transport import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, Settings, Transport
-from graftwork.types import Generation, GenerationChunk, Score, Tokenization
+from graftwork.types import (
+    ClassificationResult,
+    EmbeddingResult,
+    Generation,
+    GenerationChunk,
+    Pooling,
+    Score,
+    Tokenization,
+)
 
 
 class Client:
@@ -186,6 +195,34 @@ class Client:
         top_logprobs: alternatives to return at each position, 0 to 20. Raises NotFoundError, InvalidArgumentError.
         """
         return self._transport.unary(requests.score(model, text, top_logprobs), timeout)
+
+    def classify(
+        self, model: str, inputs: TextInput | Sequence[TextInput], *, timeout: float | None = None
+    ) -> ClassificationResult:
+        """Returns the labels of a text, or of several, with the head of an adapter or of the base model.
+
+        inputs: a text, token ids, or a list of at most 256 of these; a list may hold pairs of texts too. Raises
+        FailedPreconditionError where there is no head, NotFoundError, InvalidArgumentError.
+        """
+        return self._transport.unary(requests.classify(model, inputs), timeout)
+
+    def embed(
+        self,
+        model: str,
+        inputs: TextInput | Sequence[TextInput],
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool = True,
+        dimensions: int | None = None,
+        timeout: float | None = None,
+    ) -> EmbeddingResult:
+        """Returns the vector of a text, or of several: a hidden state of the last layer, the adapter applied.
+
+        inputs: as in classify. pooling: "mean", "cls" (the first token) or "last"; None: what the base model's files
+        say, else the last token for decoders and the mean for encoders. normalize: scale vectors to length 1.
+        dimensions: keep so many first values. Raises NotFoundError, InvalidArgumentError.
+        """
+        return self._transport.unary(requests.embed(model, inputs, pooling, normalize, dimensions), timeout)
 
     def tokenize(
         self,

@@ -18,8 +18,16 @@ from graftwork.uploads import AdapterFiles
 from graftwork.v1 import adapters_pb2, generation_pb2, strategies_pb2
 
 Prompt: TypeAlias = str | Sequence[int]
+TextInput: TypeAlias = str | tuple[str, str] | Sequence[int]
+"""A text, two texts that belong together (a question and a passage), or token ids."""
 Messages: TypeAlias = Sequence[types.Message | Mapping[str, Any]]
 Tools: TypeAlias = Sequence[Mapping[str, Any]]
+
+_POOLINGS: Mapping[str, generation_pb2.Pooling.ValueType] = {
+    "mean": generation_pb2.POOLING_MEAN,
+    "cls": generation_pb2.POOLING_CLS,
+    "last": generation_pb2.POOLING_LAST,
+}
 
 _GENERATION = "/graftwork.v1.GenerationService/"
 _ADAPTERS = "/graftwork.v1.AdapterService/"
@@ -167,6 +175,58 @@ def score(model: str, text: Prompt, top_logprobs: int) -> Unary[generation_pb2.S
         parse=responses.score,
         retry=True,
     )
+
+
+def classify(
+    model: str, inputs: TextInput | Sequence[TextInput]
+) -> Unary[generation_pb2.ClassifyResponse, types.ClassificationResult]:
+    """Classify."""
+    return Unary(
+        path=_GENERATION + "Classify",
+        request=generation_pb2.ClassifyRequest(model=model, inputs=_inputs(inputs)),
+        response=generation_pb2.ClassifyResponse,
+        parse=responses.classifications,
+        retry=True,
+    )
+
+
+def embed(
+    model: str,
+    inputs: TextInput | Sequence[TextInput],
+    pooling: types.Pooling | None,
+    normalize: bool,
+    dimensions: int | None,
+) -> Unary[generation_pb2.EmbedResponse, types.EmbeddingResult]:
+    """Embed. Raises ValueError for a pooling that there is not."""
+    if pooling is not None and pooling not in _POOLINGS:
+        raise ValueError(f"pooling is {pooling!r}; {', '.join(_POOLINGS)} are accepted")
+    request = generation_pb2.EmbedRequest(
+        model=model,
+        inputs=_inputs(inputs),
+        pooling=_POOLINGS[pooling] if pooling else generation_pb2.POOLING_UNSPECIFIED,
+        normalize=normalize,
+        dimensions=dimensions,
+    )
+    return Unary(
+        path=_GENERATION + "Embed",
+        request=request,
+        response=generation_pb2.EmbedResponse,
+        parse=responses.embeddings,
+        retry=True,
+    )
+
+
+def _inputs(inputs: TextInput | Sequence[TextInput]) -> list[generation_pb2.TextInput]:
+    is_one = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], int))
+    return [_text_input(one) for one in ([inputs] if is_one else inputs)]  # type: ignore[arg-type]
+
+
+def _text_input(one: TextInput) -> generation_pb2.TextInput:
+    if isinstance(one, str):
+        return generation_pb2.TextInput(text=one)
+    if len(one) == 2 and isinstance(one[0], str) and isinstance(one[1], str):
+        return generation_pb2.TextInput(text=one[0], text_pair=one[1])
+    return generation_pb2.TextInput(token_ids=generation_pb2.TokenIds(ids=one))  # type: ignore[arg-type]
 
 
 def tokenize(

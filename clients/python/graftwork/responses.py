@@ -19,6 +19,16 @@ _FINISH: Mapping[int, types.FinishReason] = {
     generation_pb2.FINISH_REASON_STOP: "stop",
     generation_pb2.FINISH_REASON_LENGTH: "length",
 }
+_POOLINGS: Mapping[int, types.Pooling] = {
+    generation_pb2.POOLING_MEAN: "mean",
+    generation_pb2.POOLING_CLS: "cls",
+    generation_pb2.POOLING_LAST: "last",
+}
+_PROBLEM_TYPES: Mapping[int, types.ProblemType] = {
+    generation_pb2.PROBLEM_TYPE_SINGLE_LABEL: "single_label",
+    generation_pb2.PROBLEM_TYPE_MULTI_LABEL: "multi_label",
+    generation_pb2.PROBLEM_TYPE_REGRESSION: "regression",
+}
 _STATES: Mapping[int, types.JobState] = {
     tuning_pb2.TUNING_JOB_STATE_PENDING: "pending",
     tuning_pb2.TUNING_JOB_STATE_RUNNING: "running",
@@ -46,7 +56,7 @@ def token_logprob(entry: generation_pb2.TokenLogprob) -> types.TokenLogprob:
 
 def chunk(message: generation_pb2.GenerateResponse | generation_pb2.ChatResponse) -> types.GenerationChunk:
     """One piece of a generation or of an answer; both messages have the same fields."""
-    usage = types.Usage(message.usage.prompt_tokens, message.usage.completion_tokens, message.usage.cached_tokens)
+    usage = _usage(message.usage)
     return types.GenerationChunk(
         text=message.text,
         token_ids=tuple(message.token_ids),
@@ -131,6 +141,44 @@ def score(message: generation_pb2.ScoreResponse) -> types.Score:
     """The log probabilities of a given text."""
     tokens = tuple(token_logprob(entry) for entry in message.tokens)
     return types.Score(tokens, message.total_logprob, message.model, message.version)
+
+
+def classifications(message: generation_pb2.ClassifyResponse) -> types.ClassificationResult:
+    """The labels of every input."""
+    return types.ClassificationResult(
+        results=tuple(
+            types.Classification(
+                labels=tuple(
+                    types.LabelScore(
+                        score.label, score.logit, score.probability if score.HasField("probability") else None
+                    )
+                    for score in result.labels
+                ),
+                predicted_label=result.predicted_label,
+                input_tokens=result.input_tokens,
+            )
+            for result in message.results
+        ),
+        problem_type=_PROBLEM_TYPES.get(message.problem_type, "regression"),
+        usage=_usage(message.usage),
+        model=message.model,
+        version=message.version,
+    )
+
+
+def embeddings(message: generation_pb2.EmbedResponse) -> types.EmbeddingResult:
+    """The vector of every input."""
+    return types.EmbeddingResult(
+        embeddings=tuple(types.Embedding(tuple(one.values), one.input_tokens) for one in message.embeddings),
+        pooling=_POOLINGS.get(message.pooling, "mean"),
+        usage=_usage(message.usage),
+        model=message.model,
+        version=message.version,
+    )
+
+
+def _usage(message: generation_pb2.Usage) -> types.Usage:
+    return types.Usage(message.prompt_tokens, message.completion_tokens)
 
 
 def tokenization(message: generation_pb2.TokenizeResponse) -> types.Tokenization:

@@ -8,6 +8,8 @@ from datetime import datetime
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
 FinishReason: TypeAlias = Literal["stop", "length"]
+Pooling: TypeAlias = Literal["mean", "cls", "last"]
+ProblemType: TypeAlias = Literal["single_label", "multi_label", "regression"]
 JobState: TypeAlias = Literal["unspecified", "pending", "running", "succeeded", "failed", "cancelled"]
 DatasetForm: TypeAlias = Literal["unspecified", "chat", "prompt_completion", "instruction", "text"]
 EventKind: TypeAlias = Literal["state", "progress", "evaluation", "checkpoint", "message", "unknown"]
@@ -127,6 +129,61 @@ class Score:
 
     tokens: tuple[TokenLogprob, ...]
     total_logprob: float
+    model: str
+    version: int
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """One label for one text; probability is None where the head says values (problem_type "regression")."""
+
+    label: str
+    logit: float
+    probability: float | None
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The labels of one text, in the order of the head's outputs.
+
+    predicted_label: the one with the highest logit, "" for problem_type "regression". input_tokens: tokens of the text.
+    """
+
+    labels: tuple[LabelScore, ...]
+    predicted_label: str
+    input_tokens: int
+
+
+@dataclass(frozen=True)
+class ClassificationResult:
+    """One Classification for each input, in their order. model and version: who answered (version 0: the base model).
+
+    problem_type: "single_label" (probabilities are the softmax of the logits), "multi_label" (the sigmoid of each), or
+    "regression" (the logits are the values).
+    """
+
+    results: tuple[Classification, ...]
+    problem_type: ProblemType
+    usage: Usage
+    model: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The vector of one text, and the tokens that the text has."""
+
+    values: tuple[float, ...]
+    input_tokens: int
+
+
+@dataclass(frozen=True)
+class EmbeddingResult:
+    """One Embedding for each input, in their order. pooling: how they were made. model and version: who answered."""
+
+    embeddings: tuple[Embedding, ...]
+    pooling: Pooling
+    usage: Usage
     model: str
     version: int
 

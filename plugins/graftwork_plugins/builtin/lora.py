@@ -34,8 +34,8 @@ from graftwork_plugins.builtin.lora_config import (
     read_adapter_config,
     targets_of_names,
 )
-from graftwork_plugins.builtin.lora_tensors import deltas_of
-from graftwork_plugins.builtin.peft_files import CONFIG_FILE, artifact_files, peft_type, read_tensors, saved_by_peft
+from graftwork_plugins.builtin.lora_heads import deltas_of_task
+from graftwork_plugins.builtin.peft_files import CONFIG_FILE, artifact_files, peft_type, saved_by_peft
 from graftwork_plugins.estimates import activation_bytes
 
 
@@ -139,10 +139,11 @@ class Lora(Strategy):
         return saved_by_peft(trainable.model)
 
     def load(self, artifact: Artifact, base: BaseInfo) -> Sequence[Delta]:
-        """LowRank for each adapted module, Replace for what is saved whole (lora_tensors.py)."""
+        """LowRank for each adapted module, Replace for what is saved whole (lora_tensors.py), Head for a classifier
+        (lora_heads.py)."""
         config = read_adapter_config(artifact.json(CONFIG_FILE))
         try:
-            return deltas_of(read_tensors(artifact), config, base)
+            return deltas_of_task(artifact, config, base)
         except PatternError as error:
             raise ArtifactError(error.key, str(error)) from None
 

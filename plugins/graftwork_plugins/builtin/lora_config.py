@@ -25,6 +25,12 @@ _ANY = frozenset(
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
 """Initialisations that leave the base's weights as they were; PiSSA, OLoRA, LoftQ, CorDA and others change them."""
 
+TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
+"""Values of task_type that are served; the last two say which class of transformers' names the modules."""
+
+LABEL_KEYS = frozenset({"id2label", "label2id", "num_labels", "problem_type"})
+"""Keys of a classifier's configuration that adapter_config.json may have too (lora_heads.py)."""
+
 _TIED_NAMES = ("embed_tokens", "lm_head")
 """Names of layers for which PEFT heeds ensure_weight_tying."""
 
@@ -125,6 +131,8 @@ class AdapterConfig:
     ensure_weight_tying: bool = False
     target_parameters: Sequence[str] = ()
     """Stacked parameters of experts, by the ends of their names."""
+    task_type: str | None = None
+    """Which of transformers' models PEFT wrapped; None if it was not said."""
 
     def targets(self, base: BaseInfo) -> list[str]:
         """Linear layers and embeddings that the configuration names, by PEFT's rules. Raises PatternError."""
@@ -201,7 +209,7 @@ def _endings(parts: list[str]) -> Iterable[list[str]]:
 def read_adapter_config(document: Mapping[str, Any]) -> AdapterConfig:
     """`document` as far as it can be served. Raises ArtifactError naming the key that cannot, and what could."""
     require(document, "peft_type", document.get("peft_type") == "LORA", "LORA")
-    require(document, "task_type", document.get("task_type") in (None, "CAUSAL_LM"), "CAUSAL_LM or null")
+    require(document, "task_type", document.get("task_type") in (None, *TASK_TYPES), f"{', '.join(TASK_TYPES)} or null")
     bias = document.get("bias", "none")
     require(document, "bias", bias in ("none", "all", "lora_only"), '"none", "all" or "lora_only"')
     init = document.get("init_lora_weights", True)
@@ -216,7 +224,8 @@ def read_adapter_config(document: Mapping[str, Any]) -> AdapterConfig:
     require(
         document, "megatron_core", document.get("megatron_core") in (None, "megatron.core"), "megatron.core or null"
     )
-    refuse_unknown(document, _READ | _ANY)
+    classifies = document.get("task_type") == "SEQ_CLS"
+    refuse_unknown(document, _READ | _ANY | (LABEL_KEYS if classifies else frozenset()))
     rank_pattern = _numbers(document, "rank_pattern", integers=True)
     alpha_pattern = _numbers(document, "alpha_pattern", integers=False)
     r = _number(document, "r", document.get("r", 8), integers=True)
@@ -239,6 +248,7 @@ def read_adapter_config(document: Mapping[str, Any]) -> AdapterConfig:
         trainable_token_indices=_token_indices(document),
         ensure_weight_tying=_flag(document, "ensure_weight_tying"),
         target_parameters=_list_of_names(document, "target_parameters"),
+        task_type=document.get("task_type"),
     )
 
 

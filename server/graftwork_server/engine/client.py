@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, Protocol
 
 from graftwork_server.engine.engine_process import ENGINE_COMMAND, EngineProcess
@@ -29,6 +30,8 @@ from graftwork_server.messages import (
     LoadReply,
     Pin,
     Pinned,
+    Pool,
+    Pooled,
     PreparedJob,
     PrepareJob,
     Reply,
@@ -274,6 +277,7 @@ class EngineClient:
         *,
         cache_salt: str = "",
         priority: int = 0,
+        pool: Pool | None = None,
     ) -> AsyncGenerator[SequenceOutput, None]:
         """Outputs of one sequence, several steps' worth in one if the reader is slower than the engine.
 
@@ -290,6 +294,7 @@ class EngineClient:
             prompt_logprobs=prompt_logprobs,
             cache_salt=cache_salt,
             priority=priority,
+            pool=pool,
         )
         self._send(message)
         stream = self._streams[sequence_id] = OutputStream()
@@ -300,6 +305,14 @@ class EngineClient:
             self._streams.pop(sequence_id, None)
             if not stream.ended and self._writer is not None:
                 self._send(Cancel(id=sequence_id))
+
+    async def pool(self, token_ids: list[int], pool: Pool, adapter: AdapterRef | None = None) -> Pooled:
+        """One vector, or the logits of a head, for a sequence. Errors and cancelling are as in generate."""
+        async with aclosing(self.generate(token_ids, Sampling(max_tokens=0), adapter, pool=pool)) as outputs:
+            async for output in outputs:
+                if output.pooled is not None:
+                    return output.pooled
+        raise Internal("the engine ended a sequence without what was asked for", reason="ENGINE_PROTOCOL")
 
     async def _call(self, message_type: Any, result_type: type[Any], **fields: Any) -> Any:
         call_id = self._take_id()

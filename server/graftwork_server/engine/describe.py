@@ -82,6 +82,7 @@ def _name_of(model: torch.nn.Module, wanted: torch.nn.Module | None) -> str | No
 
 def base_info(model: torch.nn.Module, model_info: ModelInfo) -> BaseInfo:
     """The base as strategies see it."""
+    trunk_name = str(model.base_model_prefix)
     return BaseInfo(
         fingerprint=model_info.fingerprint,
         architecture=model_info.architecture,
@@ -96,6 +97,8 @@ def base_info(model: torch.nn.Module, model_info: ModelInfo) -> BaseInfo:
         tied_modules=tied_modules(model),
         parameters=parameter_shapes(model),
         quantization=model_info.quantization,
+        trunk=trunk_name if hasattr(model, trunk_name) else "",
+        trunk_name=trunk_name,
     )
 
 

@@ -9,13 +9,17 @@ import torch
 from llguidance import LLMatcher
 
 from graftwork_server.engine.adapter_pool import AdapterPool
+from graftwork_server.engine.encoder import EncoderModel, EncoderRunner
 from graftwork_server.engine.grammars import Masks, too_complex
+from graftwork_server.engine.heads import no_head, only_head
 from graftwork_server.engine.kv_cache import BLOCK_TOKENS, BlockPool, KVCache
 from graftwork_server.engine.model import BaseModel
+from graftwork_server.engine.pooling import answers
 from graftwork_server.engine.runner import ChunkLogits, Runner
 from graftwork_server.engine.sampling import sample, token_logprobs
 from graftwork_server.engine.scheduler import Scheduler
 from graftwork_server.engine.sequence import Sequence
+from graftwork_server.engine.whole_scheduler import WholeScheduler
 from graftwork_server.errors import ErrorBody
 from graftwork_server.messages import Generate, SequenceOutput, TokenLogprobs
 from graftwork_server.types import AdapterRef
@@ -40,7 +44,7 @@ class Engine:
     def __init__(self, base: BaseModel, limits: EngineLimits, request_load: Callable[[AdapterRef], None]) -> None:
         """`request_load` starts loading an adapter off the step loop; called again, it does nothing new."""
         self.base = base
-        num_blocks = _num_blocks(base, limits)
+        num_blocks = _num_blocks(base, limits) if base.info.generates else 0
         self.kv_tokens = num_blocks * BLOCK_TOKENS
         self.blocks = BlockPool(num_blocks)
         self.adapters = AdapterPool(
@@ -51,16 +55,16 @@ class Engine:
             limits.host_cache_bytes or _default_host_cache_bytes(base.device),
             base.engine_model.kernels,
         )
-        cache = KVCache(base.layer_shapes, num_blocks, base.dtype, base.device, base.engine_model.kernels)
-        self._runner = Runner(base.engine_model, cache, base.device)
-        self._scheduler = Scheduler(
-            self.blocks,
-            self.adapters,
-            lambda sequence: request_load(sequence.request.adapter) if sequence.request.adapter else None,
-            max_sequences=limits.max_sequences,
-            max_step_tokens=limits.max_step_tokens,
-            prefix_cache=limits.prefix_cache,
-        )
+        sizes = {"max_sequences": limits.max_sequences, "max_step_tokens": limits.max_step_tokens}
+        if isinstance(base.engine_model, EncoderModel):
+            self._runner: Runner | EncoderRunner = EncoderRunner(base)
+            self._scheduler: Scheduler | WholeScheduler = WholeScheduler(self.adapters, _loading(request_load), **sizes)
+        else:
+            cache = KVCache(base.layer_shapes, num_blocks, base.dtype, base.device, base.engine_model.kernels)
+            self._runner = Runner(base.engine_model, cache, base.device)
+            self._scheduler = Scheduler(
+                self.blocks, self.adapters, _loading(request_load), prefix_cache=limits.prefix_cache, **sizes
+            )
         self._sequences: dict[int, Sequence] = {}
         self._masks = Masks()
         self._eos = frozenset(base.info.eos_token_ids)
@@ -84,11 +88,13 @@ class Engine:
         """Queues a sequence, with the matcher of its structured output. Returns an output with an error if it can never
         run."""
         needed = len(request.prompt_ids) + request.sampling.max_tokens
-        if needed > self.kv_tokens:
+        if request.adapter is None and request.pool and request.pool.kind == "classify" and self.base.head is None:
+            return SequenceOutput(request.id, [], "error", error=no_head(of_adapter=False))
+        if needed > self.kv_tokens and self.base.info.generates:
             message = f"prompt and max_tokens are {needed} tokens; the KV cache holds {self.kv_tokens}"
             error = ErrorBody(code="INVALID_ARGUMENT", reason="KV_CACHE_TOO_SMALL", message=message)
             return SequenceOutput(request.id, [], "error", error=error)
-        longest = min(self.base.info.context_tokens, self.kv_tokens)
+        longest = min(self.base.info.context_tokens, self.kv_tokens or self.base.info.context_tokens)
         sequence = Sequence.of(request, self._eos, matcher, longest)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
@@ -112,10 +118,13 @@ class Engine:
     def step(self) -> list[SequenceOutput]:
         """Runs one step; what it produced, empty if nothing could run."""
         chunks = self._scheduler.schedule()
-        too_long = [chunk.sequence for chunk in chunks if chunk.sequence.too_long]
-        if too_long:
-            chunks = [chunk for chunk in chunks if not chunk.sequence.too_long]
-        refused = [self._end(sequence, _too_long(sequence)) for sequence in too_long]
+        wrong = [chunk.sequence for chunk in chunks if chunk.sequence.too_long or chunk.sequence.misdirected]
+        if wrong:
+            chunks = [chunk for chunk in chunks if chunk.sequence not in wrong]
+        refused = [
+            self._end(sequence, _misdirected(sequence) if sequence.misdirected else _too_long(sequence))
+            for sequence in wrong
+        ]
         if not chunks:
             return refused
         results = self._runner.run(chunks)
@@ -123,7 +132,7 @@ class Engine:
         results = [result for result in results if result.finite]
         for result in results:
             result.chunk.sequence.computed += result.chunk.count
-        outputs.extend(self._prompt_outputs(results))
+        outputs.extend(self._prompt_outputs(results) + self._pooled_outputs(results))
         sampling = [result for result in results if result.chunk.samples and not self._only_scored(result)]
         if sampling:
             outputs.extend(self._sample(sampling))
@@ -144,9 +153,21 @@ class Engine:
             sequence = result.chunk.sequence
             if sequence.wants_prompt_logprobs:
                 _collect_prompt_logprobs(result)
-            if result.chunk.samples and self._only_scored(result):
+            if result.chunk.samples and self._only_scored(result) and sequence.request.pool is None:
                 scored = list(sequence.prompt_logprobs) if sequence.request.prompt_logprobs is not None else None
                 outputs.append(self._end(sequence, SequenceOutput(sequence.id, [], "length", prompt_logprobs=scored)))
+        return outputs
+
+    def _pooled_outputs(self, results: list[ChunkLogits]) -> list[SequenceOutput]:
+        """Ends the sequences whose hidden state is whole."""
+        pooled = [
+            result.chunk.sequence
+            for result in results
+            if result.chunk.samples and result.chunk.sequence.request.pool is not None
+        ]
+        outputs = []
+        for sequence, output in zip(pooled, answers(pooled, self.base.head), strict=True):
+            outputs.append(self._end(sequence, output) if output is not None else self._discard(sequence))
         return outputs
 
     def _sample(self, results: list[ChunkLogits]) -> list[SequenceOutput]:
@@ -201,6 +222,15 @@ def _collect_prompt_logprobs(result: ChunkLogits) -> None:
         sequence.prompt_logprobs.extend(token_logprobs(result.logits[: len(targets)], targets, top))
 
 
+def _loading(request_load: Callable[[AdapterRef], None]) -> Callable[[Sequence], None]:
+    return lambda sequence: request_load(sequence.request.adapter) if sequence.request.adapter else None
+
+
+def _misdirected(sequence: Sequence) -> SequenceOutput:
+    error = no_head(of_adapter=True) if sequence.classifies else only_head()
+    return SequenceOutput(sequence.id, [], "error", error=error)
+
+
 def _too_long(sequence: Sequence) -> SequenceOutput:
     asked = len(sequence.request.prompt_ids) + sequence.request.sampling.max_tokens
     virtual = sequence.adapter.prefix.tokens if sequence.adapter and sequence.adapter.prefix else 0
@@ -214,7 +244,8 @@ def _too_long(sequence: Sequence) -> SequenceOutput:
 
 def _not_finite(sequence: Sequence) -> SequenceOutput:
     who = "the base model" if sequence.digest is None else "the adapter"
-    message = f"{who} gave logits that are NaN or infinite; its weights overflow in this dtype"
+    what = "logits" if sequence.request.pool is None else "values"
+    message = f"{who} gave {what} that are NaN or infinite; its weights overflow in this dtype"
     error = ErrorBody(code="FAILED_PRECONDITION", reason="LOGITS_NOT_FINITE", message=message)
     return SequenceOutput(sequence.id, [], "error", error=error)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from graftwork_plugins import Delta, FullWeights, Head, LowRank, Prefix, Replace, Scale
 from graftwork_server.engine.binding import bind_changes, check_values, rejected
 from graftwork_server.engine.changes import Changes
+from graftwork_server.engine.heads import BoundHead, bind_head
 from graftwork_server.engine.model import BaseModel, tuned_model, unwrapped_state
 from graftwork_server.engine.prefix import bind_prefix
 from graftwork_server.engine.slots import PreparedAdapter
@@ -23,16 +24,18 @@ def bind(base: BaseModel, digest: str, deltas: Sequence[Delta], *, place: bool =
     full = [delta for delta in deltas if isinstance(delta, FullWeights)]
     if full and len(deltas) > 1:
         raise rejected("deltas", "a whole checkpoint cannot be combined with other deltas")
+    if not base.info.generates and any(isinstance(delta, FullWeights | Prefix) for delta in deltas):
+        raise rejected("deltas", "an encoder takes deltas of modules and heads, no whole checkpoint and no prefix")
     if full:
         return _bind_full(base, digest, full[0], place)
     for delta in deltas:
         if isinstance(delta, Prefix):
             return _bind_prefix(base, digest, deltas, delta)
-        if isinstance(delta, Head):
-            raise rejected("deltas", "a head of its own is not served: no method answers with its scores yet")
     of_modules = [delta for delta in deltas if isinstance(delta, LowRank | Scale | Replace)]
     changes = bind_changes(base, of_modules)
-    prepared = _bind_modules(base, digest, of_modules, changes)
+    heads = [delta for delta in deltas if isinstance(delta, Head)]
+    head = bind_head(base, heads, of_modules) if heads else None
+    prepared = _bind_modules(base, digest, of_modules, changes, head)
     if not place:  # where a slot is filled, their values are seen then
         for delta in [delta for of_group in prepared.updates for delta in of_group]:
             check_values(f"{delta.module}: A", delta.a, delta.module)
@@ -41,7 +44,11 @@ def bind(base: BaseModel, digest: str, deltas: Sequence[Delta], *, place: bool =
 
 
 def _bind_modules(
-    base: BaseModel, digest: str, deltas: Sequence[LowRank | Scale | Replace], changes: Changes
+    base: BaseModel,
+    digest: str,
+    deltas: Sequence[LowRank | Scale | Replace],
+    changes: Changes,
+    head: BoundHead | None,
 ) -> PreparedAdapter:
     groups = base.engine_model.groups
     linear = {name for group in groups for name in group.names}
@@ -52,13 +59,16 @@ def _bind_modules(
     low_rank_bytes = elements * base.dtype.itemsize
     return PreparedAdapter(
         digest=digest,
-        modules_bound=len(set(by_module) | set(changes)),
+        modules_bound=len(set(by_module) | set(changes)) + (head is not None),
         rank=max((delta.a.shape[-2] for delta in deltas if isinstance(delta, LowRank)), default=0),
-        parameter_count=sum(_parameters(delta) for delta in deltas),
-        device_bytes=low_rank_bytes + sum(change.device_bytes for made in changes.values() for change in made),
+        parameter_count=sum(_parameters(delta) for delta in deltas) + (head.parameter_count if head else 0),
+        device_bytes=low_rank_bytes
+        + sum(change.device_bytes for made in changes.values() for change in made)
+        + (head.device_bytes if head else 0),
         ranks=tuple(tuple(delta.a.shape[0] if delta is not None else 0 for delta in group) for group in members),
         updates=updates,
         changes=changes,
+        head=head,
     )
 
 

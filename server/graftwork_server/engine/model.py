@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -26,6 +26,9 @@ from graftwork_server.engine.routing import Routing
 from graftwork_server.engine.weights import SharedWeights, assign_tensors, empty_model, pack
 from graftwork_server.errors import FailedPrecondition
 from graftwork_server.types import ModelInfo
+
+if TYPE_CHECKING:
+    from graftwork_server.engine.heads import BoundHead
 
 log = logging.getLogger("graftwork.engine")
 
@@ -49,6 +52,10 @@ class EngineModel:
         """Layers that kernels compute whole (fused_layers.py)."""
         self.changeable: dict[str, ChangeableModule] = {}
         """Modules that adapters may change beyond low-rank products; the base's probe fills it in."""
+        self.head_modules: tuple[str, ...] = ()
+        """Linear layers that stand before a head: BERT's pooler."""
+        self.missing_modules: tuple[str, ...] = ()
+        """Those of them that the checkpoint has no weights for."""
         model.set_attn_implementation(paged.NAME)  # type: ignore[operator]
 
     def fuse_layers(self, settings: list[AttentionSettings]) -> None:
@@ -61,6 +68,17 @@ class EngineModel:
         for layer in self.fused_layers:
             del layer.forward
         self.fused_layers = []
+
+    @property
+    def trunk(self) -> torch.nn.Module:
+        """What answers with the last hidden states, after the final norm."""
+        trunk: torch.nn.Module = self.model.base_model  # type: ignore[assignment]
+        return trunk
+
+    @property
+    def hidden_size(self) -> int:
+        """Size of a hidden state."""
+        return int(self.model.config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]
 
     def forward(
         self,
@@ -104,6 +122,8 @@ class BaseModel:
     info: ModelInfo
     layer_shapes: list[LayerShape]
     attention_settings: list[AttentionSettings]
+    head: BoundHead | None = None
+    """Of a base that is a classifier."""
 
     @property
     def device(self) -> torch.device:
@@ -177,7 +197,7 @@ def load_base(
         parameter_count=parameter_count,
         weight_bytes=weights.size_bytes,
         eos_token_ids=_eos_token_ids(model),
-        tokenizer_dir=_fast_tokenizer(source, cache_dir, print_of_base),
+        tokenizer_dir=fast_tokenizer(source, cache_dir, print_of_base),
         kv_tokens=0,
         max_sequences=0,
         quantization=quantization,
@@ -398,7 +418,7 @@ def _eos_token_ids(model: Any) -> list[int]:
     return []
 
 
-def _fast_tokenizer(source: str, cache_dir: Path, name: str) -> str | None:
+def fast_tokenizer(source: str, cache_dir: Path, name: str) -> str | None:
     """A directory with the model's tokenizer as tokenizer.json, converted if need be; None if the model has none."""
     if (Path(source) / "tokenizer.json").is_file():
         return str(Path(source).resolve())

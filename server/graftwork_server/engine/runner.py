@@ -10,6 +10,7 @@ import torch
 from graftwork_server.engine.attention.paged import Chunk, plan_attention
 from graftwork_server.engine.kv_cache import BLOCK_TOKENS, KVCache, rows_of
 from graftwork_server.engine.model import EngineModel
+from graftwork_server.engine.pooling import collect, head_for, trunk_states
 from graftwork_server.engine.routing import Routing, RowSpan
 from graftwork_server.engine.sequence import ScheduledChunk
 
@@ -43,7 +44,7 @@ class Runner:
         results: list[ChunkLogits] = []
         with torch.inference_mode():
             for model, members in by_model.values():
-                results.extend(self._forward(model, sorted(members, key=_packing_order)))
+                results.extend(self._forward(model, sorted(members, key=packing_order)))
         return results
 
     def discard(self, blocks: SequenceOf[int]) -> None:
@@ -59,9 +60,11 @@ class Runner:
         kept_counts: list[int] = []
         counts: list[int] = []
         to_attend: list[Chunk] = []
+        starts: list[int] = []
         for chunk in chunks:
             start, end = self._skip_virtual(chunk), chunk.start + chunk.count
             row, count = len(input_ids), end - start
+            starts.append(start)
             counts.append(count)
             if count:
                 to_attend.append(Chunk(chunk.sequence.block_table, start, count))
@@ -70,21 +73,28 @@ class Runner:
             if chunk.sequence.wants_prompt_logprobs:
                 kept = range(row, row + count)
             else:
+                # A row of logits of each chunk, sampled or not, tells whether it was finite.
+                count = count if chunk.sequence.request.pool is None else 0
                 kept = range(row + max(count - 1, 0), row + count)
             keep.extend(kept)
             kept_counts.append(len(kept))
         if not input_ids:
             return [ChunkLogits(chunk, torch.empty(0, 0)) for chunk in chunks]
-        logits = model.forward(
-            torch.tensor(input_ids, device=self._device),
-            torch.tensor(positions, device=self._device),
-            torch.tensor(keep, dtype=torch.int64, device=self._device),
-            plan_attention(self._cache, to_attend, self._device),
-            Routing(_spans(chunks, counts), self._device, model.kernels),
-            Routing(_spans(chunks, kept_counts), self._device, model.kernels),
-        )
+        with trunk_states(model, any(chunk.sequence.request.pool is not None for chunk in chunks)) as states:
+            logits = model.forward(
+                torch.tensor(input_ids, device=self._device),
+                torch.tensor(positions, device=self._device),
+                torch.tensor(keep, dtype=torch.int64, device=self._device),
+                plan_attention(self._cache, to_attend, self._device),
+                Routing(spans_of(chunks, counts), self._device, model.kernels),
+                Routing(spans_of(chunks, kept_counts), self._device, model.kernels),
+            )
+        for of_chunks in states:
+            for chunk, start, part in zip(chunks, starts, of_chunks.split(counts), strict=True):
+                if chunk.sequence.request.pool is not None and len(part):
+                    collect(chunk.sequence, head_for(chunk.sequence, None), start, part)
         logits = logits.float()
-        finite = torch.isfinite(logits).all(-1).tolist()
+        finite = _are_finite(logits)
         results, row = [], 0
         for chunk, part in zip(chunks, logits.split(kept_counts), strict=True):
             results.append(ChunkLogits(chunk, part, all(finite[row : row + len(part)])))
@@ -104,7 +114,14 @@ class Runner:
         return own
 
 
-def _packing_order(chunk: ScheduledChunk) -> tuple[int, int, int]:
+def _are_finite(logits: torch.Tensor) -> list[bool]:
+    """Whether each row of logits [rows, vocabulary] is finite."""
+    # A sum costs a fraction of a look at each value; one that is finite had no other terms.
+    finite = torch.isfinite(logits.sum(-1))
+    return (finite if finite.all() else torch.isfinite(logits).all(-1)).tolist()
+
+
+def packing_order(chunk: ScheduledChunk) -> tuple[int, int, int]:
     """Decodes before prefills, then by slot, so that the rows of neighbouring slots stand together."""
     adapter = chunk.sequence.adapter
     if adapter is None or adapter.block is None:
@@ -112,7 +129,7 @@ def _packing_order(chunk: ScheduledChunk) -> tuple[int, int, int]:
     return (chunk.count > 1, id(adapter.block), adapter.slot)
 
 
-def _spans(chunks: SequenceOf[ScheduledChunk], counts: SequenceOf[int]) -> list[RowSpan]:
+def spans_of(chunks: SequenceOf[ScheduledChunk], counts: SequenceOf[int]) -> list[RowSpan]:
     """Rows of each adapter when every chunk has `counts` rows; neighbours of one adapter become one span."""
     spans: list[RowSpan] = []
     row = 0

@@ -201,8 +201,8 @@ class Scheduler:
 
     def _take_blocks(self, sequence: Sequence) -> bool:
         """Blocks for all its tokens, those that the cache has among them. The last token is always computed, and so are
-        all of a prompt that needs logits everywhere."""
-        if self._prefix_cache and not sequence.wants_prompt_logprobs:
+        all of a prompt that needs logits, or hidden states, everywhere."""
+        if self._prefix_cache and not sequence.wants_prompt_logprobs and sequence.request.pool is None:
             full = (len(sequence.tokens) - 1) // BLOCK_TOKENS
             keys = (sequence.block_key(index) for index in range(full))
             sequence.kept_blocks = self._blocks.share(sequence.block_table, keys)

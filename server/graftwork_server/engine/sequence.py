@@ -15,6 +15,7 @@ from graftwork_server.engine.slots import LoadedAdapter
 from graftwork_server.messages import Generate, TokenLogprobs
 
 if TYPE_CHECKING:
+    import torch
     from llguidance import LLMatcher
 
 _VIRTUAL_TOKEN = 0
@@ -47,6 +48,10 @@ class Sequence:
     """How many of `tokens` are the adapter's virtual ones; their ids mean nothing."""
     too_long: bool = False
     """With the adapter's virtual tokens it would be longer than `longest`; it must not be run."""
+    state: torch.Tensor | None = None
+    """[hidden] float32: the hidden state that is wanted of it, or the sum of those seen so far (pooling.py)."""
+    misdirected: bool = False
+    """It asks its adapter for tokens, which has a head instead, or for labels without a head; it must not be run."""
     _adapter: LoadedAdapter | None = None
     _block_keys: list[bytes] = field(default_factory=list)
 
@@ -79,6 +84,8 @@ class Sequence:
         """The first lease of an adapter with virtual tokens puts them before the prompt: from then on they are counted,
         given cache blocks and positions, and cached as all tokens are."""
         self._adapter = adapter
+        if adapter is not None:
+            self.misdirected = self.classifies if adapter.head is None else self.request.pool is None
         if adapter is None or adapter.prefix is None or self.virtual_tokens:
             return
         count = adapter.prefix.tokens
@@ -113,6 +120,11 @@ class Sequence:
             start = len(self._block_keys) * BLOCK_TOKENS
             self._block_keys.append(block_key(parent, self.tokens[start : start + BLOCK_TOKENS]))
         return self._block_keys[index]
+
+    @property
+    def classifies(self) -> bool:
+        """It wants the labels of a head."""
+        return self.request.pool is not None and self.request.pool.kind == "classify"
 
     @property
     def generated(self) -> int:

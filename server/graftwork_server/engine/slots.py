@@ -22,6 +22,7 @@ from graftwork_server.types import LoadReport
 if TYPE_CHECKING:
     from graftwork_server.engine.adapted_linear import LinearGroup
     from graftwork_server.engine.changes import Changes
+    from graftwork_server.engine.heads import BoundHead
     from graftwork_server.engine.model import EngineModel
     from graftwork_server.engine.native import NativeKernels
     from graftwork_server.engine.prefix import PrefixKV
@@ -225,11 +226,13 @@ class PreparedAdapter:
     """What it changes beside low-rank products, on the device already."""
     prefix: PrefixKV | None = None
     """Virtual tokens before each sequence, on the device already."""
+    head: BoundHead | None = None
+    """What classifies instead of generating, on the device already."""
 
     @property
     def lies_in_host_memory(self) -> bool:
         """Nothing of it is on the device yet."""
-        return self.model is None and not self.changes and self.prefix is None
+        return self.model is None and not self.changes and self.prefix is None and self.head is None
 
 
 @dataclass(eq=False)
@@ -251,9 +254,10 @@ class LoadedAdapter:
         self.model = self.prepared.model
         self.changes = self.prepared.changes
         self.prefix = self.prepared.prefix
+        self.head = self.prepared.head
 
     def forget(self) -> None:
         """Lets go of what it holds on the device, whoever may still have this object."""
-        self.prepared = replace(self.prepared, model=None, changes={}, prefix=None)
+        self.prepared = replace(self.prepared, model=None, changes={}, prefix=None, head=None)
         self.block = None
-        self.model, self.changes, self.prefix = None, {}, None
+        self.model, self.changes, self.prefix, self.head = None, {}, None, None

@@ -28,7 +28,12 @@ from graftwork_server.messages import SharedWeightsInfo, TensorLayout
 _ALIGNMENT = 64
 """Bytes; a cache line, and enough for vector loads."""
 
-FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED_SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+)
 """Names of sibling linear layers that take the same input."""
 
 

@@ -22,7 +22,8 @@ from graftwork_server.engine.client import EngineClient
 from graftwork_server.errors import FailedPrecondition, Internal, InvalidArgument, Violation
 from graftwork_server.hub.leases import Leases
 from graftwork_server.hub.resolver import Resolved, Resolver
-from graftwork_server.messages import Sampling, SequenceOutput, TokenLogprobs
+from graftwork_server.messages import Pool, Sampling, SequenceOutput, TokenLogprobs
+from graftwork_server.rpc import pooled
 from graftwork_server.rpc.chat import chat_ids
 from graftwork_server.rpc.completions import BestOf, Completion
 from graftwork_server.rpc.limits import (
@@ -36,6 +37,7 @@ from graftwork_server.rpc.limits import (
 )
 from graftwork_server.rpc.samples import Samples, samplings_of
 from graftwork_server.rpc.sampling import SampleCounts, prompt_logprobs_of, sample_counts, sampling_of
+from graftwork_server.tasks import require_generation
 from graftwork_server.text import IncrementalDetokenizer, TextProcessor
 from graftwork_server.types import BASE
 
@@ -72,6 +74,7 @@ class GenerationService(GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
         """Continues a prompt."""
+        require_generation(self._engine.model, "Generate")
         with self._admission.admit():
             async with self._held(request.model) as (resolved, text):
                 field = request.WhichOneof("prompt") or "prompt"
@@ -84,6 +87,7 @@ class GenerationService(GenerationServiceServicer):
         self, request: pb.ChatRequest, context: Context
     ) -> None:
         """Continues a conversation."""
+        require_generation(self._engine.model, "Chat")
         with self._admission.admit():
             async with self._held(request.model) as (resolved, text):
                 if request.sampling.echo and not request.continue_final_message:
@@ -95,6 +99,7 @@ class GenerationService(GenerationServiceServicer):
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Log probabilities of a given text."""
+        require_generation(self._engine.model, "Score")
         with self._admission.admit():
             async with self._held(request.model) as (resolved, text):
                 field = request.WhichOneof("input") or "input"
@@ -108,6 +113,25 @@ class GenerationService(GenerationServiceServicer):
                 model=resolved.model,
                 version=resolved.version,
             )
+
+    async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
+        """Labels of texts."""
+        with self._admission.admit():
+            async with self._held(request.model) as (resolved, text):
+                rows = await pooled.rows_of(request.inputs, text, self._engine.model)
+                with self._admission.admit(pooled.places(rows) - 1):
+                    answers = await pooled.run(self._engine, rows, resolved, Pool("classify"))
+            return await pooled.classify_response(answers, rows, resolved)
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        """Vectors of texts."""
+        with self._admission.admit():
+            async with self._held(request.model) as (resolved, text):
+                pool = pooled.embed_pool(request, self._engine.model)
+                rows = await pooled.rows_of(request.inputs, text, self._engine.model)
+                with self._admission.admit(pooled.places(rows) - 1):
+                    answers = await pooled.run(self._engine, rows, resolved, pool)
+            return await pooled.embed_response(answers, rows, pool, resolved)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         """Token ids that the other methods would see."""

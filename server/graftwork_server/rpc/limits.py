@@ -52,7 +52,7 @@ class Admission:
 
 def context_limit(model: ModelInfo) -> int:
     """Tokens that one sequence can have, prompt and completion together."""
-    return min(model.context_tokens, model.kv_tokens)
+    return min(model.context_tokens, model.kv_tokens) if model.generates else model.context_tokens
 
 
 def check_prompt(prompt_ids: Sequence[int], field: str, model: ModelInfo, *, room_for: int) -> None:

@@ -23,6 +23,7 @@ from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import JobEventRecord, JobRecord, StateChanged, TuningSpec
 from graftwork_server.hub.registry import check_adapter_id, request_key
 from graftwork_server.messages import JobEvent
+from graftwork_server.tasks import require_generation
 from graftwork_server.text import TextProcessor
 from graftwork_server.tuning.data import DatasetReport, check_dataset, read_lines
 from graftwork_server.tuning.job_run import EngineCalls, EngineStatus, JobRun, Surroundings, check_strategy
@@ -113,12 +114,13 @@ class JobManager:
         """Checks everything that can be checked before training, and queues the job.
 
         Raises InvalidArgument (fields named, DATASET_INVALID, DATASET_NO_LOSS, REQUEST_ID_REUSED), NotFound
-        (DATASET_NOT_FOUND), FailedPrecondition (STRATEGY_UNAVAILABLE, TOKENIZER_MISSING), and what the strategy says
-        about its settings.
+        (DATASET_NOT_FOUND), FailedPrecondition (STRATEGY_UNAVAILABLE, TOKENIZER_MISSING, BASE_IS_ENCODER), and what the
+        strategy says about its settings.
         """
         request = request_key("CreateTuningJob", request_id, spec)
         if (known := await asyncio.to_thread(self._hub.jobs.find_request, request)) is not None:
             return known
+        require_generation(self._model, "tuning")
         _check_spec(spec)
         check_strategy(self._strategies(), spec.strategy, "spec.strategy")
         report = await self._checked_dataset(spec, spec.dataset_id, "spec.dataset")

@@ -20,7 +20,7 @@ from graftwork_plugins import LowRank
 from graftwork_server.engine.engine import Engine, EngineLimits
 from graftwork_server.engine.loading import bind
 from graftwork_server.engine.model import BaseModel, load_base
-from graftwork_server.messages import Generate, Sampling, SequenceOutput
+from graftwork_server.messages import Generate, Pool, Sampling, SequenceOutput
 from graftwork_server.types import AdapterRef
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ class Harness:
                 self.rows[chunk.sequence.id] += chunk.count
             results = run(chunks)
             for result in results:
-                if result.chunk.samples:
+                if result.chunk.samples and result.chunk.sequence.request.pool is None:
                     self.logits[result.chunk.sequence.id].append(result.logits[-1].clone())
             return results
 
@@ -87,6 +87,26 @@ class Harness:
         )
         if refused is not None:
             self.finished[request_id] = refused
+
+    def pool(self, request_id: int, prompt: list[int], adapter: AdapterRef | None = None, **pool: Any) -> None:
+        """Queues a request for a vector (kind "embed", the default) or for a head's logits (kind "classify")."""
+        refused = self.engine.add(
+            Generate(
+                id=request_id,
+                prompt_ids=prompt,
+                sampling=Sampling(max_tokens=0),
+                adapter=adapter,
+                pool=Pool(**{"kind": "embed", "pooling": "last", "names_head": True} | pool),
+            )
+        )
+        if refused is not None:
+            self.finished[request_id] = refused
+
+    def values(self, request_id: int) -> torch.Tensor:
+        """The vector or logits that a request ended with."""
+        output = self.finished[request_id]
+        assert output.pooled is not None, output.error
+        return torch.frombuffer(bytearray(output.pooled.values), dtype=torch.float32)
 
     def step(self) -> list[SequenceOutput]:
         """One step, recorded."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests import toys
 from tests.server.engine.harness import Harness, Reference, assert_greedy_matches, deltas_of
 
-from graftwork_plugins import FullWeights, Head, LowRank, Replace, Scale
+from graftwork_plugins import FullWeights, LowRank, Replace, Scale
 from graftwork_server.engine.loading import bind
 from graftwork_server.engine.model import BaseModel, unwrapped_state
 from graftwork_server.errors import FailedPrecondition, ResourceExhausted
@@ -169,7 +169,6 @@ def replace(**changes: object) -> Replace:
         ([replace(tensors={"weight": torch.ones(1, 48)}, rows=[48])], "from 0 to 47"),
         ([replace(tensors={"weight": torch.ones(2, 48)}, rows=[3, 3])], "must be different"),
         ([replace(copy_of_base=True)], "differs from this base's"),
-        ([Head(weight=torch.ones(2, 48))], "a head of its own is not served"),
         ([FullWeights(tensors={}), low_rank()], "cannot be combined"),
         ([FullWeights(tensors={})], "lacks"),
         ([FullWeights(tensors={"x": torch.ones(1)})], "no tensor x"),

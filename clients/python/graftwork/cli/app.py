@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from graftwork.cli import adapter, chat, dataset, generate, serve, strategy, tune
+from graftwork.cli import adapter, chat, dataset, generate, pooled, serve, strategy, tune
 from graftwork.transport import DEFAULT_ADDRESS
 from graftwork.version import VERSION
 
@@ -61,6 +61,8 @@ app.command(
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(generate.score)
+app.command()(pooled.classify)
+app.command()(pooled.embed)
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(strategy.app, name="strategy")
 app.add_typer(tune.app, name="tune")

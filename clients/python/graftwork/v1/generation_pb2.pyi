@@ -43,6 +43,66 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_tokens was reached."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _ProblemType:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ProblemTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ProblemType.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PROBLEM_TYPE_UNSPECIFIED: _ProblemType.ValueType  # 0
+    """Not said."""
+    PROBLEM_TYPE_SINGLE_LABEL: _ProblemType.ValueType  # 1
+    """One label is right: probabilities are the softmax of all logits."""
+    PROBLEM_TYPE_MULTI_LABEL: _ProblemType.ValueType  # 2
+    """Each label is right or not for itself: probabilities are the sigmoid of each logit."""
+    PROBLEM_TYPE_REGRESSION: _ProblemType.ValueType  # 3
+    """The logits are the values; there are no probabilities."""
+
+class ProblemType(_ProblemType, metaclass=_ProblemTypeEnumTypeWrapper):
+    """What a head's outputs mean, as transformers' problem_type says."""
+
+PROBLEM_TYPE_UNSPECIFIED: ProblemType.ValueType  # 0
+"""Not said."""
+PROBLEM_TYPE_SINGLE_LABEL: ProblemType.ValueType  # 1
+"""One label is right: probabilities are the softmax of all logits."""
+PROBLEM_TYPE_MULTI_LABEL: ProblemType.ValueType  # 2
+"""Each label is right or not for itself: probabilities are the sigmoid of each logit."""
+PROBLEM_TYPE_REGRESSION: ProblemType.ValueType  # 3
+"""The logits are the values; there are no probabilities."""
+Global___ProblemType: _TypeAlias = ProblemType  # noqa: Y015
+
+class _Pooling:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pooling.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POOLING_UNSPECIFIED: _Pooling.ValueType  # 0
+    """As the base model's own files say (1_Pooling/config.json of sentence-transformers); without them the last token's
+    for decoders, the mean for encoders.
+    """
+    POOLING_MEAN: _Pooling.ValueType  # 1
+    """The mean over all its tokens."""
+    POOLING_CLS: _Pooling.ValueType  # 2
+    """That of its first token."""
+    POOLING_LAST: _Pooling.ValueType  # 3
+    """That of its last token."""
+
+class Pooling(_Pooling, metaclass=_PoolingEnumTypeWrapper):
+    """Which hidden state stands for a text."""
+
+POOLING_UNSPECIFIED: Pooling.ValueType  # 0
+"""As the base model's own files say (1_Pooling/config.json of sentence-transformers); without them the last token's
+for decoders, the mean for encoders.
+"""
+POOLING_MEAN: Pooling.ValueType  # 1
+"""The mean over all its tokens."""
+POOLING_CLS: Pooling.ValueType  # 2
+"""That of its first token."""
+POOLING_LAST: Pooling.ValueType  # 3
+"""That of its last token."""
+Global___Pooling: _TypeAlias = Pooling  # noqa: Y015
+
 @_typing.final
 class TokenIds(_message.Message):
     """A sequence of token ids of the base model's vocabulary."""
@@ -805,6 +865,293 @@ class ScoreResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScoreResponse: _TypeAlias = ScoreResponse  # noqa: Y015
+
+@_typing.final
+class TextInput(_message.Message):
+    """One text of several."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TEXT_PAIR_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Text, tokenised as Generate would."""
+    text_pair: _builtins.str
+    """A second text, joined to `text` as the tokenizer joins pairs: a question and a passage, a premise and a hypothesis.
+    Where the model knows token types, the second text has its own. Not with token_ids.
+    """
+    @_builtins.property
+    def token_ids(self) -> Global___TokenIds:
+        """Token ids, taken as they are."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        token_ids: Global___TokenIds | None = ...,
+        text_pair: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "text", b"text", "text_pair", b"text_pair", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
+    _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
+
+Global___TextInput: _TypeAlias = TextInput  # noqa: Y015
+
+@_typing.final
+class ClassifyRequest(_message.Message):
+    """Request of Classify."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """An adapter id with a head (its newest version), "id@version", or "base" if the base model has a head."""
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextInput]:
+        """1 to 256 texts, 131072 tokens in all, each within the base model's context."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        inputs: _abc.Iterable[Global___TextInput] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClassifyRequest: _TypeAlias = ClassifyRequest  # noqa: Y015
+
+@_typing.final
+class LabelScore(_message.Message):
+    """One label for one text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABEL_FIELD_NUMBER: _builtins.int
+    LOGIT_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
+    label: _builtins.str
+    """Name of the label."""
+    logit: _builtins.float
+    """What the head says."""
+    probability: _builtins.float
+    """Made from the logits as the problem type says. Unset for PROBLEM_TYPE_REGRESSION."""
+    def __init__(
+        self,
+        *,
+        label: _builtins.str = ...,
+        logit: _builtins.float = ...,
+        probability: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_probability", b"_probability", "probability", b"probability"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probability", b"_probability", "label", b"label", "logit", b"logit", "probability", b"probability"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__probability: _TypeAlias = _typing.Literal["probability"]  # noqa: Y015
+    _WhichOneofArgType__probability: _TypeAlias = _typing.Literal["_probability", b"_probability"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__probability) -> _WhichOneofReturnType__probability | None: ...
+
+Global___LabelScore: _TypeAlias = LabelScore  # noqa: Y015
+
+@_typing.final
+class Classification(_message.Message):
+    """The labels of one text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABELS_FIELD_NUMBER: _builtins.int
+    PREDICTED_LABEL_FIELD_NUMBER: _builtins.int
+    INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    predicted_label: _builtins.str
+    """The label with the highest logit. Empty for PROBLEM_TYPE_REGRESSION."""
+    input_tokens: _builtins.int
+    """Tokens of the text."""
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedCompositeFieldContainer[Global___LabelScore]:
+        """One entry for each label, in the order of the head's outputs."""
+
+    def __init__(
+        self,
+        *,
+        labels: _abc.Iterable[Global___LabelScore] | None = ...,
+        predicted_label: _builtins.str = ...,
+        input_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_tokens", b"input_tokens", "labels", b"labels", "predicted_label", b"predicted_label"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Classification: _TypeAlias = Classification  # noqa: Y015
+
+@_typing.final
+class ClassifyResponse(_message.Message):
+    """Response of Classify."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    PROBLEM_TYPE_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    problem_type: Global___ProblemType.ValueType
+    """What the head's outputs mean."""
+    model: _builtins.str
+    """Who answers: "base" or the adapter id."""
+    version: _builtins.int
+    """The version that answers, 0 for the base."""
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___Classification]:
+        """One entry for each input, in their order."""
+
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """Tokens of all inputs; there are no completion tokens."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___Classification] | None = ...,
+        problem_type: Global___ProblemType.ValueType = ...,
+        usage: Global___Usage | None = ...,
+        model: _builtins.str = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "problem_type", b"problem_type", "results", b"results", "usage", b"usage", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClassifyResponse: _TypeAlias = ClassifyResponse  # noqa: Y015
+
+@_typing.final
+class EmbedRequest(_message.Message):
+    """Request of Embed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
+    NORMALIZE_FIELD_NUMBER: _builtins.int
+    DIMENSIONS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """"base", an adapter id (its newest version), or "id@version"."""
+    pooling: Global___Pooling.ValueType
+    """Which hidden state stands for a text."""
+    normalize: _builtins.bool
+    """Whether vectors are scaled to length 1. Unset: true."""
+    dimensions: _builtins.int
+    """Keep only so many first values of each vector, before it is scaled; from 1 to the hidden size. Unset: all."""
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextInput]:
+        """1 to 256 texts, 131072 tokens in all, each within the base model's context."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        inputs: _abc.Iterable[Global___TextInput] | None = ...,
+        pooling: Global___Pooling.ValueType = ...,
+        normalize: _builtins.bool | None = ...,
+        dimensions: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "_normalize", b"_normalize", "dimensions", b"dimensions", "normalize", b"normalize"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "_normalize", b"_normalize", "dimensions", b"dimensions", "inputs", b"inputs", "model", b"model", "normalize", b"normalize", "pooling", b"pooling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dimensions: _TypeAlias = _typing.Literal["dimensions"]  # noqa: Y015
+    _WhichOneofArgType__dimensions: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions"]  # noqa: Y015
+    _WhichOneofReturnType__normalize: _TypeAlias = _typing.Literal["normalize"]  # noqa: Y015
+    _WhichOneofArgType__normalize: _TypeAlias = _typing.Literal["_normalize", b"_normalize"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dimensions) -> _WhichOneofReturnType__dimensions | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__normalize) -> _WhichOneofReturnType__normalize | None: ...
+
+Global___EmbedRequest: _TypeAlias = EmbedRequest  # noqa: Y015
+
+@_typing.final
+class Embedding(_message.Message):
+    """The vector of one text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    input_tokens: _builtins.int
+    """Tokens of the text."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """As many as the request's dimensions, or the hidden size."""
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+        input_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_tokens", b"input_tokens", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Embedding: _TypeAlias = Embedding  # noqa: Y015
+
+@_typing.final
+class EmbedResponse(_message.Message):
+    """Response of Embed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    pooling: Global___Pooling.ValueType
+    """How the vectors were pooled; never POOLING_UNSPECIFIED."""
+    model: _builtins.str
+    """Who answers: "base" or the adapter id."""
+    version: _builtins.int
+    """The version that answers, 0 for the base."""
+    @_builtins.property
+    def embeddings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Embedding]:
+        """One entry for each input, in their order."""
+
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """Tokens of all inputs; there are no completion tokens."""
+
+    def __init__(
+        self,
+        *,
+        embeddings: _abc.Iterable[Global___Embedding] | None = ...,
+        pooling: Global___Pooling.ValueType = ...,
+        usage: Global___Usage | None = ...,
+        model: _builtins.str = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "model", b"model", "pooling", b"pooling", "usage", b"usage", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):

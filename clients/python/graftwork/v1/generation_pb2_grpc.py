@@ -50,6 +50,16 @@ class GenerationServiceStub:
                 request_serializer=graftwork_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=graftwork_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/graftwork.v1.GenerationService/Classify',
+                request_serializer=graftwork_dot_v1_dot_generation__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=graftwork_dot_v1_dot_generation__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/graftwork.v1.GenerationService/Embed',
+                request_serializer=graftwork_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=graftwork_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/graftwork.v1.GenerationService/Tokenize',
                 request_serializer=graftwork_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
@@ -85,6 +95,20 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Classify(self, request, context):
+        """Labels texts with the head of an adapter, or of a base model that has one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Turns texts into vectors: the last hidden states after the final norm, pooled to one for each text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Turns text or messages into the token ids that Generate, Chat and Score would see.
         """
@@ -109,6 +133,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=graftwork_dot_v1_dot_generation__pb2.ScoreRequest.FromString,
                     response_serializer=graftwork_dot_v1_dot_generation__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=graftwork_dot_v1_dot_generation__pb2.ClassifyRequest.FromString,
+                    response_serializer=graftwork_dot_v1_dot_generation__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=graftwork_dot_v1_dot_generation__pb2.EmbedRequest.FromString,
+                    response_serializer=graftwork_dot_v1_dot_generation__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -198,6 +232,60 @@ class GenerationService:
             '/graftwork.v1.GenerationService/Score',
             graftwork_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
             graftwork_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graftwork.v1.GenerationService/Classify',
+            graftwork_dot_v1_dot_generation__pb2.ClassifyRequest.SerializeToString,
+            graftwork_dot_v1_dot_generation__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graftwork.v1.GenerationService/Embed',
+            graftwork_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+            graftwork_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

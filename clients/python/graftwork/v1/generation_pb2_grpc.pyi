@@ -44,6 +44,10 @@ class GenerationServiceStub:
     """
     Score: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]
     """Returns the log probability of every token of a given text, without sampling anything."""
+    Classify: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ClassifyRequest, _generation_pb2.ClassifyResponse]
+    """Labels texts with the head of an adapter, or of a base model that has one."""
+    Embed: _grpc.UnaryUnaryMultiCallable[_generation_pb2.EmbedRequest, _generation_pb2.EmbedResponse]
+    """Turns texts into vectors: the last hidden states after the final norm, pooled to one for each text."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
     """Turns text or messages into the token ids that Generate, Chat and Score would see."""
 
@@ -63,6 +67,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """
     Score: _aio.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]  # type: ignore[assignment]
     """Returns the log probability of every token of a given text, without sampling anything."""
+    Classify: _aio.UnaryUnaryMultiCallable[_generation_pb2.ClassifyRequest, _generation_pb2.ClassifyResponse]  # type: ignore[assignment]
+    """Labels texts with the head of an adapter, or of a base model that has one."""
+    Embed: _aio.UnaryUnaryMultiCallable[_generation_pb2.EmbedRequest, _generation_pb2.EmbedResponse]  # type: ignore[assignment]
+    """Turns texts into vectors: the last hidden states after the final norm, pooled to one for each text."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text or messages into the token ids that Generate, Chat and Score would see."""
 
@@ -97,6 +105,22 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.ScoreResponse, _abc.Awaitable[_generation_pb2.ScoreResponse]]:
         """Returns the log probability of every token of a given text, without sampling anything."""
+
+    @_abc_1.abstractmethod
+    def Classify(
+        self,
+        request: _generation_pb2.ClassifyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.ClassifyResponse, _abc.Awaitable[_generation_pb2.ClassifyResponse]]:
+        """Labels texts with the head of an adapter, or of a base model that has one."""
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _generation_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.EmbedResponse, _abc.Awaitable[_generation_pb2.EmbedResponse]]:
+        """Turns texts into vectors: the last hidden states after the final norm, pooled to one for each text."""
 
     @_abc_1.abstractmethod
     def Tokenize(

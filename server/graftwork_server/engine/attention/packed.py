@@ -22,12 +22,17 @@ def packed_rows(cu_seqlens: Sequence[int]) -> Iterator[None]:
 
     Keep it open around forward and backward of one batch.
     """
-    previous = getattr(_state, "cu_seqlens", None)
+    previous = current_rows()
     _state.cu_seqlens = list(cu_seqlens)
     try:
         yield
     finally:
         _state.cu_seqlens = previous
+
+
+def current_rows() -> list[int] | None:
+    """cu_seqlens of the packed_rows that this thread is in."""
+    return getattr(_state, "cu_seqlens", None)
 
 
 def causal_attention(
@@ -94,7 +99,7 @@ def packed_attention(
     mode, and tuned copies train without it.
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    cu_seqlens = getattr(_state, "cu_seqlens", None) or [0, query.shape[2]]
+    cu_seqlens = current_rows() or [0, query.shape[2]]
     rows = [
         causal_attention(
             query[0, :, start:end],

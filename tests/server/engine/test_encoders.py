@@ -1,0 +1,278 @@
+"""Encoders as base models against transformers and PEFT in fp32: embeddings, heads, adapters, mixed and alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tests import toys
+from tests.server.engine.harness import CPU, Harness
+from tests.server.engine.test_heads import load
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from graftwork_plugins import ArtifactError, FullWeights, Prefix
+from graftwork_server.engine.encoder import load_model
+from graftwork_server.engine.loading import bind
+from graftwork_server.errors import FailedPrecondition
+
+TARGETS = {"distilbert": ["q_lin", "v_lin", "lin1"]}
+"""PEFT's all-linear fails on DistilBERT: it takes pre_classifier for one of them."""
+
+
+def harness_of(model_dir: Path, **limits: Any) -> Harness:
+    return Harness(model_dir, load_model(str(model_dir), CPU, torch.float32, model_dir), **limits)
+
+
+def prompts(count: int = 7) -> list[list[int]]:
+    """With the ids that are padding to BERT (0) and to RoBERTa (1) among them: nothing is padded here."""
+    return [[2, *ids[:20], 1, 5, 0, 9] if index % 2 else [2, *ids] for index, ids in enumerate(toys.prompts(count))]
+
+
+@pytest.fixture(scope="module", params=[name for name in toys.ENCODERS if name != "modernbert"])
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model_dir(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toys.make_encoder(architecture, tmp_path_factory.mktemp(architecture) / "model")
+
+
+@pytest.fixture(scope="module")
+def harness(model_dir: Path) -> Harness:
+    return harness_of(model_dir, max_step_tokens=64, max_sequences=6)
+
+
+@torch.no_grad()
+def states_of(model: Any, ids: list[int]) -> torch.Tensor:
+    """[tokens, hidden] of the plain forward over one sequence."""
+    return model(input_ids=torch.tensor([ids]))[0][0]
+
+
+@torch.no_grad()
+def logits_of(model: Any, rows: list[list[int]]) -> torch.Tensor:
+    return torch.cat([model(input_ids=torch.tensor([ids])).logits for ids in rows])
+
+
+def test_embeddings_and_classifiers_equal_peft(
+    harness: Harness, model_dir: Path, architecture: str, tmp_path: Path
+) -> None:
+    targets = {"target_modules": TARGETS.get(architecture, "all-linear")}
+    embedder = toys.make_embedder(model_dir, tmp_path / "embedder", **targets)
+    three = toys.make_classifier(model_dir, tmp_path / "three", labels=3, seed=1, **targets)
+    two = toys.make_classifier(model_dir, tmp_path / "two", labels=2, seed=2, use_dora=True, r=2, **targets)
+    refs = {path: load(harness, path) for path in (embedder, three, two)}
+    rows = prompts()
+    for index, ids in enumerate(rows):
+        for offset, pooling in enumerate(("mean", "cls", "last")):
+            harness.pool(100 * offset + index, ids, pooling=pooling)
+            harness.pool(100 * offset + 10 + index, ids, refs[embedder], pooling=pooling)
+        harness.pool(300 + index, ids, refs[three], kind="classify")
+        harness.pool(400 + index, ids, refs[two], kind="classify")
+    harness.run()
+    plain = AutoModel.from_pretrained(model_dir, dtype=torch.float32).eval()
+    for shift in (0, 10):
+        model = plain if not shift else PeftModel.from_pretrained(plain, embedder).eval()
+        for index, ids in enumerate(rows):
+            states = states_of(model, ids)
+            for offset, expected in enumerate((states.mean(0), states[0], states[-1])):
+                served = harness.values(100 * offset + shift + index)
+                torch.testing.assert_close(served, expected, atol=1e-4, rtol=0)
+    for offset, path, labels in ((300, three, 3), (400, two, 2)):
+        base = AutoModelForSequenceClassification.from_pretrained(model_dir, dtype=torch.float32, num_labels=labels)
+        expected = logits_of(PeftModel.from_pretrained(base, path).eval(), rows)
+        served = torch.stack([harness.values(offset + index) for index in range(len(rows))])
+        torch.testing.assert_close(served, expected, atol=1e-4, rtol=0)
+
+    before = {index: harness.values(index) for index in (2, 112, 302)}
+    harness.engine.adapters.unload(str(three))
+    refs[three] = load(harness, three)
+    for request_id, ref, pool in (
+        (2, None, {"pooling": "mean"}),
+        (112, refs[embedder], {"pooling": "cls"}),
+        (302, refs[three], {"kind": "classify"}),
+    ):
+        harness.pool(1000 + request_id, rows[2], ref, **pool)
+        harness.run()
+        torch.testing.assert_close(harness.values(1000 + request_id), before[request_id], atol=1e-5, rtol=0)
+
+
+def test_a_classifier_as_the_base_has_labels_of_its_own(architecture: str, tmp_path: Path) -> None:
+    labels = {0: "calm", 1: "angry", 2: "glad", 3: "sad"}
+    model_dir = toys.make_encoder(
+        architecture,
+        tmp_path / "model",
+        kind=AutoModelForSequenceClassification,
+        id2label=labels,
+        label2id={name: row for row, name in labels.items()},
+        problem_type="multi_label_classification",
+    )
+    harness = harness_of(model_dir)
+    targets = TARGETS.get(architecture, "all-linear")
+    two = toys.make_classifier(model_dir, tmp_path / "two", labels=2, target_modules=targets)
+    ref = load(harness, two)
+    rows = prompts(3)
+    for index, ids in enumerate(rows):
+        harness.pool(index, ids, kind="classify")
+        harness.pool(10 + index, ids, ref, kind="classify")
+    harness.run()
+    plain = AutoModelForSequenceClassification.from_pretrained(model_dir, dtype=torch.float32).eval()
+    served = torch.stack([harness.values(index) for index in range(3)])
+    torch.testing.assert_close(served, logits_of(plain, rows), atol=1e-4, rtol=0)
+    pooled = harness.finished[0].pooled
+    assert pooled is not None
+    assert pooled.head is not None
+    assert (pooled.head.labels, pooled.head.problem_type) == (list(labels.values()), "multi_label_classification")
+    other = AutoModelForSequenceClassification.from_pretrained(
+        model_dir, dtype=torch.float32, num_labels=2, ignore_mismatched_sizes=True
+    )
+    served = torch.stack([harness.values(10 + index) for index in range(3)])
+    torch.testing.assert_close(served, logits_of(PeftModel.from_pretrained(other, two).eval(), rows), atol=1e-4, rtol=0)
+    assert harness.base.info.architecture.endswith("ForSequenceClassification")
+    assert not harness.base.info.generates
+
+
+def test_modernbert_gives_vectors_and_has_no_heads(tmp_path: Path) -> None:
+    model_dir = toys.make_encoder("modernbert", tmp_path / "model")
+    harness = harness_of(model_dir)
+    embedder = toys.make_embedder(model_dir, tmp_path / "embedder")
+    ref = load(harness, embedder)
+    rows = prompts()
+    assert max(map(len, rows)) > toys.ENCODERS["modernbert"].sliding_window + 1  # local attention hides something
+    for index, ids in enumerate(rows):
+        harness.pool(index, ids, pooling="mean")
+        harness.pool(10 + index, ids, ref, pooling="last")
+    harness.run()
+    plain = AutoModel.from_pretrained(model_dir, dtype=torch.float32).eval()
+    expected = [states_of(plain, ids).mean(0) for ids in rows]
+    adapted = PeftModel.from_pretrained(plain, embedder).eval()
+    for index, ids in enumerate(rows):
+        torch.testing.assert_close(harness.values(index), expected[index], atol=1e-4, rtol=0)
+        torch.testing.assert_close(harness.values(10 + index), states_of(adapted, ids)[-1], atol=1e-4, rtol=0)
+    with pytest.raises(ArtifactError, match="heads on this base are not served; accepted are those on bert") as caught:
+        load(harness, toys.make_classifier(model_dir, tmp_path / "two", target_modules=["Wqkv"]))
+    assert caught.value.key == "task_type"
+    whole = toys.make_encoder("modernbert", tmp_path / "whole", kind=AutoModelForSequenceClassification)
+    with pytest.raises(FailedPrecondition, match="ModernBertForSequenceClassification, whose head is not served"):
+        harness_of(whole)
+
+
+def test_whole_modules_biases_and_embeddings_of_an_encoder(tmp_path: Path) -> None:
+    model_dir = toys.make_encoder("bert", tmp_path / "model")
+    harness = harness_of(model_dir)
+    rows = prompts(4)
+    for index, settings in enumerate(
+        (
+            {"modules_to_save": ["pooler"], "target_modules": ["query", "dense"]},
+            {"target_modules": r"bert\.encoder\.layer\.[02]\..*(query|value)", "bias": "all"},
+            {"target_modules": ["word_embeddings", "key"], "modules_to_save": ["LayerNorm"]},
+            {"target_modules": ["query"], "layers_to_transform": [1]},
+        )
+    ):
+        adapter = toys.make_classifier(model_dir, tmp_path / str(index), labels=2, seed=index, **settings)
+        ref = load(harness, adapter)
+        for row, ids in enumerate(rows):
+            harness.pool(10 * index + row, ids, ref, kind="classify")
+        harness.run()
+        base = AutoModelForSequenceClassification.from_pretrained(model_dir, dtype=torch.float32, num_labels=2)
+        expected = logits_of(PeftModel.from_pretrained(base, adapter).eval(), rows)
+        served = torch.stack([harness.values(10 * index + row) for row in range(len(rows))])
+        torch.testing.assert_close(served, expected, atol=1e-4, rtol=0, msg=str(settings))
+
+
+def test_a_masked_model_has_no_pooler_to_classify_with(tmp_path: Path) -> None:
+    model_dir = toys.make_encoder("bert", tmp_path / "model", kind=AutoModelForMaskedLM)
+    harness, again = harness_of(model_dir), harness_of(model_dir)
+    assert harness.base.info.fingerprint == again.base.info.fingerprint
+    ids = prompts(1)[0]
+    harness.pool(1, ids, pooling="mean")
+    harness.run()
+    plain = AutoModelForMaskedLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    torch.testing.assert_close(harness.values(1), states_of(plain.bert, ids).mean(0), atol=1e-4, rtol=0)
+    with pytest.raises(FailedPrecondition, match=r"comes after pooler\.dense.*modules_to_save"):
+        load(harness, toys.make_classifier(model_dir, tmp_path / "two", target_modules=["query"]))
+    whole = toys.make_classifier(model_dir, tmp_path / "whole", target_modules=["query"], modules_to_save=["pooler"])
+    harness.pool(2, ids, load(harness, whole), kind="classify")
+    harness.run()
+    base = AutoModelForSequenceClassification.from_pretrained(model_dir, dtype=torch.float32, num_labels=3)
+    expected = logits_of(PeftModel.from_pretrained(base, whole).eval(), [ids])[0]
+    torch.testing.assert_close(harness.values(2), expected, atol=1e-4, rtol=0)
+
+
+def test_what_an_encoder_does_not_take_is_refused(tmp_path: Path) -> None:
+    model_dir = toys.make_encoder("bert", tmp_path / "model")
+    harness = harness_of(model_dir)
+    for delta in (FullWeights(tensors={}), Prefix(embeddings=torch.ones(2, 48))):
+        with pytest.raises(FailedPrecondition, match="an encoder takes deltas of modules and heads"):
+            bind(harness.base, "wrong", [delta])
+    harness.pool(1, [2, 3], kind="classify")
+    error = harness.finished[1].error
+    assert error is not None
+    assert error.reason == "HEAD_MISSING"
+    assert "ForSequenceClassification" in error.message
+
+
+def test_a_decoders_classifier_is_no_base(tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_config(toys.CONFIGS["llama"])
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(FailedPrecondition, match=r"LlamaForSequenceClassification.*as an adapter"):
+        load_model(str(tmp_path / "model"), CPU, torch.float32, tmp_path)
+
+
+def test_a_long_sequence_runs_alone_and_whole(tmp_path: Path) -> None:
+    model_dir = toys.make_encoder("roberta", tmp_path / "model")
+    harness = harness_of(model_dir, max_step_tokens=16)
+    assert harness.base.info.context_tokens == 62
+    rows = [[2, *range(3, 63)], [2, 3], [4, 5, 6]]
+    for index, ids in enumerate(rows):
+        harness.pool(index, ids, pooling="last")
+    harness.run()
+    assert harness.steps == 2
+    model = AutoModel.from_pretrained(model_dir, dtype=torch.float32).eval()
+    for index, ids in enumerate(rows):
+        torch.testing.assert_close(harness.values(index), states_of(model, ids)[-1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        (None, "mean"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode_max_tokens": True}, "mean"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode": "cls"}, "cls"),
+    ],
+)
+def test_the_default_pooling_is_the_checkpoints_own(
+    tmp_path: Path, document: dict[str, Any] | None, expected: str
+) -> None:
+    model_dir = toys.make_encoder("distilbert", tmp_path / "model")
+    if document is not None:
+        (model_dir / "1_Pooling").mkdir()
+        (model_dir / "1_Pooling" / "config.json").write_text(json.dumps(document))
+    info = load_model(str(model_dir), CPU, torch.float32, tmp_path).info
+    assert (info.default_pooling, info.hidden_size, info.kv_tokens) == (expected, 48, 0)
+
+
+def test_a_causal_base_pools_the_last_token(llama_dir: Path) -> None:
+    info = load_model(str(llama_dir), CPU, torch.float32, llama_dir).info
+    assert (info.default_pooling, info.hidden_size, info.generates) == ("last", 48, True)
+    assert AutoModelForCausalLM.from_pretrained(llama_dir).config.hidden_size == 48
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+def test_bfloat16_is_close(tmp_path: Path, architecture: str) -> None:
+    model_dir = toys.make_encoder(architecture, tmp_path / "model", kind=AutoModelForSequenceClassification)
+    harness = Harness(model_dir, load_model(str(model_dir), CPU, torch.bfloat16, tmp_path))
+    ids = prompts(1)[0]
+    harness.pool(1, ids, pooling="mean", normalize=True)
+    harness.pool(2, ids, kind="classify")
+    harness.run()
+    model = AutoModelForSequenceClassification.from_pretrained(model_dir, dtype=torch.float32).eval()
+    expected = torch.nn.functional.normalize(states_of(model.base_model, ids).mean(0), dim=0)
+    assert torch.dot(harness.values(1), expected) > 0.99
