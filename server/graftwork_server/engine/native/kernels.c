@@ -28,12 +28,17 @@ static inline bf16 narrow(float value) {
     return value != value ? 0x7fc0 : (bf16)rounded;
 }
 
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#include "tiles.h"
+#include "nf4.h"
+#endif
+
 #define T float
 #define LOAD(value) (value)
 #define STORE(value) (value)
 #define NAME(kernel) graftwork_##kernel##_float32
 #include "typed.h"
-#ifdef __AMX_INT8__
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
 #include "int8.h"
 #endif
 #undef T
@@ -46,7 +51,7 @@ static inline bf16 narrow(float value) {
 #define STORE(value) narrow(value)
 #define NAME(kernel) graftwork_##kernel##_bfloat16
 #include "typed.h"
-#ifdef __AMX_INT8__
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
 #include "int8.h"
 #endif
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from graftwork_server.engine.native.build import load_library
-from graftwork_server.engine.native.int8 import Int8Kernel
+from graftwork_server.engine.native.quantized import QuantizedKernels
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _P, _I, _D = _POINTER, _INT, _DOUBLE
@@ -38,7 +38,7 @@ class NativeKernels:
         self._rms_norm = _function(library, "rms_norm", dtype)
         self._silu_mul = _function(library, "silu_mul", dtype)
         self._linear = _function(library, "linear", dtype)
-        self.int8 = Int8Kernel(library, dtype, self.threads)
+        self.quantized = QuantizedKernels(library, dtype, self.threads)
 
     def has_linear(self, x: torch.Tensor, out_features: int) -> bool:
         """Whether `linear` can and should compute a product of x [..., in] with that many outputs."""
