@@ -141,7 +141,7 @@ class Nf4Linear(QuantizedLinear):
         rows = x.numel() // self.in_features
         if kernels is not None and kernels.quantized.takes_nf4(self.in_features, self.out_features, rows):
             return kernels.quantized.nf4_linear(x, self.weight, self.absmax, self.bias)
-        if not x.is_cuda:
+        if not x.is_cuda or self.in_features % _NF4_BLOCK:
             return functional.linear(x, self.dequantized(x.dtype), self.bias)
         state = self._state((self.out_features, self.in_features), x.dtype)
         y: torch.Tensor = bitsandbytes().matmul_4bit(x, self.weight.view(-1, 1), quant_state=state, bias=self.bias)
