@@ -138,7 +138,10 @@ class Nf4Linear(QuantizedLinear):
 
     def product(self, x: torch.Tensor, kernels: NativeKernels | None = None) -> torch.Tensor:
         """See QuantizedLinear."""
-        if not x.is_cuda:
+        rows = x.numel() // self.in_features
+        if kernels is not None and kernels.quantized.takes_nf4(self.in_features, self.out_features, rows):
+            return kernels.quantized.nf4_linear(x, self.weight, self.absmax, self.bias)
+        if not x.is_cuda or self.in_features % _NF4_BLOCK:
             return functional.linear(x, self.dequantized(x.dtype), self.bias)
         state = self._state((self.out_features, self.in_features), x.dtype)
         y: torch.Tensor = bitsandbytes().matmul_4bit(x, self.weight.view(-1, 1), quant_state=state, bias=self.bias)
@@ -157,7 +160,12 @@ class Nf4Linear(QuantizedLinear):
 
 
 class Int8Linear(QuantizedLinear):
-    """weight int8 [out_features, in_features]; scale float32 [out_features]."""
+    """weight int8 [out_features, in_features]; scale float32 [out_features].
+
+    On the CPU by a kernel of the engine's own, because (benchmarks/quantization.py): torch._int_mm and bitsandbytes
+    over it lay the weights out anew in each call; torch's dynamic linear keeps a second copy of them and takes one
+    scale for all rows, so that an answer would depend on the batch; torch._weight_int8pack_mm is slow beyond one row.
+    """
 
     KIND = "int8"
     STATISTICS = "scale"
@@ -183,8 +191,8 @@ class Int8Linear(QuantizedLinear):
 
     def product(self, x: torch.Tensor, kernels: NativeKernels | None = None) -> torch.Tensor:
         """See QuantizedLinear."""
-        if kernels is not None and kernels.int8.takes(self.in_features, self.out_features):
-            return kernels.int8.linear(x, self.weight, self.scale, self.bias)
+        if kernels is not None and kernels.quantized.takes_int8(self.in_features, self.out_features):
+            return kernels.quantized.int8_linear(x, self.weight, self.scale, self.bias)
         codes, scale = rows_to_int8(x.reshape(-1, self.in_features))
         y = _int8_product(codes, self.weight) * scale * self.scale  # [rows, out_features] float32
         if self.bias is not None:

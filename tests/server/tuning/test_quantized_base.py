@@ -62,6 +62,15 @@ def test_a_job_learns_as_on_the_dequantised_base(
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(harness.model_dir), job.artifact_dir)
 
 
+def test_ia3_trains_on_codes_too(harness: TunerHarness, dequantised: TunerHarness) -> None:
+    settings: dict[str, Any] = {"strategy": "ia3", "max_steps": 6, "batch_size": 16, "learning_rate": 0.1}
+    events = harness.run_here(harness.job("ia3", **settings))
+    assert isinstance(events[-1], Finished), events[-1]
+    assert losses(events)[-1] < losses(events)[0]
+    theirs = dequantised.run_here(dequantised.job("ia3", **settings))
+    assert losses(events) == pytest.approx(losses(theirs), rel=1e-3)
+
+
 def test_a_tuner_in_a_process_of_its_own_maps_the_codes(harness: TunerHarness) -> None:
     job = harness.job("own-process", **SETTINGS | {"max_steps": 3})
     events = harness.run(job)

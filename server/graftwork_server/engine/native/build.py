@@ -18,7 +18,7 @@ from pathlib import Path
 
 log = logging.getLogger("graftwork.engine")
 
-_SOURCES = ("kernels.c", "typed.h", "product.h", "layer.h", "int8.h")
+_SOURCES = ("kernels.c", "typed.h", "tiles.h", "product.h", "layer.h", "int8.h", "nf4.h")
 _FLAGS = (
     "-O3",
     "-march=native",

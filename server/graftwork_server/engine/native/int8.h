@@ -1,29 +1,10 @@
-// Products with int8 weights on AMX: y = (rounded x) @ w^T for w [out, in] as it lies in the shared block, one scale for
-// each output and one for each row of x (quantization.py). The weights are the first operand of the tile product, whose
-// layout is row-major, and the few rows of x the second, which wants groups of four: so x is packed on the way in, and
-// no second copy of the weights is kept. Included twice, with T, LOAD, STORE and NAME as typed.h has them.
+// Products with int8 weights on tiles (tiles.h): y = (rounded x) @ w^T, one scale for each output and one for each row
+// of x (quantization.py). Included twice, with T and NAME as typed.h has them.
 
 #ifndef GRAFTWORK_INT8
 #define GRAFTWORK_INT8
 
 #include <float.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#define TILE_BYTES 1024  // 16 rows of 64 bytes
-
-// Tiles 0 to 3 hold sums, 4 and 5 weights, 6 and 7 inputs; all have 16 rows of 64 bytes.
-static const struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} int8_tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-
-// Whether the system lets this process use the tiles; it has to be asked once.
-int64_t graftwork_int8_ready(void) {
-    const long request_permission = 0x1023, tile_data = 18;
-    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-}
 
 // Sums [weight tile][input tile] of 16 outputs by 16 rows, over `steps` times 64 inputs. 4 x 1 or 2 x 2 tiles at most.
 static inline __attribute__((always_inline)) void int8_sums(const int8_t *w, int64_t in, const int8_t *x, int64_t steps,
@@ -61,45 +42,10 @@ static inline __attribute__((always_inline)) void int8_sums(const int8_t *w, int
     }
 }
 
-static inline void int8_transpose(const int32_t *sums, __m512i out[16]) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_load_si512(sums + 16 * i);
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    // Lane l of a[i + j] holds column 4 l + j of the rows i to i + 3.
-    for (int j = 0; j < 4; j++) {
-        const __m512i even_top = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
-        const __m512i odd_top = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
-        const __m512i even_low = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
-        const __m512i odd_low = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
-        out[j] = _mm512_shuffle_i32x4(even_top, even_low, 0x88);
-        out[4 + j] = _mm512_shuffle_i32x4(odd_top, odd_low, 0x88);
-        out[8 + j] = _mm512_shuffle_i32x4(even_top, even_low, 0xdd);
-        out[12 + j] = _mm512_shuffle_i32x4(odd_top, odd_low, 0xdd);
-    }
-}
-
-static inline __m512 int8_load_float(const float *x) { return _mm512_loadu_ps(x); }
-static inline __m512 int8_load_bf16(const bf16 *x) {
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
-}
-static inline void int8_store_float(float *y, __m512 value) { _mm512_storeu_ps(y, value); }
-static inline void int8_store_bf16(bf16 *y, __m512 value) {
-    _mm256_storeu_si256((__m256i *)y, (__m256i)_mm512_cvtneps_pbh(value));
-}
-
 #endif
 
-#define INT8_(name, type) int8_##name##_##type
-#define INT8(name, type) INT8_(name, type)
+#define TYPED_(name, type) name##_16_##type
+#define TYPED(name, type) TYPED_(name, type)
 
 // Rounds up to 16 rows of x [rows, in] to codes, packed as the second operand, and scales [16].
 static void NAME(int8_pack)(const T *x, int64_t rows, int64_t in, int8_t *packed, float *scales) {
@@ -109,14 +55,14 @@ static void NAME(int8_pack)(const T *x, int64_t rows, int64_t in, int8_t *packed
         // As integers, since the largest of floats would not be NaN where one of them is.
         __m512i most = _mm512_setzero_si512();
         for (int64_t k = 0; k < in; k += 16)
-            most = _mm512_max_epi32(most, (__m512i)_mm512_abs_ps(INT8(load, T)(line + k)));
+            most = _mm512_max_epi32(most, (__m512i)_mm512_abs_ps(TYPED(load, T)(line + k)));
         union { int bits; float number; } largest = {_mm512_reduce_max_epi32(most)};
         float scale = largest.number / 127.0f;
         if (scale < FLT_MIN) scale = FLT_MIN;
         scales[row] = scale;
         const __m512 factor = _mm512_set1_ps(1.0f / scale);
         for (int64_t k = 0; k < in; k += 16) {
-            const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(INT8(load, T)(line + k), factor));
+            const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(TYPED(load, T)(line + k), factor));
             int32_t quads[4];
             _mm_storeu_si128((__m128i *)quads, _mm512_cvtsepi32_epi8(codes));
             int8_t *tile = packed + k / 64 * TILE_BYTES + k % 64 / 4 * 64 + row * 4;
@@ -129,12 +75,12 @@ static void NAME(int8_pack)(const T *x, int64_t rows, int64_t in, int8_t *packed
 static inline void NAME(int8_finish)(const int32_t *sums, const float *w_scale, const T *bias, const float *x_scale,
                                      T *y, int64_t rows, int64_t out) {
     __m512i by_row[16];
-    int8_transpose(sums, by_row);
+    transpose_16(sums, by_row);
     const __m512 factors = _mm512_loadu_ps(w_scale);
-    const __m512 offsets = bias ? INT8(load, T)(bias) : _mm512_setzero_ps();
+    const __m512 offsets = bias ? TYPED(load, T)(bias) : _mm512_setzero_ps();
     for (int64_t row = 0; row < rows; row++) {
         const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(by_row[row]), _mm512_set1_ps(x_scale[row]));
-        INT8(store, T)(y + row * out, _mm512_add_ps(_mm512_mul_ps(value, factors), offsets));
+        TYPED(store, T)(y + row * out, _mm512_add_ps(_mm512_mul_ps(value, factors), offsets));
     }
 }
 
@@ -152,7 +98,7 @@ void NAME(int8_linear)(const T *restrict x, const int8_t *restrict w, const floa
         // torch's own libraries use the tiles too and may remember what they have configured.
         char before[64];
         _tile_storeconfig(before);
-        _tile_loadconfig(&int8_tiles);
+        _tile_loadconfig(&tile_layout);
         int32_t sums[4 * 256] __attribute__((aligned(64)));
 #pragma omp for schedule(static)
         for (int64_t tile = 0; tile < tiles; tile++) {
@@ -193,5 +139,5 @@ void NAME(int8_linear)(const T *restrict x, const int8_t *restrict w, const floa
     }
 }
 
-#undef INT8
-#undef INT8_
+#undef TYPED
+#undef TYPED_

@@ -5,10 +5,8 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512BF16__) || defined(__AMX_INT8__)
+#ifdef __AVX512BF16__
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 #define BLOCK 16          // tokens in a block of the KV cache (kv_cache.py)
@@ -31,13 +29,29 @@ static inline bf16 narrow(float value) {
     return value != value ? 0x7fc0 : (bf16)rounded;
 }
 
+#ifdef __AVX512BF16__
+static inline __m512 widen_16(const bf16 *source) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)source)), 16);
+}
+
+static inline void narrow_16(bf16 *target, __m512 value) {
+    _mm256_storeu_si256((__m256i *)target, (__m256i)_mm512_cvtneps_pbh(value));
+}
+
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define WITH_TILES
+#include "tiles.h"
+#include "nf4.h"
+#endif
+#endif
+
 #define T float
 #define LOAD(value) (value)
 #define STORE(value) (value)
 #define FINITE(value) (fabsf(value) <= FLT_MAX)
 #define NAME(kernel) graftwork_##kernel##_float32
 #include "typed.h"
-#ifdef __AMX_INT8__
+#ifdef WITH_TILES
 #include "int8.h"
 #endif
 #undef T
@@ -52,7 +66,7 @@ static inline bf16 narrow(float value) {
 #define FINITE(value) (((value) & 0x7f80) != 0x7f80)
 #define NAME(kernel) graftwork_##kernel##_bfloat16
 #include "typed.h"
-#ifdef __AMX_INT8__
+#ifdef WITH_TILES
 #include "int8.h"
 #endif
 

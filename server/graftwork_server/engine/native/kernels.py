@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from graftwork_server.engine.native.build import load_library
-from graftwork_server.engine.native.int8 import Int8Kernel
 from graftwork_server.engine.native.layer import LayerKernels, packed_elements
+from graftwork_server.engine.native.quantized import QuantizedKernels
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _P, _I, _D = _POINTER, _INT, _DOUBLE
@@ -45,8 +45,8 @@ class NativeKernels:
         self._linear = _function(library, "linear", dtype)
         self.layers = LayerKernels.of(library) if dtype == torch.bfloat16 else None
         """Whole decoder layers, where the processor has the instructions."""
-        self.int8 = Int8Kernel(library, dtype, self.threads)
         self._transpose = _function(library, "transpose", dtype)
+        self.quantized = QuantizedKernels(library, dtype, self.threads)
 
     def has_linear(self, x: torch.Tensor, out_features: int) -> bool:
         """Whether `linear` can and should compute a product of x [..., in] with that many outputs."""

@@ -10,40 +10,6 @@
 
 static inline int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
-// Rows become columns: lane j of v[i] goes to lane i of v[j].
-static inline void transpose_16(__m512 v[16]) {
-    __m512 a[16], b[16];
-    for (int i = 0; i < 16; i += 2) {
-        a[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
-        a[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        for (int j = 0; j < 2; j++) {
-            const __m512d low = (__m512d)a[i + j], high = (__m512d)a[i + j + 2];
-            b[i + 2 * j] = (__m512)_mm512_unpacklo_pd(low, high);
-            b[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(low, high);
-        }
-    }
-    // b[4 g + c] holds, in its 128-bit lane q, column 4 q + c of rows 4 g to 4 g + 3.
-    for (int c = 0; c < 4; c++) {
-        const __m512 even_0 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88), odd_0 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
-        const __m512 even_1 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
-        const __m512 odd_1 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
-        v[c] = _mm512_shuffle_f32x4(even_0, even_1, 0x88);
-        v[8 + c] = _mm512_shuffle_f32x4(even_0, even_1, 0xdd);
-        v[4 + c] = _mm512_shuffle_f32x4(odd_0, odd_1, 0x88);
-        v[12 + c] = _mm512_shuffle_f32x4(odd_0, odd_1, 0xdd);
-    }
-}
-
-static inline __m512 widen_16(const bf16 *source) {
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)source)), 16);
-}
-
-static inline void narrow_16(bf16 *target, __m512 value) {
-    _mm256_storeu_si256((__m256i *)target, (__m256i)_mm512_cvtneps_pbh(value));
-}
-
 // ------------------------------------------------------------------------------------------------------------- vectors
 
 // Sums of sixteen vectors in one: lane i is the sum of the lanes of v[i].
@@ -127,27 +93,17 @@ static void vector_product_part(const bf16 *restrict x, int64_t x_stride, const 
 
 static int has_tiles;  // set by graftwork_prepare
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#ifdef WITH_TILES
 #define TILES 1
-
-// Asks the kernel for the tile registers, once for the process. False if this one does not give them.
-static int ask_for_tiles(void) {
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-}
 
 typedef struct { char bytes[64]; } TileState;
 
-// All eight tiles: 16 rows of 64 bytes. Each thread has its own configuration, and gets back the one that it had: torch's
-// own libraries use the tiles too, and remember what they have configured.
+// Each thread has a configuration of its own, and gets back the one that it had: torch's own libraries use the tiles too,
+// and remember what they have configured.
 static void begin_tiles(TileState *before) {
     if (!has_tiles) return;
     _tile_storeconfig(before);
-    struct { uint8_t palette, start_row, reserved[14]; uint16_t columns[16]; uint8_t rows[16]; } config;
-    memset(&config, 0, sizeof config);
-    config.palette = 1;
-    for (int i = 0; i < 8; i++) config.columns[i] = 64, config.rows[i] = BLOCK_ROWS;
-    _tile_loadconfig(&config);
+    _tile_loadconfig(&tile_layout);
 }
 
 static void end_tiles(const TileState *before) {
@@ -158,11 +114,11 @@ static void end_tiles(const TileState *before) {
 // factor; elements and rows (from `rows` on) that are not there become zeros.
 static inline void pack_block(const bf16 *source, int64_t stride, int64_t rows, int64_t width, bf16 *target) {
     const __mmask32 mask = width >= STEP ? ~0u : (1u << width) - 1;
-    __m512 lines[16];
+    __m512i lines[16], columns[16];
     for (int64_t r = 0; r < BLOCK_ROWS; r++)
-        lines[r] = r < rows ? (__m512)_mm512_maskz_loadu_epi16(mask, source + r * stride) : _mm512_setzero_ps();
-    transpose_16(lines);
-    for (int i = 0; i < 16; i++) _mm512_storeu_ps((float *)target + 16 * i, lines[i]);
+        lines[r] = r < rows ? _mm512_maskz_loadu_epi16(mask, source + r * stride) : _mm512_setzero_si512();
+    transpose_lines(lines, columns);
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512((int32_t *)target + 16 * i, columns[i]);
 }
 
 // x [rows, in] as blocks of tiles: target [blocks of rows][blocks of in][TILE_ELEMENTS].
@@ -184,12 +140,11 @@ static void pack_part(const bf16 *x, int64_t x_stride, int64_t rows, int64_t in,
     } while (0)
 
 static inline void write_sums(const float *sums, const bf16 *bias, bf16 *y, int64_t y_stride, int64_t rows) {
-    __m512 lines[16];
-    for (int i = 0; i < 16; i++) lines[i] = _mm512_load_ps(sums + 16 * i);
-    transpose_16(lines);
+    __m512i lines[16];
+    transpose_16((const int32_t *)sums, lines);
     const __m512 offset = bias ? widen_16(bias) : _mm512_setzero_ps();
     const int64_t count = rows < BLOCK_ROWS ? rows : BLOCK_ROWS;
-    for (int64_t r = 0; r < count; r++) narrow_16(y + r * y_stride, _mm512_add_ps(lines[r], offset));
+    for (int64_t r = 0; r < count; r++) narrow_16(y + r * y_stride, _mm512_add_ps((__m512)lines[r], offset));
 }
 
 // Two rows of tiles of w, [2 * 16, in], times all of x.
@@ -247,7 +202,6 @@ static void tile_product_part(const bf16 *restrict packed, const bf16 *restrict 
 
 #else
 #define TILES 0
-static int ask_for_tiles(void) { return 0; }
 typedef struct { char bytes[64]; } TileState;
 static void begin_tiles(TileState *before) {}
 static void end_tiles(const TileState *before) {}
@@ -257,7 +211,12 @@ static void tile_product_part(const bf16 *restrict packed, const bf16 *restrict 
 #endif
 
 // What products this process can compute: 1 if in tiles, with any number of rows, else 0.
-int64_t graftwork_prepare(void) { return has_tiles = TILES && ask_for_tiles(); }
+int64_t graftwork_prepare(void) {
+#ifdef WITH_TILES
+    has_tiles = graftwork_tiles_ready();
+#endif
+    return has_tiles;
+}
 
 static inline int in_tiles(int64_t out) { return has_tiles && out % PANEL == 0; }
 

@@ -1,4 +1,4 @@
-"""The int8 kernel against torch's exact integer product, on every shape of its blocks."""
+"""The kernels for quantised weights against torch's products, on every shape of their blocks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from graftwork_server.engine.model import load_base
 from graftwork_server.engine.native import NativeKernels, native_kernels
-from graftwork_server.engine.quantization import Int8Linear
+from graftwork_server.engine.quantization import Int8Linear, Nf4Linear
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def kernels(request: pytest.FixtureRequest) -> NativeKernels:
     found = native_kernels(CPU, request.param)
-    if found is None or not found.int8.ready:
+    if found is None or not found.quantized.takes_int8(64, 16):
         pytest.skip("no C compiler, or a processor without AMX")
     return found
 
@@ -33,7 +33,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 32, 33, 48, 70])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_it_answers_what_torch_answers(kernels: NativeKernels, sizes: tuple[int, int], rows: int, threads: int) -> None:
-    kernels.int8._threads = threads
+    kernels.quantized._threads = threads
     x = draw(rows, sizes[0]).to(kernels.dtype) * torch.logspace(-2, 2, rows)[:, None].to(kernels.dtype)
     x[rows // 2] = 0
     for bias in (None, draw(sizes[1], seed=1).to(kernels.dtype)):
@@ -47,9 +47,10 @@ def test_it_answers_what_torch_answers(kernels: NativeKernels, sizes: tuple[int,
 
 @torch.inference_mode()
 def test_it_says_which_sizes_it_takes(kernels: NativeKernels) -> None:
-    assert kernels.int8.takes(64, 16)
-    assert not kernels.int8.takes(96, 16)
-    assert not kernels.int8.takes(64, 40)
+    assert not kernels.quantized.takes_int8(96, 16)
+    assert not kernels.quantized.takes_int8(64, 40)
+    assert kernels.quantized.takes_nf4(64, 16, 3) == (kernels.dtype == torch.bfloat16)
+    assert not kernels.quantized.takes_nf4(64, 16, 65)
     layer = Int8Linear((96, 40), Int8Linear.quantize(draw(40, 96)), None)
     x = draw(3, 96).to(kernels.dtype)
     assert torch.equal(layer.product(x, kernels), layer.product(x))
@@ -75,12 +76,35 @@ def test_torch_s_own_tile_products_are_not_disturbed(kernels: NativeKernels) -> 
         assert torch.equal(torch.nn.functional.linear(x, weight), before)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("sizes", [(64, 16), (128, 48), (192, 64), (320, 144)])
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 33, 64])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_nf4_is_as_near_as_bfloat16_weights_are(sizes: tuple[int, int], rows: int, threads: int) -> None:
+    kernels = native_kernels(CPU, torch.bfloat16)
+    if kernels is None or not kernels.quantized.takes_nf4(*sizes, rows):
+        pytest.skip("no C compiler, or a processor without AMX")
+    kernels.quantized._threads = threads
+    x = draw(rows, sizes[0]).bfloat16()
+    for bias in (None, draw(sizes[1], seed=1).bfloat16()):
+        layer = Nf4Linear(sizes, Nf4Linear.quantize(draw(*sizes[::-1], seed=2)), bias)
+        exact = torch.nn.functional.linear(
+            x.float(), layer.dequantized(torch.float32), None if bias is None else bias.float()
+        )
+        answer = layer.product(x, kernels)
+        errors = [(y.float() - exact).square().mean().sqrt() for y in (answer, layer.product(x))]
+        assert errors[0] < 2 * errors[1]  # of 16 values in the smallest case
+        assert (answer.float() - exact).abs().max() < 0.05 * exact.std()
+        assert torch.equal(torch.cat([layer.product(row[None], kernels) for row in x]), answer)
+
+
 def test_the_engine_stays_within_the_bounds_of_int8(kernels: NativeKernels, tmp_path: Path) -> None:
     torch.manual_seed(0)
     common = toys._COMMON | {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
     LlamaForCausalLM(LlamaConfig(**common)).save_pretrained(tmp_path)
     base = load_base(str(tmp_path), CPU, kernels.dtype, tmp_path, quantization="int8")
-    assert all(kernels.int8.takes(group.in_features, sum(group.out_features)) for group in base.engine_model.groups)
+    groups = base.engine_model.groups
+    assert all(kernels.quantized.takes_int8(group.in_features, sum(group.out_features)) for group in groups)
     harness = Harness(tmp_path, base)
     for index, prompt in enumerate(toys.prompts(4)):
         harness.add(index, prompt)
