@@ -12,7 +12,7 @@ from tests.e2e.serving import Server, run_cli
 
 from graftwork import Client
 
-PROMPT = [3 + (7 * index) % 290 for index in range(50)]
+PROMPT = [3 + (7 * index) % 240 for index in range(50)]
 GREEDY = {"max_tokens": 12, "ignore_eos": True}
 
 
