@@ -299,6 +299,33 @@ async def test_over_the_queue_it_is_refused_at_once(make_server, refused):
     assert [m async for m in server.generation.Generate(request("a", max_tokens=1))]
 
 
+async def test_each_sequence_of_a_request_has_a_place_in_the_queue(make_server, refused):
+    server = await make_server(max_queue=5)
+    call = server.generation.Generate(of_ids(script.HANG, 97, max_tokens=100, n=3))
+    await call.read()
+    error = await refused(server.generation.Generate(request("a", n=3)))
+    assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
+    assert error.retry_ms > 0
+    assert [m async for m in server.generation.Generate(request("a", max_tokens=1, best_of=2))]
+    error = await refused(server.generation.Generate(request("a", n=6)))
+    assert error.fields == {"sampling.n": "is 6; 1 to 5 is accepted"}
+    call.cancel()
+    await until(lambda: server.front.admission.admitted == 0)
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong", "accepted"),
+    [("cache_salt", "x" * 257, "at most 256"), ("priority", 101, "-100 to 100"), ("priority", -101, "-100 to 100")],
+)
+async def test_salt_and_priority_have_their_ranges(shared, refused, field, wrong, accepted):
+    generate = pb.GenerateRequest(model="base", text="a", **{field: wrong})
+    chat = pb.ChatRequest(model="base", messages=[pb.ChatMessage(role="user", content="a")], **{field: wrong})
+    for call in (shared.generation.Generate(generate), shared.generation.Chat(chat)):
+        error = await refused(call)
+        assert (error.code, error.reason) == ("INVALID_ARGUMENT", "INVALID_PARAMETER")
+        assert accepted in error.fields[field]
+
+
 async def test_64_streams_at_once_get_their_own_tokens(server):
     async def one(n: int) -> bytes:
         call = server.generation.Generate(of_ids(n, max_tokens=50))
