@@ -69,7 +69,7 @@ class LlamaCpp:
         settings = llama_cpp.llama_context_default_params()
         settings.n_seq_max = job["at_once"]
         settings.n_ctx = job["at_once"] * (-(-length // 256) * 256)
-        settings.n_batch = BATCH_TOKENS
+        settings.n_batch = settings.n_ubatch = BATCH_TOKENS  # faster here than the default of 512 at a time
         settings.n_threads = settings.n_threads_batch = self._threads
         context = llama_cpp.llama_init_from_model(self._model, settings)
         if not context:

@@ -1,7 +1,8 @@
 """A Llama model and its PEFT adapters as GGUF, for llama.cpp; run in llama.cpp's environment.
 
-Linear weights and adapters keep their bfloat16 (or become float32 where llama.cpp wants that: norms); llama.cpp's
-rotary embedding turns neighbouring pairs, transformers' the two halves of a head, so the rows of q and k are reordered.
+Weights keep their bfloat16. Norms become float32, as llama.cpp wants them, and adapters too: it is faster with those.
+llama.cpp's rotary embedding turns neighbouring pairs, transformers' the two halves of a head, so the rows of q and k
+are reordered.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def convert_adapter(adapter_dir: Path, model_dir: Path, target: Path) -> None:
     for key, tensor in load_file(adapter_dir / "adapter_model.safetensors").items():
         path, _, side = key.removesuffix(".weight").rpartition(".")  # side: lora_A or lora_B
         rows = names.ordered(path, tensor) if side == "lora_B" else tensor
-        _add(writer, f"{names.of_module(path)}.weight.{side.lower()}", rows)
+        writer.add_tensor(f"{names.of_module(path)}.weight.{side.lower()}", rows.float().contiguous().numpy())
     _write(writer)
 
 
