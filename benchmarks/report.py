@@ -104,18 +104,42 @@ def circumstances(result: Result) -> str:
     instructions = ", ".join(machine["instructions"])
     return (
         f"A {result['shape']} Llama shape with random weights, LoRA of rank 16 on all linear layers unless a row says "
-        f"otherwise, {result['dtype']}, greedy, {result['prompt_tokens']} prompt and {result['new_tokens']} new tokens, "
-        f"{result['threads']} threads; {machine['processor']} ({instructions}), {machine['cores']} cores; "
+        f"otherwise, {result['dtype']}, greedy, {result['prompt_tokens']} prompt and {result['new_tokens']} new "
+        f"tokens, {result['threads']} threads; {machine['processor']} ({instructions}), {machine['cores']} cores; "
         f"{', '.join(parts)}; medians of {result['rounds']} alternating rounds in one run, {machine['date']}."
     )
 
 
 def front_table(result: Result) -> str:
     """What the server adds to its engine: benchmarks/front.py."""
-    rows = [
-        [row["what"], f"{row['engine']:,.1f}", f"{row['server']:,.1f}", row["difference"]] for row in result["results"]
-    ]
-    return _markdown(["", "engine, in process", "server, over gRPC", "the front adds"], rows)
+    rates, firsts = result["tokens_per_second"], result["first_token_ms"]
+    return _markdown(
+        ["", "engine, in process", "server, over gRPC", "the front adds"],
+        [
+            [
+                f"{result['streams']} streams, tokens per second",
+                f"{rates['engine']:,.0f}",
+                f"{rates['server']:,.0f}",
+                f"{100 * (1 - rates['server'] / rates['engine']):.0f}%",
+            ],
+            [
+                "one request, first token, ms",
+                f"{firsts['engine']:.1f}",
+                f"{firsts['server']:.1f}",
+                f"{firsts['server'] - firsts['engine']:.1f} ms",
+            ],
+        ],
+    )
+
+
+def front_circumstances(result: Result) -> str:
+    """What the figures of front_table are of, in one sentence."""
+    machine = result["machine"]
+    return (
+        f"The small model on board, {result['dtype']}, {result['prompt_tokens']} prompt and {result['new_tokens']} new "
+        f"tokens, {result['threads']} engine threads on both sides; client, front and engine share the "
+        f"{machine['cores']} cores; medians of {result['rounds']} alternating rounds, {machine['date']}."
+    )
 
 
 def readme_block() -> str:
@@ -132,7 +156,7 @@ def readme_block() -> str:
             "",
             front_table(front),
             "",
-            front["circumstances"],
+            front_circumstances(front),
             "",
             END,
         ]

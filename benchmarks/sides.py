@@ -21,13 +21,6 @@ PEERS = Path(__file__).parent / "peers"
 JOB_SECONDS = 900
 """A peer that takes longer for one case is ended, and the benchmark with it."""
 
-TITLES = {
-    "graftwork": "Graftwork (server, over gRPC)",
-    "peft": "transformers + PEFT (in process)",
-    "vllm": "vLLM (server, over HTTP)",
-    "llama_cpp": "llama.cpp (in process)",
-}
-
 
 class Side(Protocol):
     """One system under test. Answers a case's job with seconds, first_ms per request, and gaps_ms between tokens."""
@@ -115,10 +108,10 @@ async def load(client: AsyncClient, job: dict[str, Any], new_tokens: int) -> dic
 
 
 class PeerSide:
-    """A peer's script in a process of its own: a job a line in, a measurement a line out."""
+    """A side in a process of its own, `command`: a job a line in, a measurement a line out."""
 
-    def __init__(self, python: Path, script: str, arguments: Sequence[str]) -> None:
-        self._command = [str(python), str(PEERS / script), *arguments]
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
         self.versions: dict[str, str] = {}
 
     def __enter__(self) -> Self:
@@ -153,7 +146,7 @@ class PeerSide:
         finally:
             watchdog.cancel()
         if not line:
-            raise RuntimeError(f"{self._command[1]} ended with exit code {self._process.wait(60)}")
+            raise RuntimeError(f"{' '.join(self._command[:3])} ended with exit code {self._process.wait(60)}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -161,7 +154,7 @@ class PeerSide:
 def peft_side(model_dir: Path, adapters_dir: Path, dtype: str, threads: int) -> PeerSide:
     """transformers + PEFT, in this project's own environment."""
     arguments = [str(model_dir), str(adapters_dir), dtype, str(threads)]
-    return PeerSide(Path(sys.executable), "peft_generate.py", arguments)
+    return PeerSide([sys.executable, str(PEERS / "peft_generate.py"), *arguments])
 
 
 def vllm_side(
@@ -170,9 +163,10 @@ def vllm_side(
     """vLLM's server and its client, in vLLM's environment."""
     model, adapters, work = model_dir.resolve(), adapters_dir.resolve(), model_dir.parent.resolve()
     arguments = [str(model), str(adapters), dtype, str(threads), ",".join(names), str(at_once), str(work)]
-    return PeerSide(environment / "bin/python", "vllm_http.py", arguments)
+    return PeerSide([str(environment / "bin/python"), str(PEERS / "vllm_http.py"), *arguments])
 
 
 def llama_cpp_side(environment: Path, model_dir: Path, adapters_dir: Path, threads: int) -> PeerSide:
     """llama.cpp, in its environment; its files are always bfloat16."""
-    return PeerSide(environment / "bin/python", "llama_cpp_run.py", [str(model_dir), str(adapters_dir), str(threads)])
+    arguments = [str(model_dir), str(adapters_dir), str(threads)]
+    return PeerSide([str(environment / "bin/python"), str(PEERS / "llama_cpp_run.py"), *arguments])

@@ -5,6 +5,7 @@ Its own file without other imports than Python's, because peers run in environme
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -35,4 +36,4 @@ def with_new_tokens(job: Job, new_tokens: int) -> Job:
 
 def gaps_ms(times: list[float]) -> list[float]:
     """Milliseconds between neighbouring times in seconds."""
-    return [(after - before) * 1000 for before, after in zip(times, times[1:], strict=False)]
+    return [(after - before) * 1000 for before, after in itertools.pairwise(times)]

@@ -2,7 +2,8 @@
 
     python peft_generate.py MODEL_DIR ADAPTERS_DIR DTYPE THREADS
 
-All prompts of a job are equally long, so its batches have no padding: PEFT's best case. Tokens are not turned into text.
+All prompts of a job are equally long, so its batches have no padding: PEFT's best case. Tokens are not turned into
+text. Adapters are float32 beside a bfloat16 base: PEFT's default, and faster than bfloat16 ones.
 """
 
 from __future__ import annotations

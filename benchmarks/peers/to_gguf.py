@@ -41,7 +41,7 @@ class Names:
         self._heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
 
     def of_module(self, path: str) -> str:
-        """"model.layers.3.self_attn.q_proj" is "blk.3.attn_q"."""
+        """ "model.layers.3.self_attn.q_proj" is "blk.3.attn_q"."""
         layer, _, module = path.partition("layers.")[2].partition(".")
         return f"blk.{layer}.{MODULES[module]}"
 
