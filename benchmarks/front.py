@@ -26,7 +26,7 @@ import grpc.aio
 from benchmarks.cases import PROMPT_TOKENS, Case
 from benchmarks.machine import describe_machine
 from benchmarks.report import front_circumstances, front_table
-from benchmarks.server_process import ServerProcess
+from benchmarks.server_process import ServerProcess, end_on_sigterm
 from benchmarks.sides import PeerSide
 from graftwork.v1 import generation_pb2 as pb
 from graftwork_server.front import MODEL_ON_BOARD
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="the engine's, on both sides")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    end_on_sigterm()
     measured = measure(arguments)
     print(f"\n{front_circumstances(measured)}\n\n{front_table(measured)}")
     if arguments.output:

@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks.cases import NEW_TOKENS, PROMPT_TOKENS, Case, adapters_of, chosen
 from benchmarks.machine import describe_machine
 from benchmarks.report import circumstances, latency_tables, rate_table, summary
+from benchmarks.server_process import end_on_sigterm
 from benchmarks.shapes import make_adapters, make_model
 from benchmarks.sides import OurSide, Side, llama_cpp_side, peft_side, vllm_side
 
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".bench"))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    end_on_sigterm()
     measured = measure(arguments)
     print(f"\n{circumstances(measured)}\n\nTokens per second:\n\n{rate_table(measured)}\n\n{latency_tables(measured)}")
     if arguments.output:
