@@ -143,24 +143,13 @@ def front_circumstances(result: Result) -> str:
 
 
 def readme_block() -> str:
-    """What the README says about benchmarks, from benchmarks/results."""
+    """What the README says about benchmarks, from benchmarks/results; what was not measured is not there."""
     serving = json.loads((RESULTS / "serving.json").read_text())
-    front = json.loads((RESULTS / "front.json").read_text())
-    return "\n".join(
-        [
-            BEGIN,
-            "",
-            rate_table(serving),
-            "",
-            circumstances(serving),
-            "",
-            front_table(front),
-            "",
-            front_circumstances(front),
-            "",
-            END,
-        ]
-    )
+    parts = [BEGIN, rate_table(serving), circumstances(serving)]
+    if (RESULTS / "front.json").is_file():
+        front = json.loads((RESULTS / "front.json").read_text())
+        parts += [front_table(front), front_circumstances(front)]
+    return "\n\n".join([*parts, END])
 
 
 def with_block(readme: str, block: str) -> str:
