@@ -1,6 +1,6 @@
 # make demo    everything once: serve, hot-load, tune with two strategies, compare (about ten minutes on two cores)
 # make test    formatting, types, import rules, proto lint and all tests
-# make bench   the serving benchmark; results go to benchmarks/results
+# make bench   the benchmarks, into benchmarks/results and the README; VLLM=DIR LLAMA_CPP=DIR name peers' environments
 # make proto   regenerates the committed stubs
 # make clean   removes what the other targets made
 
@@ -36,7 +36,9 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.serving --output benchmarks/results/serving.json
+	$(BIN)/python -m benchmarks.serving $(if $(VLLM),--vllm $(VLLM)) $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) --output benchmarks/results/serving.json
+	$(BIN)/python -m benchmarks.front --output benchmarks/results/front.json
+	$(BIN)/python -m benchmarks.report
 
 proto: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python proto/generate.py

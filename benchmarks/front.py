@@ -1,0 +1,124 @@
+"""What the front costs: this server over gRPC against its own engine in process.
+
+    python -m benchmarks.front [--streams 64] [--rounds 5] [--output benchmarks/results/front.json]
+
+Both answer the same requests with the small model on board. The engine's side is `Engine.step` in a loop, in a process
+of its own. The server's side is a real one, front and engine, and a client in this process that asks gRPC for bytes
+and looks into the last message only, so that little of what is measured is the client's. Client, front and engine share
+the machine: the engine has --threads threads on both sides, and what else runs takes what is left of the cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from benchmarks.cases import PROMPT_TOKENS, Case
+from benchmarks.machine import describe_machine
+from benchmarks.report import front_circumstances, front_table
+from benchmarks.server_process import ServerProcess, end_on_sigterm
+from benchmarks.sides import PeerSide
+from graftwork.v1 import generation_pb2 as pb
+from graftwork_server.front import MODEL_ON_BOARD
+
+METHOD = "/graftwork.v1.GenerationService/Generate"
+NEW_TOKENS = 128
+SINGLE_REQUESTS = 20
+"""A first token takes a few milliseconds: a round's figure is the median of so many requests, one after another."""
+
+
+async def send(address: str, job: dict[str, Any]) -> dict[str, Any]:
+    """All requests of the job at once, each on a stream of its own."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        call = channel.unary_stream(METHOD, request_serializer=pb.GenerateRequest.SerializeToString)
+        await _send(call, {**job, "new_tokens": min(2, job["new_tokens"])})
+        return await _send(call, job)
+
+
+async def _send(call: Any, job: dict[str, Any]) -> dict[str, Any]:
+    first: list[float] = []
+
+    async def one(prompt: list[int]) -> None:
+        sampling = pb.SamplingParameters(max_tokens=job["new_tokens"], ignore_eos=True)
+        request = pb.GenerateRequest(model="base", token_ids=pb.TokenIds(ids=prompt), sampling=sampling)
+        last = None
+        async for message in call(request, timeout=300):
+            if last is None:
+                first.append((time.perf_counter() - started) * 1000)
+            last = message
+        produced = pb.GenerateResponse.FromString(last or b"").usage.completion_tokens
+        if produced != job["new_tokens"]:
+            raise RuntimeError(f"{produced} tokens came instead of {job['new_tokens']}")
+
+    started = time.perf_counter()
+    await asyncio.gather(*(one(prompt) for prompt in job["prompts"]))
+    return {"seconds": time.perf_counter() - started, "first_ms": first}
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Alternates the two sides and returns what was measured."""
+    many = Case("streams", "", arguments.streams, 0, new_tokens=NEW_TOKENS)
+    single = Case("single", "", 1, 0, new_tokens=1)
+    rates: dict[str, list[float]] = {"engine": [], "server": []}
+    firsts: dict[str, list[float]] = {"engine": [], "server": []}
+    command = [sys.executable, "-m", "benchmarks.engine_in_process", str(MODEL_ON_BOARD)]
+    engine = PeerSide([*command, arguments.dtype, str(arguments.threads)])
+    with tempfile.TemporaryDirectory(prefix="graftwork-bench-") as data_dir:
+        options = ["--data-dir", data_dir, "--dtype", arguments.dtype, "--threads", str(arguments.threads)]
+        with ServerProcess([*options, "--log-level", "warning"]) as server, engine:
+            sides = {"engine": engine.measure, "server": lambda job: asyncio.run(send(server.address, job))}
+            for round_number in range(arguments.rounds):
+                for name, run in sides.items():
+                    rates[name].append(many.requests * NEW_TOKENS / run(many.job())["seconds"])
+                    singles = [run(single.job())["first_ms"][0] for _ in range(SINGLE_REQUESTS)]
+                    firsts[name].append(statistics.median(singles))
+                    print(
+                        f"round {round_number + 1}, {name}: {rates[name][-1]:.0f} tok/s, "
+                        f"first token {firsts[name][-1]:.2f} ms",
+                        flush=True,
+                    )
+            dtype = server.dtype
+    return {
+        "benchmark": "front",
+        "machine": describe_machine(),
+        "dtype": dtype,
+        "streams": arguments.streams,
+        "threads": arguments.threads,
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+        "rounds": arguments.rounds,
+        "tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
+        "first_token_ms": {name: statistics.median(values) for name, values in firsts.items()},
+        "tokens_per_second_rounds": rates,
+        "first_token_ms_rounds": firsts,
+    }
+
+
+def main() -> None:
+    """Measures, prints and stores."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="the engine's, on both sides")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    end_on_sigterm()
+    measured = measure(arguments)
+    print(f"\n{front_circumstances(measured)}\n\n{front_table(measured)}")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(measured, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

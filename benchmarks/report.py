@@ -1,0 +1,176 @@
+"""Tables from results, and the README's: `python -m benchmarks.report` writes it anew.
+
+The README's block stands between two HTML comments and comes from benchmarks/results alone; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks/results"
+BEGIN, END = "<!-- benchmarks: begin; written by python -m benchmarks.report -->", "<!-- benchmarks: end -->"
+
+SIDES = {
+    "graftwork": "Graftwork",
+    "vllm": "vLLM CPU",
+    "llama_cpp": "llama.cpp",
+    "peft": "transformers + PEFT",
+}
+LATENCIES = (
+    ("first_token_ms", "time to first token, p50, ms"),
+    ("first_token_p99_ms", "time to first token, p99, ms"),
+    ("inter_token_ms", "between tokens, p50, ms"),
+    ("inter_token_p99_ms", "between tokens, p99, ms"),
+)
+Row = dict[str, Any]
+Result = dict[str, Any]
+
+
+def summary(side: str, tokens: int, rounds: Sequence[dict[str, Any]]) -> Row:
+    """A side's figures for one case: medians over rounds of its rate, and of each round's latency percentiles.
+
+    tokens: those that the rate counts. Keys begin with the side's name; rates are tokens per second.
+    """
+    rates = [tokens / measured["seconds"] for measured in rounds]
+    row: Row = {f"{side}_tokens_per_second": statistics.median(rates), f"{side}_rounds": rates}
+    for key, field, share in (
+        ("first_token_ms", "first_ms", 0.5),
+        ("first_token_p99_ms", "first_ms", 0.99),
+        ("inter_token_ms", "gaps_ms", 0.5),
+        ("inter_token_p99_ms", "gaps_ms", 0.99),
+    ):
+        values = [percentile(measured[field], share) for measured in rounds if measured[field]]
+        if values:
+            row[f"{side}_{key}"] = statistics.median(values)
+    return row
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, -(-len(ordered) * share // 1).__int__() - 1)]
+
+
+def sides_of(result: Result) -> list[str]:
+    """Those that were measured."""
+    return [side for side in SIDES if any(f"{side}_tokens_per_second" in row for row in result["results"])]
+
+
+def rate_table(result: Result) -> str:
+    """Tokens per second of every case and side; after each peer, ours over theirs."""
+    sides = sides_of(result)
+    head = [""] + [SIDES[side] if side == "graftwork" else f"{SIDES[side]} (ours / theirs)" for side in sides]
+    rows = []
+    for row in result["results"]:
+        ours = row["graftwork_tokens_per_second"]
+        cells = [row["case"]]
+        for side in sides:
+            rate = row.get(f"{side}_tokens_per_second")
+            ratio = "" if side == "graftwork" or rate is None else f" ({ours / rate:.2f})"
+            cells.append("-" if rate is None else f"{rate:,.1f}{ratio}")
+        rows.append(cells)
+    return _markdown(head, rows)
+
+
+def latency_tables(result: Result) -> str:
+    """Time to first token and between tokens of every case and side."""
+    sides = sides_of(result)
+    tables = []
+    for key, title in LATENCIES:
+        rows = []
+        for row in result["results"]:
+            values = [row.get(f"{side}_{key}") for side in sides]
+            if any(value is not None for value in values):
+                rows.append([row["case"], *("-" if value is None else f"{value:,.1f}" for value in values)])
+        if rows:
+            tables.append(_markdown([title, *(SIDES[side] for side in sides)], rows))
+    return "\n\n".join(tables)
+
+
+def circumstances(result: Result) -> str:
+    """What the figures are of: model, requests, machine and versions, in one sentence."""
+    machine = result["machine"]
+    versions = {"torch": "torch", "transformers": "transformers", "peft": "PEFT"}
+    parts = [f"{name} {machine[key]}" for key, name in versions.items()]
+    peers = {"vllm": "vLLM", "llama_cpp_python": "llama-cpp-python"}
+    parts += [f"{name} {result['peers'][key]}" for key, name in peers.items() if key in result.get("peers", {})]
+    instructions = ", ".join(machine["instructions"])
+    return (
+        f"A {result['shape']} Llama shape with random weights, LoRA of rank 16 on all linear layers unless a row says "
+        f"otherwise, {result['dtype']}, greedy, {result['prompt_tokens']} prompt and {result['new_tokens']} new "
+        f"tokens, {result['threads']} threads; {machine['processor']} ({instructions}), {machine['cores']} cores; "
+        f"{', '.join(parts)}; medians of {result['rounds']} alternating rounds in one run, {machine['date']}."
+    )
+
+
+def front_table(result: Result) -> str:
+    """What the server adds to its engine: benchmarks/front.py."""
+    rates, firsts = result["tokens_per_second"], result["first_token_ms"]
+    return _markdown(
+        ["", "engine, in process", "server, over gRPC", "the front adds"],
+        [
+            [
+                f"{result['streams']} streams, tokens per second",
+                f"{rates['engine']:,.0f}",
+                f"{rates['server']:,.0f}",
+                f"{100 * (1 - rates['server'] / rates['engine']):.0f}%",
+            ],
+            [
+                "one request, first token, ms",
+                f"{firsts['engine']:.1f}",
+                f"{firsts['server']:.1f}",
+                f"{firsts['server'] - firsts['engine']:.1f} ms",
+            ],
+        ],
+    )
+
+
+def front_circumstances(result: Result) -> str:
+    """What the figures of front_table are of, in one sentence."""
+    machine = result["machine"]
+    return (
+        f"The small model on board, {result['dtype']}, {result['prompt_tokens']} prompt and {result['new_tokens']} new "
+        f"tokens, {result['threads']} engine threads on both sides; client, front and engine share the "
+        f"{machine['cores']} cores; medians of {result['rounds']} alternating rounds, {machine['date']}."
+    )
+
+
+def readme_block() -> str:
+    """What the README says about benchmarks, from benchmarks/results; what was not measured is not there."""
+    serving = json.loads((RESULTS / "serving.json").read_text())
+    parts = [BEGIN, rate_table(serving), circumstances(serving)]
+    if (RESULTS / "front.json").is_file():
+        front = json.loads((RESULTS / "front.json").read_text())
+        parts += [front_table(front), front_circumstances(front)]
+    return "\n\n".join([*parts, END])
+
+
+def with_block(readme: str, block: str) -> str:
+    """`readme` with `block` in place of the one it has. Raises ValueError if it has none."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md has no {BEGIN} ... {END}")
+    return before + block + after
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def main() -> None:
+    """Writes the README's block anew."""
+    README.write_text(with_block(README.read_text(), readme_block()))
+    sys.stdout.write("README.md: the benchmarks' block is written\n")
+
+
+if __name__ == "__main__":
+    main()
