@@ -1,0 +1,23 @@
+"""Where the Triton kernels are tested: on a GPU if there is one, else in Triton's interpreter on the CPU (tests/conftest.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from graftwork_server.engine.triton_kernels.kernels import TritonKernels
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+def kernels_for(dtype: torch.dtype) -> TritonKernels:
+    """The kernels, compiled or interpreted."""
+    from graftwork_server.engine.triton_kernels.kernels import TritonKernels
+
+    return TritonKernels(dtype)
