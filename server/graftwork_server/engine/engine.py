@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from llguidance import LLMatcher
 
+from graftwork_server.engine.block_cache import kv_cache_for
 from graftwork_server.engine.grammars import Masks, too_complex
-from graftwork_server.engine.kv_cache import BLOCK_TOKENS, BlockPool, KVCache
+from graftwork_server.engine.kv_cache import BLOCK_TOKENS, BlockPool
 from graftwork_server.engine.model import BaseModel
 from graftwork_server.engine.runner import ChunkLogits, Runner
 from graftwork_server.engine.sampling import sample, token_logprobs
@@ -46,8 +47,9 @@ class Engine:
             base.dtype,
             base.device,
         )
-        cache = KVCache(base.layer_shapes, num_blocks, base.dtype, base.device, base.engine_model.kernels)
-        self._runner = Runner(base.engine_model, cache, base.device)
+        model = base.engine_model
+        cache = kv_cache_for(base.layer_shapes, num_blocks, base.dtype, base.device, model.kernels, model.triton)
+        self._runner = Runner(model, cache, base.device)
         self._scheduler = Scheduler(
             self.blocks,
             self.adapters,

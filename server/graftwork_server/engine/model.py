@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -20,9 +20,13 @@ from graftwork_server.engine.fused_modules import fuse_modules
 from graftwork_server.engine.kv_cache import LayerShape
 from graftwork_server.engine.native import NativeKernels, native_kernels
 from graftwork_server.engine.routing import Routing
+from graftwork_server.engine.triton_kernels import triton_kernels
 from graftwork_server.engine.weights import SharedWeights, assign_tensors, empty_model, pack
 from graftwork_server.errors import FailedPrecondition
 from graftwork_server.types import ModelInfo
+
+if TYPE_CHECKING:
+    from graftwork_server.engine.triton_kernels.kernels import TritonKernels
 
 _PROBE_TOLERANCE = 2e-3
 """Largest difference of a probe's log probabilities, packed against one by one, in float32."""
@@ -36,6 +40,8 @@ class EngineModel:
     def __init__(self, model: torch.nn.Module, kernels: NativeKernels | None = None) -> None:
         self.model = model
         self.kernels = kernels
+        self.triton: TritonKernels | None = None
+        """The kernels of a base on CUDA."""
         self.step = StepRouting()
         self.groups: list[LinearGroup] = wrap_linears(model, self.step, kernels)
         if kernels is not None:
@@ -118,7 +124,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_base(source: str, device: torch.device, dtype: torch.dtype, cache_dir: Path, native: bool = True) -> BaseModel:
-    """Loads a directory or hub id; `native` takes the engine's own CPU kernels where they can be had.
+    """Loads a directory or hub id; `native` takes the engine's own kernels where they can be had.
 
     Raises FailedPrecondition, saying what is wrong, if it cannot be served.
     """
@@ -128,6 +134,8 @@ def load_base(source: str, device: torch.device, dtype: torch.dtype, cache_dir: 
     print_of_base = fingerprint(model.config.to_dict(), model.state_dict())
     weights = SharedWeights(model, device)
     engine_model = EngineModel(model, native_kernels(device, dtype) if native else None)
+    if native:
+        engine_model.triton = triton_kernels(device, dtype, [group.out_features for group in engine_model.groups])
     _check_probe(engine_model, expected, device)
     config = model.config.get_text_config()
     info = ModelInfo(

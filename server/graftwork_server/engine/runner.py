@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from graftwork_server.engine.attention.paged import Chunk, plan_attention
-from graftwork_server.engine.kv_cache import KVCache, rows_of
+from graftwork_server.engine.block_cache import AnyKVCache
+from graftwork_server.engine.kv_cache import rows_of
 from graftwork_server.engine.model import EngineModel
 from graftwork_server.engine.routing import Routing, RowSpan
 from graftwork_server.engine.sequence import ScheduledChunk, Sequence
@@ -26,7 +27,7 @@ class ChunkLogits:
 class Runner:
     """Runs chunks on the base, with any mix of low-rank adapters, and on tuned checkpoints, one forward for each."""
 
-    def __init__(self, base: EngineModel, cache: KVCache, device: torch.device) -> None:
+    def __init__(self, base: EngineModel, cache: AnyKVCache, device: torch.device) -> None:
         self._base = base
         self._cache = cache
         self._device = device
@@ -78,8 +79,8 @@ class Runner:
             torch.tensor(positions, device=self._device),
             torch.tensor(keep, dtype=torch.int64, device=self._device),
             plan_attention(self._cache, to_attend, self._device),
-            Routing(_spans(chunks, counts), self._device, model.kernels),
-            Routing(_spans(chunks, kept_counts), self._device, model.kernels),
+            Routing(_spans(chunks, counts), self._device, model.kernels, model.triton),
+            Routing(_spans(chunks, kept_counts), self._device, model.kernels, model.triton),
         )
         parts = logits.float().split(kept_counts)
         return [ChunkLogits(chunk, part) for chunk, part in zip(chunks, parts, strict=True)]

@@ -57,14 +57,14 @@ def expected(x: torch.Tensor, y: torch.Tensor, spans: list[Span], group: int) ->
 
 
 def check(dtype: torch.dtype, shapes: list[Shape], spans: list[Span], rows: int) -> None:
-    kernels = kernels_for(dtype)
-    tiles = kernels.tiles(spans, DEVICE)
+    kernels = kernels_for(dtype, [shape.out_features for shape in shapes])
+    products = kernels.products(spans, DEVICE)
+    assert products is not None
     for group, shape in enumerate(shapes):
         x = draw(rows, shape.in_features, seed=7).to(DEVICE, dtype)
         y = draw(rows, sum(shape.out_features), seed=8).to(DEVICE, dtype)
         wanted = expected(x, y, spans, group)
-        for part in tiles:
-            kernels.lora(x, y, part, group, shape.out_features)
+        products.add(group, x, y)
         exact = dtype == torch.float32
         tolerance = 1e-4 if exact else 3e-2 * float(wanted.abs().max())
         torch.testing.assert_close(y.double(), wanted, atol=tolerance, rtol=1e-5 if exact else 2e-2)
@@ -103,15 +103,15 @@ def test_long_spans_beside_short_ones(dtype: torch.dtype) -> None:
 
 
 def test_no_spans_and_tiles_of_the_base() -> None:
-    kernels = kernels_for(torch.float32)
-    assert kernels.tiles([], DEVICE) == []
+    kernels = kernels_for(torch.float32, [[10]])
+    assert kernels.products([], DEVICE) is None
     shapes = [Shape(20, [10])]
     block = make_block(((4,),), shapes, torch.float32, seed=1)
     (tiles,) = kernels.tiles([(0, 1, block, 0)], DEVICE)
     tiles.table.zero_()  # as the rows that fill up a captured batch are
     y = draw(2, 10, seed=1).to(DEVICE)
     before = y.clone()
-    kernels.lora(draw(2, 20, seed=2).to(DEVICE), y, tiles, 0, [10])
+    kernels.lora(draw(2, 20, seed=2).to(DEVICE), y, tiles, 0)
     assert torch.equal(y, before)
 
 
@@ -122,8 +122,8 @@ def test_rows_that_are_not_side_by_side() -> None:
     spans: list[Span] = [(0, 3, block, 5)]
     x, y = draw(3, 30, seed=1).to(DEVICE)[:, 5:25], draw(3, 14, seed=2).to(DEVICE)
     wanted = expected(x, y[:, 2:12], spans, 0)
-    kernels = kernels_for(torch.float32)
-    kernels.lora(x, y[:, 2:12], kernels.tiles(spans, DEVICE)[0], 0, [10])
+    kernels = kernels_for(torch.float32, [[10]])
+    kernels.lora(x, y[:, 2:12], kernels.tiles(spans, DEVICE)[0], 0)
     torch.testing.assert_close(y[:, 2:12].double(), wanted, atol=1e-5, rtol=1e-5)
 
 

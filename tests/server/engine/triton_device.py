@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,8 +17,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-def kernels_for(dtype: torch.dtype) -> TritonKernels:
+def kernels_for(dtype: torch.dtype, out_features: Sequence[Sequence[int]] = ()) -> TritonKernels:
     """The kernels, compiled or interpreted."""
     from graftwork_server.engine.triton_kernels.kernels import TritonKernels
 
-    return TritonKernels(dtype)
+    return TritonKernels(dtype, out_features)

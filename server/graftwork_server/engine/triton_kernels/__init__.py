@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,8 +19,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("graftwork.engine")
 
 
-def triton_kernels(device: torch.device, dtype: torch.dtype) -> TritonKernels | None:
-    """The kernels for this device and dtype, or None, with a line in the log, where there are none."""
+def triton_kernels(
+    device: torch.device, dtype: torch.dtype, out_features: Sequence[Sequence[int]]
+) -> TritonKernels | None:
+    """The kernels for this device and dtype, or None, with a line in the log, where there are none.
+
+    out_features: by linear group, of its members."""
     if device.type != "cuda" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     if importlib.util.find_spec("triton") is None:
@@ -27,4 +32,4 @@ def triton_kernels(device: torch.device, dtype: torch.dtype) -> TritonKernels | 
         return None
     from graftwork_server.engine.triton_kernels.kernels import TritonKernels
 
-    return TritonKernels(dtype)
+    return TritonKernels(dtype, out_features)

@@ -39,11 +39,30 @@ class Tiles:
     """No group of these adapters has more ranks in all; a power of two of at least 16"""
 
 
+Span = tuple[int, int, "SlotBlock", int]
+"""Rows [start, end) of the adapter in that slot of that block."""
+
+
+class TileProducts:
+    """The low-rank products of one forward (routing.SpanProducts)."""
+
+    def __init__(self, kernels: TritonKernels, tiles: Sequence[Tiles]) -> None:
+        self._kernels = kernels
+        self._tiles = tiles
+
+    def add(self, group: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Adds the deltas of linear group `group` to y [rows, out of all members] in place; x [rows, in]."""
+        for tiles in self._tiles:
+            self._kernels.lora(x, y, tiles, group)
+
+
 class TritonKernels:
     """The kernels for one dtype, on one device."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, out_features: Sequence[Sequence[int]]) -> None:
+        """out_features: by linear group, of its members."""
         self.dtype = dtype
+        self._out_features = out_features
         # The interpreter's dot takes bfloat16 for integers; on a GPU its products are exact in float32 anyway.
         self._upcast = dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1"
         self._tables: WeakKeyDictionary[SlotBlock, torch.Tensor] = WeakKeyDictionary()
@@ -55,8 +74,13 @@ class TritonKernels:
             table = self._tables[block] = slot_tables(block)
         return table.data_ptr() + slot * table.stride(0) * table.element_size()
 
-    def tiles(self, spans: Sequence[tuple[int, int, SlotBlock, int]], device: torch.device) -> list[Tiles]:
-        """Tiles for spans (start, end, block, slot): short ones and long ones each in one launch."""
+    def products(self, spans: Sequence[Span], device: torch.device) -> TileProducts | None:
+        """The products of all `spans`, short ones and long ones each in one launch; None if there are no spans."""
+        tiles = self.tiles(spans, device)
+        return TileProducts(self, tiles) if tiles else None
+
+    def tiles(self, spans: Sequence[Span], device: torch.device) -> list[Tiles]:
+        """Tiles for `spans`, by height."""
         found = []
         for height, chosen in (
             (SHORT_TILE, [span for span in spans if span[1] - span[0] <= SHORT_TILE]),
@@ -72,8 +96,8 @@ class TritonKernels:
                 found.append(Tiles(torch.tensor(rows, dtype=torch.int64, device=device), height, most))
         return found
 
-    def lora(self, x: torch.Tensor, y: torch.Tensor, tiles: Tiles, group: int, out_features: Sequence[int]) -> None:
-        """Adds the deltas of linear group `group` to y [rows, sum of out_features] in place; x [rows, in_features].
+    def lora(self, x: torch.Tensor, y: torch.Tensor, tiles: Tiles, group: int) -> None:
+        """Adds the deltas of linear group `group` to y [rows, out of all members] in place; x [rows, in_features].
 
         Both are dense in their last dimension."""
         count, width = len(tiles.table), tiles.most_ranks
@@ -98,7 +122,7 @@ class TritonKernels:
             FEATURES=features,
             UPCAST=self._upcast,
         )
-        columns = 64
+        out_features, columns = self._out_features[group], 64
         lora.expand[(count, len(out_features), triton.cdiv(max(out_features), columns))](
             y,
             hidden,
