@@ -72,6 +72,7 @@ def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
         max_step_tokens=int(settings.get("max_step_tokens", 1024)),
         kv_memory_bytes=int(settings.get("kv_memory_bytes", 0)),
         adapter_memory_bytes=int(settings.get("adapter_memory_bytes", 0)),
+        cuda_graphs=settings.get("cuda_graphs") != "off",
     )
     return EngineWorker(
         base,

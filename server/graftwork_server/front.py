@@ -35,6 +35,7 @@ ENGINE_FIELDS = (
     "dtype",
     "threads",
     "native_kernels",
+    "cuda_graphs",
     "max_sequences",
     "kv_memory_bytes",
     "max_step_tokens",

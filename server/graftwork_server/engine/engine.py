@@ -9,6 +9,7 @@ import torch
 from llguidance import LLMatcher
 
 from graftwork_server.engine.block_cache import kv_cache_for
+from graftwork_server.engine.decode_graphs import decode_steps_for
 from graftwork_server.engine.grammars import Masks, too_complex
 from graftwork_server.engine.kv_cache import BLOCK_TOKENS, BlockPool
 from graftwork_server.engine.model import BaseModel
@@ -24,12 +25,14 @@ from graftwork_server.types import AdapterRef
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLimits:
-    """Sizes of the engine. Bytes 0: chosen from the device's memory."""
+    """Sizes and switches of the engine. Bytes 0: chosen from the device's memory."""
 
     max_sequences: int = 64
     max_step_tokens: int = 1024
     kv_memory_bytes: int = 0
     adapter_memory_bytes: int = 0
+    cuda_graphs: bool = True
+    """On CUDA, decode steps are replayed as graphs."""
 
 
 class Engine:
@@ -49,7 +52,9 @@ class Engine:
         )
         model = base.engine_model
         cache = kv_cache_for(base.layer_shapes, num_blocks, base.dtype, base.device, model.kernels, model.triton)
-        self._runner = Runner(model, cache, base.device)
+        longest = min(base.info.context_tokens, self.kv_tokens)
+        decode_steps = decode_steps_for(model, cache, base.device, limits.max_sequences, longest, limits.cuda_graphs)
+        self._runner = Runner(model, cache, base.device, decode_steps)
         self._scheduler = Scheduler(
             self.blocks,
             self.adapters,

@@ -9,6 +9,7 @@ import torch
 
 from graftwork_server.engine.attention.paged import Chunk, plan_attention
 from graftwork_server.engine.block_cache import AnyKVCache
+from graftwork_server.engine.decode_graphs import DecodeSteps
 from graftwork_server.engine.kv_cache import rows_of
 from graftwork_server.engine.model import EngineModel
 from graftwork_server.engine.routing import Routing, RowSpan
@@ -27,7 +28,11 @@ class ChunkLogits:
 class Runner:
     """Runs chunks on the base, with any mix of low-rank adapters, and on tuned checkpoints, one forward for each."""
 
-    def __init__(self, base: EngineModel, cache: AnyKVCache, device: torch.device) -> None:
+    def __init__(
+        self, base: EngineModel, cache: AnyKVCache, device: torch.device, decode_steps: DecodeSteps | None = None
+    ) -> None:
+        """`decode_steps` runs the base's steps that it can run (decode_graphs.py)."""
+        self._decode_steps = decode_steps
         self._base = base
         self._cache = cache
         self._device = device
@@ -42,7 +47,12 @@ class Runner:
         results: list[ChunkLogits] = []
         with torch.inference_mode():
             for model, members in by_model.values():
-                results.extend(self._forward(model, sorted(members, key=_packing_order)))
+                members.sort(key=_packing_order)
+                logits = self._decode_steps.run(members) if self._decode_steps and model is self._base else None
+                if logits is None:
+                    results.extend(self._forward(model, members))
+                else:
+                    results.extend(map(ChunkLogits, members, logits.float().split(1)))
         return results
 
     def discard(self, sequence: Sequence) -> None:

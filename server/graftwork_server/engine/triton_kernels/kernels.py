@@ -96,6 +96,29 @@ class TritonKernels:
                 found.append(Tiles(torch.tensor(rows, dtype=torch.int64, device=device), height, most))
         return found
 
+    def decode_tiles(
+        self, slots: Sequence[tuple[SlotBlock | None, int] | None]
+    ) -> tuple[list[tuple[int, int, int]], int]:
+        """Tiles for rows whose adapters lie in `slots`, None for rows of the base: first row, rows, address of the
+        slot's table. And their most_ranks, 0 if there are no tiles."""
+        tiles: list[tuple[int, int, int]] = []
+        most = 0
+        for row, slot in enumerate(slots):
+            if slot is None or slot[0] is None:
+                continue
+            address = self.address(slot[0], slot[1])
+            most = max(most, most_ranks(slot[0].most_ranks))
+            first, rows, of_last = tiles[-1] if tiles else (0, 0, 0)
+            if of_last == address and first + rows == row and rows < SHORT_TILE:
+                tiles[-1] = (first, rows + 1, address)
+            else:
+                tiles.append((row, 1, address))
+        return tiles, most
+
+    def static_products(self, tiles: torch.Tensor, most_ranks: int) -> TileProducts:
+        """The products of tiles [n, 3] that decode_tiles made, read from the device when they are computed."""
+        return TileProducts(self, [Tiles(tiles, SHORT_TILE, most_ranks)])
+
     def lora(self, x: torch.Tensor, y: torch.Tensor, tiles: Tiles, group: int) -> None:
         """Adds the deltas of linear group `group` to y [rows, out of all members] in place; x [rows, in_features].
 
