@@ -78,7 +78,7 @@ def check_step(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(4, 4, 8, 8), (6, 2, 16, 12), (5, 1, 24, 24), (40, 2, 20, 40)], ids=str)
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (20, 3.0), (None, 3.0)])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (20, 3.0)])
 def test_decodes_from_blocks(
     dtype: torch.dtype, shape: tuple[int, int, int, int], window: int | None, softcap: float | None
 ) -> None:

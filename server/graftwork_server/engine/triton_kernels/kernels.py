@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 SHORT_TILE, LONG_TILE = 16, 64
 """Rows of a tile: what a matrix unit takes at least, for decoding rows; and more of them where a span is longer."""
 _GROUP_FIELDS, _MEMBER_FIELDS = lora.GROUP_FIELDS.value, lora.MEMBER_FIELDS.value
-_BUSY_PROGRAMS = 256
-"""Programs that keep a large GPU busy; work is split until there are about as many."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,12 @@ class TileProducts:
 class TritonKernels:
     """The kernels for one dtype, on one device."""
 
-    def __init__(self, dtype: torch.dtype, out_features: Sequence[Sequence[int]]) -> None:
-        """out_features: by linear group, of its members."""
+    def __init__(
+        self, dtype: torch.dtype, out_features: Sequence[Sequence[int]], busy_programs: int = 256
+    ) -> None:
+        """out_features: by linear group, of its members. busy_programs: how many keep the device busy; work is split
+        until there are about as many."""
+        self._busy_programs = busy_programs
         self.dtype = dtype
         self._out_features = out_features
         # The interpreter's dot takes bfloat16 for integers; on a GPU its products are exact in float32 anyway.
@@ -127,7 +129,7 @@ class TritonKernels:
         in_features = x.shape[1]
         ranks = min(width, 64)
         features = 64 if x.dtype == torch.float32 else 128
-        splits = _splits(count * (width // ranks), -(-in_features // features)) if tiles.rows == SHORT_TILE else 1
+        splits = self._splits(count * (width // ranks), -(-in_features // features)) if tiles.rows == SHORT_TILE else 1
         split_features = -(-(-(-in_features // splits)) // features) * features
         hidden = torch.empty(splits, len(x), width, dtype=torch.float32, device=x.device)
         lora.shrink[(count, width // ranks, splits)](
@@ -181,7 +183,7 @@ class TritonKernels:
         count, heads, (kv_heads, key_dim), value_dim = len(rows), query.shape[1], keys.shape[2:], values.shape[3]
         query = query if query.stride(-1) == 1 else query.contiguous()
         # By the batch alone, not by lengths: a captured graph is replayed for any.
-        splits = _splits(count * kv_heads, 16)
+        splits = self._splits(count * kv_heads, 16)
         parts = torch.empty(count, heads, splits, value_dim, dtype=torch.float32, device=query.device)
         sums = torch.empty(count, heads, splits, 2, dtype=torch.float32, device=query.device)
         output = query.new_empty(count, heads, value_dim)
@@ -219,6 +221,13 @@ class TritonKernels:
         )
         return output
 
+    def _splits(self, programs: int, most: int) -> int:
+        """Into how many parts each program's work is cut, a power of two of at most 16 and `most`."""
+        splits = 1
+        while splits < 16 and splits * 2 <= most and programs * splits < self._busy_programs:
+            splits *= 2
+        return splits
+
 
 def slot_tables(block: SlotBlock) -> torch.Tensor:
     """[slots, groups, 17] int64, on the block's device: what the kernels need of each slot (lora.GROUP_FIELDS).
@@ -248,11 +257,3 @@ def slot_tables(block: SlotBlock) -> torch.Tensor:
 def most_ranks(ranks: int) -> int:
     """`ranks` rounded up to a power of two of at least 16: few different launches, and few captured graphs."""
     return max(16, triton.next_power_of_2(ranks))
-
-
-def _splits(programs: int, most: int) -> int:
-    """Into how many parts each program's work is cut, a power of two of at most 16 and `most`."""
-    splits = 1
-    while splits < 16 and splits * 2 <= most and programs * splits < _BUSY_PROGRAMS:
-        splits *= 2
-    return splits
