@@ -1,7 +1,7 @@
 """The KV cache on CUDA: blocks that attention of decoding sequences is read from where they lie.
 
-Same interface as kv_cache.KVCache, another layout: a token's keys of all heads lie together, as torch's varlen_attn wants
-its pages and as the Triton kernels read them.
+Same interface as kv_cache.KVCache, another layout: a token's keys of all heads lie together, as torch's varlen_attn
+wants its pages and as the Triton kernels read them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class DecodingRows:
     """They are all rows of the forward, in order."""
 
     @classmethod
-    def of(cls, rows: Sequence[int], tables: Sequence[Sequence[int]], lengths: Sequence[int], tokens: int) -> DecodingRows:
+    def of(
+        cls, rows: Sequence[int], tables: Sequence[Sequence[int]], lengths: Sequence[int], tokens: int
+    ) -> DecodingRows:
         """On the CPU, from lists; `tokens` rows are in the forward."""
         blocks = max(-(-length // BLOCK_TOKENS) for length in lengths)
         padded = [[*table[:blocks], *[0] * (blocks - len(table))] for table in tables]
@@ -55,8 +57,13 @@ class DecodingRows:
 
     def to(self, device: torch.device) -> DecodingRows:
         """The same on `device`."""
-        moved = (tensor.to(device) for tensor in (self.rows, self.tables, self.lengths, self.query_starts))
-        return DecodingRows(*moved, self.all_rows)
+        return DecodingRows(
+            self.rows.to(device),
+            self.tables.to(device),
+            self.lengths.to(device),
+            self.query_starts.to(device),
+            self.all_rows,
+        )
 
 
 class BlockKVCache:
@@ -143,7 +150,9 @@ def kv_cache_for(
     """The cache for a device: KVCache, or BlockKVCache where there are kernels that read its blocks."""
     if triton is None:
         return KVCache(shapes, num_blocks, dtype, device, kernels)
-    return BlockKVCache(shapes, num_blocks, dtype, device, triton, usable_varlen(shapes[0], dtype, device))
+    return BlockKVCache(
+        shapes, num_blocks, dtype, device, triton, usable_varlen(torch_varlen(), shapes[0], dtype, device)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- torch's varlen_attn
@@ -183,20 +192,27 @@ def has_varlen_shape(keys: torch.Tensor, values: torch.Tensor) -> bool:
     return dim == values.shape[3] and dim % 8 == 0 and dim <= 256 and keys.dtype in (torch.bfloat16, torch.float16)
 
 
+_VARLEN_ARGUMENTS = {"block_table", "seqused_k", "enable_gqa", "window_size", "scale"}
+
+
+def torch_varlen() -> Callable[..., Any] | None:
+    """torch's varlen_attn, if this torch has it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
 def usable_varlen(
-    shape: LayerShape, dtype: torch.dtype, device: torch.device, varlen: Callable[..., Any] | None = None
+    varlen: Callable[..., Any] | None, shape: LayerShape, dtype: torch.dtype, device: torch.device
 ) -> Callable[..., Any] | None:
-    """torch's varlen_attn if it takes a block table and answers right on this device, else None.
+    """`varlen` if it takes a block table and answers right on this device, else None.
 
     Taking the argument is not enough: torch 2.13 has it, but only FlashAttention 3 on Hopper and 4 on Blackwell, both
     packages of their own that must have been activated, read blocks. So it is tried once.
     """
-    if varlen is None:
-        try:
-            from torch.nn.attention.varlen import varlen_attn as varlen
-        except ImportError:
-            return None
-    if not {"block_table", "seqused_k", "enable_gqa", "window_size", "scale"} <= set(inspect.signature(varlen).parameters):
+    if varlen is None or not set(inspect.signature(varlen).parameters) >= _VARLEN_ARGUMENTS:
         return None
     kv_heads, dim = shape.kv_heads, shape.key_dim
     keys, values = (_draw((8, BLOCK_TOKENS, kv_heads, dim), dtype, device, seed) for seed in (0, 1))

@@ -1,8 +1,8 @@
 """Decode steps replayed as CUDA graphs: one launch for a whole forward, instead of one for each of its operations.
 
 A captured forward reads its input from buffers whose addresses stay: token ids, positions, block tables, and which rows
-belong to which adapter's slot. So one graph serves any sequences and any mix of adapters; it is captured for a number of
-rows (rows that are not needed are computed and thrown away) and for the most ranks that its adapters may have.
+belong to which adapter's slot. So one graph serves any sequences and any mix of adapters; it is captured for a number
+of rows (those that are not needed are computed and thrown away) and for the most ranks that its adapters may have.
 
 Everything but the capture itself runs on any device, and is tested without a GPU.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -128,8 +128,9 @@ class DecodeSteps:
         if len(chunks) > self._counts[-1] or not all(map(is_replayable, chunks)):
             return None
         rows = next(count for count in self._counts if count >= len(chunks))
+        adapters = [chunk.sequence.adapter for chunk in chunks]
         tiles, most_ranks = self._triton.decode_tiles(
-            [chunk.sequence.adapter and (chunk.sequence.adapter.block, chunk.sequence.adapter.slot) for chunk in chunks]
+            [None if adapter is None else (adapter.block, adapter.slot) for adapter in adapters]
         )
         self._batch.fill(rows, chunks, tiles)
         logits = self._compute(rows, most_ranks)
@@ -139,9 +140,7 @@ class DecodeSteps:
         """[rows, vocabulary] of what the buffers hold. most_ranks 0: no row has an adapter."""
         batch = {name: tensor[:rows] for name, tensor in self._batch.on_device.items()}
         all_rows = self._all_rows[:rows]
-        decoding = DecodingRows(
-            all_rows, batch["tables"], batch["lengths"], self._starts[: rows + 1], all_rows=True
-        )
+        decoding = DecodingRows(all_rows, batch["tables"], batch["lengths"], self._starts[: rows + 1], all_rows=True)
         products = self._triton.static_products(batch["tiles"], most_ranks) if most_ranks else None
         routing = Routing.of(products, self._device)
         plan = AttentionPlan(self._cache, batch["cache_rows"], [], [], blocks=decoding)
@@ -155,7 +154,7 @@ class Captured:
         self._forward = forward
         self._device = device
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # what graph.pool() answers: where all graphs take their memory
         self._failed = False
 
     def __call__(self, rows: int, most_ranks: int) -> torch.Tensor | None:
@@ -196,6 +195,4 @@ def decode_steps_for(
     everything from it."""
     if not wanted or device.type != "cuda" or model.triton is None or not isinstance(cache, BlockKVCache):
         return None
-    return DecodeSteps(
-        model, cache, model.triton, device, max_sequences=max_sequences, longest=longest, capture=True
-    )
+    return DecodeSteps(model, cache, model.triton, device, max_sequences=max_sequences, longest=longest, capture=True)

@@ -84,7 +84,8 @@ class Routing:
         """spans of adapters that change modules in other ways than by low-rank products (changes.py)"""
         if triton is not None:
             self._products = triton.products(
-                [(s.start, s.end, s.adapter.block, s.adapter.slot) for s in spans if s.adapter.block is not None], device
+                [(s.start, s.end, s.adapter.block, s.adapter.slot) for s in spans if s.adapter.block is not None],
+                device,
             )
             return
         short: dict[tuple[int, int], list[RowSpan]] = defaultdict(list)

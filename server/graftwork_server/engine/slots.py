@@ -10,11 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from graftwork_server.engine.staging import Pair, copies_to
 from graftwork_server.errors import ResourceExhausted
 from graftwork_server.types import LoadReport
 
@@ -126,6 +128,7 @@ class AdapterPool:
         self._groups = groups
         self._dtype = dtype
         self._device = device
+        self._copies = copies_to(device)
         self._loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()  # least recently used first
         self._blocks: dict[Ranks, list[SlotBlock]] = {}
         self._draining: set[str] = set()
@@ -180,7 +183,7 @@ class AdapterPool:
             self.used_bytes += prepared.device_bytes
             block, slot = self._take_slot(prepared) if prepared.tensors else (None, 0)
         if block is not None:
-            _copy_into(block, slot, prepared)
+            self._copies.copy(_pairs(block, slot, prepared))
         with self._changed:
             report = LoadReport(
                 modules_bound=prepared.modules_bound,
@@ -254,12 +257,12 @@ class AdapterPool:
         return block, block.free.pop(0)
 
 
-def _copy_into(block: SlotBlock, slot: int, prepared: PreparedAdapter) -> None:
-    """Writes A and B into a slot that nobody else uses."""
+def _pairs(block: SlotBlock, slot: int, prepared: PreparedAdapter) -> Iterator[Pair]:
+    """A and B of a slot that nobody else uses, each with what is written there."""
     for lora, tensors in zip(block.groups, prepared.tensors, strict=True):
         if lora is None or tensors is None:
             continue
         a, bs = tensors
-        lora.a[slot].copy_(a)
+        yield lora.a[slot], a
         for member, b in zip(lora.members, bs, strict=True):
-            member.b[slot].copy_(b)
+            yield member.b[slot], b

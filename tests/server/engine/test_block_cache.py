@@ -5,6 +5,7 @@ Without a GPU the Triton kernels run in Triton's interpreter, and varlen_attn is
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.server.engine.triton_device import DEVICE, kernels_for
 from graftwork_server.engine.attention import paged
 from graftwork_server.engine.attention.packed import causal_attention
 from graftwork_server.engine.attention.paged import Chunk, plan_attention
-from graftwork_server.engine.block_cache import BlockKVCache, kv_cache_for, usable_varlen
+from graftwork_server.engine.block_cache import BlockKVCache, kv_cache_for, torch_varlen, usable_varlen
 from graftwork_server.engine.kv_cache import BLOCK_TOKENS, KVCache, LayerShape, rows_of
 from graftwork_server.engine.triton_kernels import triton_kernels
 
@@ -156,11 +157,13 @@ def varlen(
     return output
 
 
+@functools.wraps(varlen)
 def wrong(*args: Any, window_size: tuple[int, int], **kwargs: Any) -> torch.Tensor:
     return varlen(*args, window_size=(-1, -1), **kwargs)
 
 
-def raising(*args: Any, block_table: Any, seqused_k: Any, enable_gqa: Any, window_size: Any, scale: Any) -> Any:
+@functools.wraps(varlen)
+def raising(*args: Any, **kwargs: Any) -> torch.Tensor:
     raise RuntimeError("FlashAttention 2 reads no block tables")
 
 
@@ -170,20 +173,18 @@ def of_torch_2_11(query: Any, key: Any, value: Any, cu_seq_q: Any, *, scale: Any
 
 def test_varlen_attn_is_used_where_it_answers_right() -> None:
     shape = LayerShape(2, 16, 16)
-    assert usable_varlen(shape, torch.bfloat16, DEVICE, varlen) is varlen
-    assert usable_varlen(shape, torch.bfloat16, DEVICE, raising) is None
-    assert usable_varlen(shape, torch.bfloat16, DEVICE, of_torch_2_11) is None
-    signature_of_it = usable_varlen.__globals__["inspect"].signature(varlen)
-    wrong.__signature__ = signature_of_it  # type: ignore[attr-defined]
-    assert usable_varlen(shape, torch.bfloat16, DEVICE, wrong) is None, "it forgets the window"
-    assert usable_varlen(shape, torch.float32, DEVICE, varlen) is None, "FlashAttention takes no float32"
-    assert usable_varlen(LayerShape(2, 16, 8), torch.bfloat16, DEVICE, varlen) is None
-    assert usable_varlen(LayerShape(2, 12, 12), torch.bfloat16, DEVICE, varlen) is None
+    assert usable_varlen(varlen, shape, torch.bfloat16, DEVICE) is varlen
+    assert usable_varlen(raising, shape, torch.bfloat16, DEVICE) is None
+    assert usable_varlen(of_torch_2_11, shape, torch.bfloat16, DEVICE) is None
+    assert usable_varlen(wrong, shape, torch.bfloat16, DEVICE) is None, "it forgets the window"
+    assert usable_varlen(varlen, shape, torch.float32, DEVICE) is None, "FlashAttention takes no float32"
+    assert usable_varlen(varlen, LayerShape(2, 16, 8), torch.bfloat16, DEVICE) is None
+    assert usable_varlen(varlen, LayerShape(2, 12, 12), torch.bfloat16, DEVICE) is None
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU it may be usable")
 def test_torchs_own_is_not_usable_on_a_cpu() -> None:
-    assert usable_varlen(LayerShape(2, 16, 16), torch.bfloat16, DEVICE) is None
+    assert usable_varlen(torch_varlen(), LayerShape(2, 16, 16), torch.bfloat16, DEVICE) is None
 
 
 @pytest.mark.parametrize(("window", "softcap", "calls"), [(None, None, 1), (5, None, 1), (None, 3.0, 0)])

@@ -1,4 +1,4 @@
-"""Where the Triton kernels are tested: on a GPU if there is one, else in Triton's interpreter on the CPU (tests/conftest.py)."""
+"""Where the Triton kernels are tested: on a GPU if there is one, else in Triton's interpreter (tests/conftest.py)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
+
 
 def kernels_for(
     dtype: torch.dtype, out_features: Sequence[Sequence[int]] = (), busy_programs: int = 256

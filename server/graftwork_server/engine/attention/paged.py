@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 
 from graftwork_server.engine.attention.packed import causal_attention
 from graftwork_server.engine.block_cache import AnyKVCache, BlockKVCache, DecodingRows
-from graftwork_server.engine.kv_cache import BLOCK_TOKENS, rows_of
+from graftwork_server.engine.kv_cache import BLOCK_TOKENS, KVCache, rows_of
 
 NAME = "graftwork_paged"
 
@@ -183,7 +183,7 @@ def paged_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     query, key, value = query[0], key[0], value[0]  # [heads, tokens, dim]
     # output [tokens, heads, dim]
-    if plan.native is not None and plan.cache.kernels is not None:
+    if plan.native is not None and isinstance(plan.cache, KVCache) and plan.cache.kernels is not None:
         output = plan.cache.kernels.attend(
             plan.cache.layers[layer], plan.native.description, query, key, value, scale, sliding_window, softcap
         )

@@ -50,10 +50,7 @@ def attend(
     head = kv_head * groups + group
     is_head, is_key, is_value = group < groups, key_column < key_dim, value_column < value_dim
     q = tl.load(
-        query
-        + tl.load(rows + sequence) * query_row_stride
-        + head[:, None] * query_head_stride
-        + key_column[None, :],
+        query + tl.load(rows + sequence) * query_row_stride + head[:, None] * query_head_stride + key_column[None, :],
         mask=is_head[:, None] & is_key[None, :],
         other=0.0,
     )
@@ -88,7 +85,9 @@ def attend(
         part = part * faded[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         greatest = now
     place = (sequence * kv_heads * groups + head) * SPLITS + split
-    tl.store(parts + place[:, None] * value_dim + value_column[None, :], part, mask=is_head[:, None] & is_value[None, :])
+    tl.store(
+        parts + place[:, None] * value_dim + value_column[None, :], part, mask=is_head[:, None] & is_value[None, :]
+    )
     tl.store(sums + place * 2, greatest, mask=is_head)
     tl.store(sums + place * 2 + 1, total, mask=is_head)
 
@@ -109,9 +108,7 @@ def combine(
     # Splits beyond a short sequence have seen nothing; their greatest score is -inf and their weight 0.
     weight = tl.exp(greatest - tl.max(greatest, 0))
     total = tl.sum(weight * tl.load(sums + place * 2 + 1), 0)
-    part = tl.load(
-        parts + place[:, None] * value_dim + column[None, :], mask=(column < value_dim)[None, :], other=0.0
-    )
+    part = tl.load(parts + place[:, None] * value_dim + column[None, :], mask=(column < value_dim)[None, :], other=0.0)
     answer = tl.sum(part * weight[:, None], 0) / total
     tl.store(
         output + tl.program_id(0).to(tl.int64) * value_dim + column,

@@ -57,9 +57,7 @@ class TileProducts:
 class TritonKernels:
     """The kernels for one dtype, on one device."""
 
-    def __init__(
-        self, dtype: torch.dtype, out_features: Sequence[Sequence[int]], busy_programs: int = 256
-    ) -> None:
+    def __init__(self, dtype: torch.dtype, out_features: Sequence[Sequence[int]], busy_programs: int = 256) -> None:
         """out_features: by linear group, of its members. busy_programs: how many keep the device busy; work is split
         until there are about as many."""
         self._busy_programs = busy_programs
@@ -129,8 +127,10 @@ class TritonKernels:
         in_features = x.shape[1]
         ranks = min(width, 64)
         features = 64 if x.dtype == torch.float32 else 128
-        splits = self._splits(count * (width // ranks), -(-in_features // features)) if tiles.rows == SHORT_TILE else 1
-        split_features = -(-(-(-in_features // splits)) // features) * features
+        splits = 1
+        if tiles.rows == SHORT_TILE:
+            splits = self._splits(count * (width // ranks), triton.cdiv(in_features, features))
+        split_features = triton.cdiv(triton.cdiv(in_features, splits), features) * features
         hidden = torch.empty(splits, len(x), width, dtype=torch.float32, device=x.device)
         lora.shrink[(count, width // ranks, splits)](
             x,
