@@ -47,6 +47,12 @@ def graphs_of(harness: Harness) -> Captured:
     return steps._compute
 
 
+def to_cpu(harness: Harness) -> None:
+    """The logits, where the reference's are."""
+    for rows in harness.logits.values():
+        rows[:] = [row.cpu() for row in rows]
+
+
 def run_mixed(harness: Harness, adapters: dict[str, Path], requests: int) -> list[str | None]:
     """Requests over all adapters and the base, of different lengths; the adapter's name of each."""
     refs: dict[str | None, AdapterRef | None] = {n: harness.place(n, deltas_of(path)) for n, path in adapters.items()}
@@ -54,7 +60,7 @@ def run_mixed(harness: Harness, adapters: dict[str, Path], requests: int) -> lis
     for index, prompt in enumerate(toys.prompts(requests)):
         harness.add(index, prompt, refs.get(names[index % len(names)]), max_tokens=8 + index)
     harness.run()
-    harness.logits = {key: [row.cpu() for row in rows] for key, rows in harness.logits.items()}  # type: ignore[assignment]
+    to_cpu(harness)
     return [names[index % len(names)] for index in range(requests)]
 
 
@@ -122,13 +128,13 @@ def test_loads_while_sequences_decode(directory: Path, base: BaseModel, adapters
         thread.join()
     assert len(loads) >= 8
     reference = Reference(directory, adapters)
-    harness.logits = {key: [row.cpu() for row in rows] for key, rows in harness.logits.items()}  # type: ignore[assignment]
+    to_cpu(harness)
     for index, prompt in enumerate(prompts):
         assert_greedy_matches(harness, reference, index, prompt, "a8" if index % 2 else None)
     last = loads[-1]
     harness.add(99, prompts[0], AdapterRef(digest=last, path="", strategy="lora"))
     harness.run()
-    harness.logits[99] = [row.cpu() for row in harness.logits[99]]
+    to_cpu(harness)
     assert_greedy_matches(harness, reference, 99, prompts[0], last.partition("-")[0])
 
 
