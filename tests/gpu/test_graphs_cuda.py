@@ -145,6 +145,8 @@ def test_a_forward_that_waits_for_the_device_is_not_captured() -> None:
         return x * float(x.sum())
 
     captured: Any = Captured(forward, CUDA)
+    stream = torch.cuda.current_stream()
     assert captured(1, 0) is None
+    assert torch.cuda.current_stream() == stream, "a failed capture must not leave its own stream behind"
     assert captured(1, 0) is None
     assert torch.equal(x + 1, torch.full((3,), 2.0, device=CUDA)), "the device can still be used"

@@ -174,16 +174,21 @@ class Captured:
 
     def _capture(self, rows: int, most_ranks: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         # Kernels are compiled and libraries take their workspaces in the first runs, which a capture must not see.
+        current = torch.cuda.current_stream(self._device)
         stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._forward(rows, most_ranks)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: the load thread takes memory and copies meanwhile, on a stream of its own.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self._forward(rows, most_ranks)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._forward(rows, most_ranks)
+            current.wait_stream(stream)
+            # thread_local: the load thread takes memory and copies meanwhile, on a stream of its own.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                logits = self._forward(rows, most_ranks)
+        finally:
+            # A capture that fails leaves its own stream as the current one.
+            torch.cuda.set_stream(current)
         self._pool = graph.pool()
         return graph, logits
 
