@@ -56,7 +56,9 @@ class ServerConfig(BaseModel):
     threads: int = Field(0, ge=0, le=1024)
     """CPU threads of the engine. Default: 0, all cores."""
     native_kernels: Literal["auto", "off"] = "auto"
-    """CPU kernels compiled for this machine at the first start; off: torch's own only. Default: auto."""
+    """Kernels of the engine's own, in C for CPUs, in Triton for GPUs; off: torch's only. Default: auto."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """On a GPU, decode steps are captured as CUDA graphs and replayed; off: never. Default: auto."""
     max_sequences: int = Field(64, ge=1, le=4096)
     """Sequences that are decoded together. Default: 64."""
     max_queue: int = Field(1024, ge=1, le=100_000)

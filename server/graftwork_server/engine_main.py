@@ -86,6 +86,7 @@ def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
         adapter_memory_bytes=int(settings.get("adapter_memory_bytes", 0)),
         prefix_cache=bool(settings.get("prefix_cache", True)),
         host_cache_bytes=int(settings.get("host_cache_bytes", 0)),
+        cuda_graphs=settings.get("cuda_graphs") != "off",
     )
     return EngineWorker(
         base,

@@ -37,6 +37,7 @@ ENGINE_FIELDS = (
     "quantization",
     "threads",
     "native_kernels",
+    "cuda_graphs",
     "max_sequences",
     "kv_memory_bytes",
     "prefix_cache",

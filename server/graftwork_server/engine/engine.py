@@ -9,10 +9,12 @@ import torch
 from llguidance import LLMatcher
 
 from graftwork_server.engine.adapter_pool import AdapterPool
+from graftwork_server.engine.block_cache import kv_cache_for
+from graftwork_server.engine.decode_graphs import decode_steps_for
 from graftwork_server.engine.encoder import EncoderModel, EncoderRunner
 from graftwork_server.engine.grammars import Masks, too_complex
 from graftwork_server.engine.heads import no_head, only_head
-from graftwork_server.engine.kv_cache import BLOCK_TOKENS, BlockPool, KVCache
+from graftwork_server.engine.kv_cache import BLOCK_TOKENS, BlockPool
 from graftwork_server.engine.model import BaseModel
 from graftwork_server.engine.pooling import answers
 from graftwork_server.engine.runner import ChunkLogits, Runner
@@ -27,7 +29,7 @@ from graftwork_server.types import AdapterRef
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLimits:
-    """Sizes of the engine. Bytes 0: chosen from the device's memory."""
+    """Sizes and switches of the engine. Bytes 0: chosen from the device's memory."""
 
     max_sequences: int = 64
     max_step_tokens: int = 1024
@@ -36,6 +38,8 @@ class EngineLimits:
     prefix_cache: bool = True
     host_cache_bytes: int = 0
     """Of evicted adapters in host memory."""
+    cuda_graphs: bool = True
+    """On CUDA, decode steps are replayed as graphs."""
 
 
 class Engine:
@@ -60,8 +64,11 @@ class Engine:
             self._runner: Runner | EncoderRunner = EncoderRunner(base)
             self._scheduler: Scheduler | WholeScheduler = WholeScheduler(self.adapters, _loading(request_load), **sizes)
         else:
-            cache = KVCache(base.layer_shapes, num_blocks, base.dtype, base.device, base.engine_model.kernels)
-            self._runner = Runner(base.engine_model, cache, base.device)
+            model = base.engine_model
+            cache = kv_cache_for(base.layer_shapes, num_blocks, base.dtype, base.device, model.kernels, model.triton)
+            longest = min(base.info.context_tokens, self.kv_tokens)
+            graphs = decode_steps_for(model, cache, base.device, limits.max_sequences, longest, limits.cuda_graphs)
+            self._runner = Runner(model, cache, base.device, graphs)
             self._scheduler = Scheduler(
                 self.blocks, self.adapters, _loading(request_load), prefix_cache=limits.prefix_cache, **sizes
             )

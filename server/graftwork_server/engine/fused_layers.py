@@ -18,6 +18,7 @@ from graftwork_server.engine.adapted_linear import AdaptedLinear, LinearGroup, S
 from graftwork_server.engine.attention import paged
 from graftwork_server.engine.attention.paged import AttentionPlan
 from graftwork_server.engine.fused_modules import FusedGatedMLP, FusedNorm
+from graftwork_server.engine.kv_cache import KVCache
 from graftwork_server.engine.native import NativeKernels
 from graftwork_server.engine.native.kernels import LINEAR_ROWS
 from graftwork_server.engine.native.layer import (
@@ -115,6 +116,7 @@ class FusedLayer:
         step = plan.layer_step
         if step is None or step.rotary is not rotary:
             step = plan.layer_step = _Step(self._struct, plan, rotary, self._routing.tokens, self._threads)
+        assert isinstance(plan.cache, KVCache)  # the one that has kernels
         x = hidden_states.contiguous()
         self._kernels.attend(self._address, step.address, plan.cache.layers[self._index], x, step.qkv, step.attended)
         if plan.prefill:

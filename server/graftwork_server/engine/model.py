@@ -23,12 +23,14 @@ from graftwork_server.engine.kv_cache import KVCache, LayerShape
 from graftwork_server.engine.native import NativeKernels, native_kernels
 from graftwork_server.engine.quantization import check_available, quantize_linears
 from graftwork_server.engine.routing import Routing
+from graftwork_server.engine.triton_kernels import triton_kernels
 from graftwork_server.engine.weights import SharedWeights, assign_tensors, empty_model, pack
 from graftwork_server.errors import FailedPrecondition
 from graftwork_server.types import ModelInfo
 
 if TYPE_CHECKING:
     from graftwork_server.engine.heads import BoundHead
+    from graftwork_server.engine.triton_kernels.kernels import TritonKernels
 
 log = logging.getLogger("graftwork.engine")
 
@@ -44,6 +46,8 @@ class EngineModel:
     def __init__(self, model: torch.nn.Module, kernels: NativeKernels | None = None) -> None:
         self.model = model
         self.kernels = kernels
+        self.triton: TritonKernels | None = None
+        """The kernels of a base on CUDA."""
         self.step = StepRouting()
         self.groups: list[LinearGroup] = wrap_linears(model, self.step, kernels)
         if kernels is not None:
@@ -165,7 +169,7 @@ def load_base(
     native: bool = True,
     quantization: str = "none",
 ) -> BaseModel:
-    """Loads a directory or hub id; `native` takes the engine's own CPU kernels where they can be had; `quantization`
+    """Loads a directory or hub id; `native` takes the engine's own kernels where they can be had; `quantization`
     is none, nf4 or int8 (quantization.py).
 
     Raises FailedPrecondition, saying what is wrong, if it cannot be served.
@@ -181,6 +185,8 @@ def load_base(
     expected = _probe_logprobs(model)
     weights = SharedWeights(model, device, quantization)
     engine_model = EngineModel(model, native_kernels(device, dtype) if native else None)
+    if native:
+        engine_model.triton = triton_kernels(device, dtype, [group.out_features for group in engine_model.groups])
     # int8 rounds what goes into each layer: the smallest difference may become one of a 127th.
     _check_probe(engine_model, expected, device, exact=dtype == torch.float32 and quantization != "int8")
     _fuse_layers(engine_model, shapes, settings, device)

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from graftwork_plugins import Prefix
 from graftwork_server.engine.binding import check_values, rejected
-from graftwork_server.engine.kv_cache import KVCache
+from graftwork_server.engine.block_cache import AnyKVCache
 from graftwork_server.engine.model import BaseModel, resident_model
 
 
@@ -33,7 +33,7 @@ class PrefixKV:
         """What they take."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def write(self, cache: KVCache, start: int, rows: torch.Tensor) -> None:
+    def write(self, cache: AnyKVCache, start: int, rows: torch.Tensor) -> None:
         """Writes virtual tokens [start, start + len(rows)) to cache rows `rows`."""
         part = slice(start, start + len(rows))
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):

@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from graftwork_server.engine.native import NativeKernels
 from graftwork_server.engine.slots import LoadedAdapter, SlotBlock
+
+if TYPE_CHECKING:
+    from graftwork_server.engine.triton_kernels.kernels import TritonKernels
 
 _LONG_SPAN = 32
 """Rows from which a span is worth its own GEMMs."""
@@ -55,16 +59,36 @@ class NativeSpans:
         self.hidden = torch.empty(rows * block.most_ranks)
 
 
+class SpanProducts(Protocol):
+    """The low-rank products of all spans of a forward, where one launch serves them all (triton_kernels)."""
+
+    def add(self, group: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Adds the deltas of linear group `group` to y [rows, out of all members] in place; x [rows, in]."""
+
+
 class Routing:
     """The spans of one forward, grouped for computation."""
 
-    def __init__(self, spans: Sequence[RowSpan], device: torch.device, kernels: NativeKernels | None = None) -> None:
+    def __init__(
+        self,
+        spans: Sequence[RowSpan],
+        device: torch.device,
+        kernels: NativeKernels | None = None,
+        triton: TritonKernels | None = None,
+    ) -> None:
         self._spans = spans
         self._batches: list[_Batch] = []
         self._kernels = kernels
         self._native: list[NativeSpans] = []
+        self._products: SpanProducts | None = None
         self.changed = [span for span in spans if span.adapter.changes]
         """spans of adapters that change modules in other ways than by low-rank products (changes.py)"""
+        if triton is not None:
+            self._products = triton.products(
+                [(s.start, s.end, s.adapter.block, s.adapter.slot) for s in spans if s.adapter.block is not None],
+                device,
+            )
+            return
         short: dict[tuple[int, int], list[RowSpan]] = defaultdict(list)
         for span in spans:
             if span.adapter.block is None:
@@ -83,11 +107,20 @@ class Routing:
         for together in short.values():
             self._batches.append(self._batch(sorted(together, key=lambda span: span.adapter.slot), device))
 
+    @classmethod
+    def of(cls, products: SpanProducts | None, device: torch.device) -> Routing:
+        """The routing of a captured forward, whose spans are read from the device at each replay."""
+        routing = cls((), device)
+        routing._products = products
+        return routing
+
     def __bool__(self) -> bool:
-        return bool(self._batches or self._native or self.changed)
+        return bool(self._batches or self._native or self._products or self.changed)
 
     def add_deltas(self, group: int, x: torch.Tensor, y: torch.Tensor) -> None:
         """Adds the deltas of linear group `group`: x [rows, in], y [rows, out of all members], y in place."""
+        if self._products is not None:
+            self._products.add(group, x, y)
         for native in self._native:
             lora = native.block.groups[group]
             if lora is not None and self._kernels is not None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from graftwork_server.engine.attention.paged import Chunk, plan_attention
-from graftwork_server.engine.kv_cache import BLOCK_TOKENS, KVCache, rows_of
+from graftwork_server.engine.block_cache import AnyKVCache
+from graftwork_server.engine.decode_graphs import DecodeSteps
+from graftwork_server.engine.kv_cache import BLOCK_TOKENS, rows_of
 from graftwork_server.engine.model import EngineModel
 from graftwork_server.engine.pooling import collect, head_for, trunk_states
 from graftwork_server.engine.routing import Routing, RowSpan
@@ -29,7 +31,11 @@ class ChunkLogits:
 class Runner:
     """Runs chunks on the base, with any mix of low-rank adapters, and on tuned checkpoints, one forward for each."""
 
-    def __init__(self, base: EngineModel, cache: KVCache, device: torch.device) -> None:
+    def __init__(
+        self, base: EngineModel, cache: AnyKVCache, device: torch.device, decode_steps: DecodeSteps | None = None
+    ) -> None:
+        """`decode_steps` runs the base's steps that it can run (decode_graphs.py)."""
+        self._decode_steps = decode_steps
         self._base = base
         self._cache = cache
         self._device = device
@@ -44,7 +50,13 @@ class Runner:
         results: list[ChunkLogits] = []
         with torch.inference_mode():
             for model, members in by_model.values():
-                results.extend(self._forward(model, sorted(members, key=packing_order)))
+                members.sort(key=packing_order)
+                logits = self._decode_steps.run(members) if self._decode_steps and model is self._base else None
+                if logits is None:
+                    results.extend(self._forward(model, members))
+                else:
+                    logits = logits.float()
+                    results.extend(map(ChunkLogits, members, logits.split(1), _are_finite(logits)))
         return results
 
     def discard(self, blocks: SequenceOf[int]) -> None:
@@ -86,8 +98,8 @@ class Runner:
                 torch.tensor(positions, device=self._device),
                 torch.tensor(keep, dtype=torch.int64, device=self._device),
                 plan_attention(self._cache, to_attend, self._device),
-                Routing(spans_of(chunks, counts), self._device, model.kernels),
-                Routing(spans_of(chunks, kept_counts), self._device, model.kernels),
+                Routing(spans_of(chunks, counts), self._device, model.kernels, model.triton),
+                Routing(spans_of(chunks, kept_counts), self._device, model.kernels, model.triton),
             )
         for of_chunks in states:
             for chunk, start, part in zip(chunks, starts, of_chunks.split(counts), strict=True):

@@ -90,7 +90,8 @@ def map_base_model(info: SharedWeightsInfo) -> torch.nn.Module:
     block = _open_block(info)
     views = {entry.name: _view(block, entry) for entry in info.layout}
     assign_tensors(model, views)
-    return model.eval().requires_grad_(False)
+    # Buffers that no checkpoint has, such as rotary tables, were computed on the CPU.
+    return model.to(block.device).eval().requires_grad_(False)
 
 
 def empty_model(config: Any, quantization: str = "none") -> torch.nn.Module:
@@ -208,6 +209,7 @@ def _open_block(info: SharedWeightsInfo) -> torch.Tensor:
         return torch.frombuffer(mapping, dtype=torch.uint8)
     if info.ipc is None:
         raise Internal("the weights can be mapped neither by file nor by CUDA IPC", reason="WEIGHTS_LAYOUT")
-    torch.cuda.set_device(torch.device(info.device))
+    device = torch.device("cuda", info.ipc[0])  # set_device takes no device without a number
+    torch.cuda.set_device(device)
     storage = torch.UntypedStorage._new_shared_cuda(*info.ipc)
-    return torch.empty(0, dtype=torch.uint8, device=info.device).set_(storage, 0, torch.Size((info.size_bytes,)), (1,))
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, torch.Size((info.size_bytes,)), (1,))

@@ -15,6 +15,7 @@ import torch
 from transformers import AttentionInterface
 
 from graftwork_server.engine.attention.packed import causal_attention
+from graftwork_server.engine.block_cache import AnyKVCache, BlockKVCache, DecodingRows
 from graftwork_server.engine.kv_cache import BLOCK_TOKENS, KVCache, rows_of
 
 NAME = "graftwork_paged"
@@ -75,7 +76,7 @@ class NativeStep:
 class AttentionPlan:
     """How the packed tokens of one forward attend; made once, used by every layer."""
 
-    cache: KVCache
+    cache: AnyKVCache
     new_rows: torch.Tensor
     """[tokens] cache rows that the packed tokens' keys and values are written to"""
     decode: list[DecodeBatch]
@@ -84,6 +85,8 @@ class AttentionPlan:
     """Set if the cache has kernels; they write all keys and values and decode, and `decode` is empty."""
     layer_step: Any = None
     """What whole layers computed by kernels share in this forward (fused_layers.py)."""
+    blocks: DecodingRows | None = None
+    """Set if sequences decode from a BlockKVCache; `decode` is empty then."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Chunk:
     count: int
 
 
-def plan_attention(cache: KVCache, chunks: Sequence[Chunk], device: torch.device) -> AttentionPlan:
+def plan_attention(cache: AnyKVCache, chunks: Sequence[Chunk], device: torch.device) -> AttentionPlan:
     """The plan for `chunks`, packed in this order."""
     new_rows: list[int] = []
     prefill: list[PrefillChunk] = []
@@ -116,8 +119,19 @@ def plan_attention(cache: KVCache, chunks: Sequence[Chunk], device: torch.device
         rows = torch.tensor(new_rows)
         decoding = [member for members in by_length.values() for member in members]
         return AttentionPlan(cache, rows, [], prefill, NativeStep(rows, decoding))
+    if isinstance(cache, BlockKVCache):
+        decoding = [member for members in by_length.values() for member in members]
+        blocks = _decoding_rows(decoding, row).to(device) if decoding else None
+        return AttentionPlan(cache, torch.tensor(new_rows, device=device), [], prefill, blocks=blocks)
     decode = [_decode_batch(members, device) for members in by_length.values()]
     return AttentionPlan(cache, torch.tensor(new_rows, device=device), decode, prefill)
+
+
+def _decoding_rows(members: list[tuple[int, Chunk]], tokens: int) -> DecodingRows:
+    members = sorted(members, key=lambda member: member[0])
+    tables = [chunk.block_table for _, chunk in members]
+    lengths = [chunk.start + 1 for _, chunk in members]
+    return DecodingRows.of([row for row, _ in members], tables, lengths, tokens)
 
 
 def _decode_batch(members: list[tuple[int, Chunk]], device: torch.device) -> DecodeBatch:
@@ -176,13 +190,19 @@ def paged_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     query, key, value = query[0], key[0], value[0]  # [heads, tokens, dim]
     # output [tokens, heads, dim]
-    if plan.native is not None and plan.cache.kernels is not None:
+    if plan.native is not None and isinstance(plan.cache, KVCache) and plan.cache.kernels is not None:
         output = plan.cache.kernels.attend(
             plan.cache.layers[layer], plan.native.description, query, key, value, scale, sliding_window, softcap
         )
     else:
         plan.cache.write(layer, plan.new_rows, key, value)
         output = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
+    if plan.blocks is not None:
+        assert isinstance(plan.cache, BlockKVCache)  # as plan_attention made it
+        attended = plan.cache.attend(layer, query, plan.blocks, scale, sliding_window, softcap)
+        if plan.blocks.all_rows:
+            return attended[None], None
+        output[plan.blocks.rows] = attended
     for batch in plan.decode:
         output[batch.queries] = _decode(plan.cache, layer, batch, query, scale, sliding_window, softcap)
     attend_prompts(plan, layer, query, key, value, output, scale, sliding_window, softcap)
@@ -213,7 +233,7 @@ def attend_prompts(
 
 
 def _decode(
-    cache: KVCache,
+    cache: AnyKVCache,
     layer: int,
     batch: DecodeBatch,
     query: torch.Tensor,
