@@ -48,6 +48,17 @@ def test_other_failures_are_final(server: ScriptedServer, client: graftwork.Clie
     assert len(server.seen) == 1
 
 
+def test_a_call_that_a_closing_server_broke_off_counts_as_unavailable(
+    server: ScriptedServer, client: graftwork.Client
+) -> None:
+    broken_off = fail(grpc.StatusCode.CANCELLED, message="CANCELLED")  # gRPC's own answer, which no code of ours gives
+    server.on("GetAdapter", broken_off, a.GetAdapterResponse(adapter=adapter()))
+    assert client.adapters.get("dates").adapter_id == "dates"
+    server.on("LoadAdapter", fail(grpc.StatusCode.CANCELLED, message="by the operator"))
+    with pytest.raises(graftwork.CancelledError):
+        client.adapters.load("dates")
+
+
 def test_busy_is_retried_no_sooner_than_it_asks(server: ScriptedServer, client: graftwork.Client) -> None:
     server.on("Score", fail(BUSY, retry_ms=300), g.ScoreResponse(total_logprob=-1.0))
     start = time.monotonic()

@@ -12,6 +12,9 @@ from google.rpc import error_details_pb2, status_pb2
 from graftwork.errors import BY_CODE, APIError, FieldViolation, UnknownError
 
 REQUEST_ID_KEY = "x-request-id"
+_BROKEN_OFF = "CANCELLED"
+"""gRPC's own words for a call that reached a server in the moment when it closed its port, and that nobody will answer.
+Who cancelled a call here reads other words; ours carry a reason."""
 _DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -23,6 +26,8 @@ def api_error(error: grpc.RpcError, request_id: str) -> APIError:
     """
     code = error.code()
     name = code.name if code is not None else "UNKNOWN"
+    if name == "CANCELLED" and error.details() == _BROKEN_OFF:
+        name = "UNAVAILABLE"
     trailing = _pairs(error.trailing_metadata())
     fields = _details(trailing)
     return BY_CODE.get(name, UnknownError)(
