@@ -26,7 +26,7 @@ class InProcess:
         device = torch.device("cpu")
         with tempfile.TemporaryDirectory() as cache:
             base = load_base(model_dir, device, choose_dtype(dtype, device), Path(cache))
-        self._engine = Engine(base, EngineLimits(), lambda adapter: None)
+        self._engine = Engine(base, EngineLimits(prefix_cache=False), lambda adapter: None)
         self._ids = itertools.count(1)
 
     def measure(self, job: Job) -> Measured:

@@ -18,7 +18,9 @@ class ServerProcess:
     """`graftwork serve` with `options`; `address` and `dtype` are those that it announced."""
 
     def __init__(self, options: list[str]) -> None:
-        self._command = [sys.executable, "-m", "graftwork_server", "--listen", "127.0.0.1:0", *options]
+        # The prompts of a benchmark come again and again: a cache would answer for the engine.
+        self._command = [sys.executable, "-m", "graftwork_server", "--listen", "127.0.0.1:0", "--no-prefix-cache"]
+        self._command += options
         self.address = ""
         self.dtype = ""
 
