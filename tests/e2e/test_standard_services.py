@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.e2e.serving import Server
 
 METHODS = {
-    "GenerationService": {"Generate", "Chat", "Score", "Tokenize"},
+    "GenerationService": {"Generate", "Chat", "Score", "Classify", "Embed", "Tokenize"},
     "AdapterService": {
         "CreateAdapter",
         "GetAdapter",

@@ -178,7 +178,7 @@ def embeddings(message: generation_pb2.EmbedResponse) -> types.EmbeddingResult:
 
 
 def _usage(message: generation_pb2.Usage) -> types.Usage:
-    return types.Usage(message.prompt_tokens, message.completion_tokens)
+    return types.Usage(message.prompt_tokens, message.completion_tokens, message.cached_tokens)
 
 
 def tokenization(message: generation_pb2.TokenizeResponse) -> types.Tokenization:

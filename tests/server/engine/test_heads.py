@@ -140,7 +140,7 @@ def test_a_preempted_sequence_gathers_its_state_anew(llama_dir: Path, llama: Bas
     sequence = harness.engine._scheduler.running[0]
     harness.engine._scheduler._free(sequence)  # as for a victim of preemption
     harness.engine._scheduler.running.remove(sequence)
-    harness.engine._scheduler.waiting.appendleft(sequence)
+    harness.engine._scheduler._preempted.append(sequence)
     harness.run()
     harness.pool(2, prompt, pooling="mean")
     harness.run()
