@@ -35,6 +35,11 @@ class ServerProcess:
         self.dtype, self.address = announced.groups()
         return self
 
+    @property
+    def process_id(self) -> int:
+        """Of the front."""
+        return self._process.pid
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -27,6 +27,8 @@ class Side(Protocol):
 
     versions: dict[str, str]
 
+    @property
+    def process_id(self) -> int: ...
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -45,6 +47,11 @@ class OurSide:
         self.versions: dict[str, str] = {}
         self.load_ms: list[float] = []
         """How long each adapter took to load, as the server reports it."""
+
+    @property
+    def process_id(self) -> int:
+        """Of the server."""
+        return self._server.process_id
 
     @property
     def dtype(self) -> str:
@@ -129,6 +136,11 @@ class PeerSide:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    @property
+    def process_id(self) -> int:
+        """Of the peer."""
+        return self._process.pid
 
     def measure(self, job: dict[str, Any]) -> dict[str, Any]:
         """Raises RuntimeError if the peer ends, or needs more than JOB_SECONDS."""

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import aiohttp
+import psutil
 from line_worker import Job, Measured, answer_lines, gaps_ms, with_new_tokens
 
 START_SECONDS = 300
@@ -80,8 +81,14 @@ class VllmServer:
             await asyncio.sleep(0.5)
         raise RuntimeError(f"vLLM did not start; see {self._log}")
 
+    def pause(self, still: bool) -> None:
+        """Makes the server and its engine stand still, or go on."""
+        for process in [own := psutil.Process(self._process.pid), *own.children(recursive=True)]:
+            process.send_signal(signal.SIGSTOP if still else signal.SIGCONT)
+
     def close(self) -> None:
         """Ends the server and its engine."""
+        self.pause(False)
         self._process.send_signal(signal.SIGTERM)
         try:
             self._process.wait(20)
@@ -122,6 +129,9 @@ class Vllm:
             names = [name for name in self._names if rank_of(name) <= rank]
             log = self._work / f"vllm-rank{rank}.log"
             self._servers[rank] = VllmServer(*self._settings, names, self._at_once, log)
+        # One that waits takes some of a core from the one that works.
+        for other, server in self._servers.items():
+            server.pause(other != rank)
         await self._servers[rank].wait_ready(session)
         return self._servers[rank]
 

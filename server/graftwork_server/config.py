@@ -198,7 +198,7 @@ def _from_environment(environ: Mapping[str, str]) -> Layer:
             continue
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if name not in ServerConfig.model_fields or variable != variable.upper():
-            raise ConfigError(f"environment {variable}: there is no such setting; --print-config lists all")
+            raise ConfigError(f"environment {variable}: there is no such setting; graftwork serve --help lists all")
         layer[name] = (value, f"environment {variable}")
     return layer
 
@@ -212,7 +212,7 @@ def _from_file(file: str) -> Layer:
         raise ConfigError(f"file {file}: not TOML: {error}") from None
     unknown = sorted(set(table) - set(ServerConfig.model_fields))
     if unknown:
-        raise ConfigError(f"file {file}: there is no setting {unknown[0]!r}; --print-config lists all")
+        raise ConfigError(f"file {file}: there is no setting {unknown[0]!r}; graftwork serve --help lists all")
     return {name: (value, f"file {file}") for name, value in table.items()}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwork_server.engine.adapter_pool import AdapterPool
+from graftwork_server.engine.helper_threads import compute_alone
 from graftwork_server.engine.slots import LoadedAdapter, PreparedAdapter
 from graftwork_server.types import AdapterRef
 
@@ -37,8 +38,8 @@ class Loads:
         self._prepare = prepare
         self._pool = pool
         self._stop = stop
-        self._threads = ThreadPoolExecutor(_THREADS, "load")
-        self._large = ThreadPoolExecutor(1, "load-large")
+        self._threads = ThreadPoolExecutor(_THREADS, "load", compute_alone)
+        self._large = ThreadPoolExecutor(1, "load-large", compute_alone)
         self._reading = threading.Lock()
         self._due: set[str] = set()
 

@@ -20,6 +20,7 @@ from graftwork_server.errors import (
     FailedPrecondition,
     GraftworkServerError,
     Internal,
+    NotFound,
     Unavailable,
     body_of,
     from_body,
@@ -100,12 +101,17 @@ class _CancelledByUser(Exception):
 
 
 def check_strategy(strategies: Sequence[StrategyInfo], strategy_id: str, field: str) -> None:
-    """Raises FailedPrecondition (STRATEGY_UNAVAILABLE) unless the strategy is there and can train."""
+    """Raises NotFound (STRATEGY_NOT_FOUND) unless the strategy is there, and FailedPrecondition (STRATEGY_UNAVAILABLE)
+    unless it can train."""
     strategy = next((strategy for strategy in strategies if strategy.id == strategy_id), None)
     able = [strategy.id for strategy in strategies if "train" in strategy.capabilities and not strategy.load_error]
     if strategy is None:
-        problem = f"there is no strategy {strategy_id[:100]!r}"
-    elif strategy.load_error:
+        raise NotFound(
+            f"there is no strategy {strategy_id[:100]!r}; strategies that can train: {', '.join(able) or 'none'}",
+            reason="STRATEGY_NOT_FOUND",
+            field=field,
+        )
+    if strategy.load_error:
         problem = f"strategy {strategy_id!r} could not be loaded: {strategy.load_error}"
     elif "train" not in strategy.capabilities:
         problem = f"strategy {strategy_id!r} cannot train"

@@ -408,7 +408,7 @@ async def test_a_job_whose_ground_is_gone_fails_plainly(tmp_path: Path, what: st
         done = await ended(manager, job.job_id)
         assert done.state is JobState.FAILED
         assert done.error is not None
-        reasons = {"base": "BASE_MISMATCH", "strategy": "STRATEGY_UNAVAILABLE", "dataset": "DATASET_NOT_FOUND"}
+        reasons = {"base": "BASE_MISMATCH", "strategy": "STRATEGY_NOT_FOUND", "dataset": "DATASET_NOT_FOUND"}
         assert done.error.reason == reasons[what]
         assert engine.started == []
         assert_nothing_published(hub)

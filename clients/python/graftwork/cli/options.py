@@ -40,7 +40,14 @@ FrequencyPenalty: TypeAlias = Annotated[
 MinTokens: TypeAlias = Annotated[int | None, typer.Option("--min-tokens", help="Tokens before any end.")]
 JsonSchema: TypeAlias = Annotated[
     Path | None,
-    typer.Option("--json-schema", metavar="FILE", help="A JSON schema that the output must follow.", exists=True),
+    typer.Option(
+        "--json-schema",
+        metavar="FILE",
+        help="A JSON schema that the output must follow.",
+        exists=True,
+        dir_okay=False,
+        readable=True,
+    ),
 ]
 Regex: TypeAlias = Annotated[str | None, typer.Option("--regex", help="Pattern that the whole output must match.")]
 Choice: TypeAlias = Annotated[

@@ -165,11 +165,11 @@ class NativeKernels:
         self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], scales: Sequence[float]
     ) -> list[bool]:
         """targets[i] = sources[i] [rows, columns]^T * scales[i]; the targets, of as many elements, hold them dense. For
-        each, whether all its values are finite."""
+        each, whether all its values are finite. By the calling thread alone (helper_threads.py)."""
         items = [[s.data_ptr(), t.data_ptr(), *s.shape] for s, t in zip(sources, targets, strict=True)]
         table, factors = torch.tensor(items), torch.tensor(scales, dtype=torch.float64)
         finite = torch.empty(len(items), dtype=torch.int64)
-        self._transpose(table.data_ptr(), factors.data_ptr(), finite.data_ptr(), len(items), self.threads)
+        self._transpose(table.data_ptr(), factors.data_ptr(), finite.data_ptr(), len(items), 1)
         return finite.bool().tolist()
 
 
