@@ -8,7 +8,7 @@ not touched.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -99,10 +99,7 @@ class Routing:
             else:
                 short[id(span.adapter.block), length].append(span)
         if kernels is not None:
-            by_block: dict[int, list[RowSpan]] = defaultdict(list)
-            for together in short.values():
-                by_block[id(together[0].adapter.block)].extend(together)
-            self._native = [NativeSpans(together) for together in by_block.values()]
+            self._native = _by_block(span for together in short.values() for span in together)
             return
         for together in short.values():
             self._batches.append(self._batch(sorted(together, key=lambda span: span.adapter.slot), device))
@@ -141,11 +138,7 @@ class Routing:
 
     def layer_spans(self) -> list[NativeSpans]:
         """The spans of low-rank deltas by block of slots, of whatever length, for kernels that compute whole layers."""
-        by_block: dict[int, list[RowSpan]] = defaultdict(list)
-        for span in self._spans:
-            if span.adapter.block is not None:
-                by_block[id(span.adapter.block)].append(span)
-        return [NativeSpans(together) for together in by_block.values()]
+        return _by_block(self._spans)
 
     @staticmethod
     def _batch(spans: list[RowSpan], device: torch.device) -> _Batch:
@@ -163,3 +156,12 @@ class Routing:
         if not contiguous_slots:
             slot_index = torch.tensor(slots, device=device)
         return _Batch(block, slot_index, len(spans), length, rows)
+
+
+def _by_block(spans: Iterable[RowSpan]) -> list[NativeSpans]:
+    """The spans of low-rank deltas, those over slots of one block together."""
+    by_block: dict[int, list[RowSpan]] = defaultdict(list)
+    for span in spans:
+        if span.adapter.block is not None:
+            by_block[id(span.adapter.block)].append(span)
+    return [NativeSpans(together) for together in by_block.values()]
