@@ -218,8 +218,12 @@ static void norm_part(const bf16 *x, const float *weight, bf16 *y, int64_t rows,
 // y = a + b, rounded.
 static void add_part(const bf16 *a, const bf16 *b, bf16 *y, int64_t size) {
 #pragma omp for schedule(static) nowait
-    for (int64_t start = 0; start < size; start += CHUNK)
-        for (int64_t i = start; i < size && i < start + CHUNK; i++) y[i] = narrow(widen(a[i]) + widen(b[i]));
+    for (int64_t start = 0; start < size; start += CHUNK) {
+        const int64_t end = start + CHUNK < size ? start + CHUNK : size;
+        int64_t i = start;
+        for (; i + 16 <= end; i += 16) narrow_16(y + i, _mm512_add_ps(widen_16(a + i), widen_16(b + i)));
+        for (; i < end; i++) y[i] = narrow(widen(a[i]) + widen(b[i]));
+    }
 }
 
 // y = silu(gate) * up for rows of gate and up side by side.
