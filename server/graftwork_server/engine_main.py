@@ -22,6 +22,7 @@ from graftwork_server.engine.describe import base_info
 from graftwork_server.engine.encoder import load_model
 from graftwork_server.engine.engine import EngineLimits
 from graftwork_server.engine.model import choose_device, choose_dtype
+from graftwork_server.engine.model_files import model_dir
 from graftwork_server.engine.worker import EngineWorker
 from graftwork_server.errors import body_of
 from graftwork_server.logs import set_up
@@ -72,7 +73,7 @@ def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
     dtype = choose_dtype(str(settings.get("dtype", "auto")), device)
     source = settings.get("model") or str(Path(__file__).parent / "base_model")
     base = load_model(
-        str(source),
+        model_dir(str(source)),
         device,
         dtype,
         Path(settings["cache_dir"]),
