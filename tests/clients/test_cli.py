@@ -124,6 +124,7 @@ def test_generate_logprobs_as_text(server: ScriptedServer, run: Any) -> None:
         ["nonsense"],
         ["adapter", "show", "dates@x"],
         ["adapter", "delete", "dates@1"],
+        ["adapter", "versions", "dates@1"],
         ["adapter", "create", "dates", "/nowhere/at/all"],
         ["dataset", "check", "/nowhere/at/all"],
         ["tune", "create", "--strategy", "lora", "--data", "/nowhere", "--adapter", "x"],
@@ -215,8 +216,11 @@ def test_adapter_commands(server: ScriptedServer, run: Any, tmp_path: Path) -> N
     report = a.LoadReport(modules_bound=12, rank=8, device_bytes=2000, load_ms=3.25)
     server.on("CreateAdapter", a.CreateAdapterResponse(adapter=adapter(loaded=True), load_report=report))
     server.on("ListAdapters", a.ListAdaptersResponse(adapters=[adapter(), adapter("much-longer")]))
+    newer = adapter(version=2, loaded=True, pinned=True)
+    server.on("ListVersions", a.ListVersionsResponse(versions=[newer, adapter()]))
     server.on("LoadAdapter", a.LoadAdapterResponse(adapter=adapter(), load_report=report))
-    server.on("UnloadAdapter", a.UnloadAdapterResponse(adapter=adapter()))
+    unpinned = a.UnloadAdapterResponse(adapter=adapter(), unpinned=True)
+    server.on("UnloadAdapter", a.UnloadAdapterResponse(adapter=adapter()), unpinned)
     server.on("PinAdapter", a.PinAdapterResponse(adapter=adapter(pinned=True), load_report=report))
     server.on("UnpinAdapter", a.UnpinAdapterResponse(adapter=adapter()))
     server.on("DeleteAdapter", a.DeleteAdapterResponse(deleted_versions=2))
@@ -227,15 +231,22 @@ def test_adapter_commands(server: ScriptedServer, run: Any, tmp_path: Path) -> N
     upload = server.requests("CreateAdapter")[0][0].upload
     assert (upload.strategy, upload.new_version, upload.load) == ("lora", True, True)
     header, first, second = run("adapter", "list").stdout.splitlines()
-    assert header.split() == ["ADAPTER", "VERSION", "STRATEGY", "LOADED", "RANK", "SIZE", "CREATED"]
-    assert first.split() == ["dates", "1", "lora", "no", "8", "1.5", "MB", "-"]
+    assert header.split() == ["ADAPTER", "VERSION", "STRATEGY", "LOADED", "PINNED", "RANK", "SIZE", "CREATED"]
+    assert first.split() == ["dates", "1", "lora", "no", "no", "8", "1.5", "MB", "-"]
     assert header.index("VERSION") == second.index("1")
     ids = [item["adapter_id"] for item in objects(run("adapter", "list", "--json"))[0]]
     assert ids == ["dates", "much-longer"]
+    header, newest, oldest = run("adapter", "versions", "dates").stdout.splitlines()
+    assert header.split()[:4] == ["VERSION", "STRATEGY", "LOADED", "PINNED"]
+    assert newest.split()[:4] == ["dates@2", "lora", "yes", "yes"]
+    assert oldest.startswith("dates@1")
+    assert server.requests("ListVersions")[0].parent == "adapters/dates"
+    assert [item["version"] for item in objects(run("adapter", "versions", "dates", "--json"))[0]] == [2, 1]
     assert "dates@1" in run("adapter", "show", "dates").stdout
     assert run("adapter", "load", "dates@1").stdout.startswith("loaded dates@1\n")
     assert objects(run("adapter", "load", "dates", "--json"))[0]["load_report"]["modules_bound"] == 12
     assert run("adapter", "unload", "dates").stdout == "unloaded dates@1\n"
+    assert run("adapter", "unload", "dates").stdout == "unloaded dates@1; it was pinned, and is no more\n"
     assert run("adapter", "pin", "dates").stdout.startswith("pinned dates@1\n")
     assert objects(run("adapter", "pin", "dates", "--json"))[0]["pinned"] is True
     assert run("adapter", "unpin", "dates").stdout == "unpinned dates@1\n"

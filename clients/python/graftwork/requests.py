@@ -340,15 +340,39 @@ def list_adapters(page_size: int, token: str) -> Unary[adapters_pb2.ListAdapters
     )
 
 
-def delete_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.DeleteAdapterResponse, int]:
-    """DeleteAdapter. Raises ValueError for a version: whoever names one does not mean all of them."""
+def list_versions(
+    adapter: str | types.Adapter, page_size: int, token: str
+) -> Unary[adapters_pb2.ListVersionsResponse, Page[types.Adapter]]:
+    """ListVersions, one page. Raises ValueError for a single version."""
+    return Unary(
+        path=_ADAPTERS + "ListVersions",
+        request=adapters_pb2.ListVersionsRequest(
+            parent=_whole_adapter(adapter, "the versions of an adapter are listed"),
+            page_size=page_size,
+            page_token=token,
+        ),
+        response=adapters_pb2.ListVersionsResponse,
+        parse=responses.version_page,
+        retry=True,
+    )
+
+
+def _whole_adapter(adapter: str | types.Adapter, what: str) -> str:
+    """The resource name without a version. Raises ValueError, beginning with `what`, where one is named."""
     if isinstance(adapter, types.Adapter):
         adapter = adapter.adapter_id
     if "@" in adapter or "/versions/" in adapter:
-        raise ValueError(f"{adapter!r}: an adapter is deleted with all its versions; give its id without a version")
+        raise ValueError(f"{adapter!r}: {what}; give its id without a version")
+    return adapter_name(adapter)
+
+
+def delete_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.DeleteAdapterResponse, int]:
+    """DeleteAdapter. Raises ValueError for a version: whoever names one does not mean all of them."""
     return Unary(
         path=_ADAPTERS + "DeleteAdapter",
-        request=adapters_pb2.DeleteAdapterRequest(name=adapter_name(adapter)),
+        request=adapters_pb2.DeleteAdapterRequest(
+            name=_whole_adapter(adapter, "an adapter is deleted with all its versions")
+        ),
         response=adapters_pb2.DeleteAdapterResponse,
         parse=lambda message: message.deleted_versions,
         retry=False,
@@ -372,7 +396,7 @@ def unload_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.UnloadAda
         path=_ADAPTERS + "UnloadAdapter",
         request=adapters_pb2.UnloadAdapterRequest(name=adapter_name(adapter)),
         response=adapters_pb2.UnloadAdapterResponse,
-        parse=responses.adapter,
+        parse=responses.unloaded_adapter,
         retry=True,
     )
 

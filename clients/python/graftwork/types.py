@@ -212,7 +212,8 @@ class LoadReport:
 class Adapter:
     """An adapter and its newest version, or the version that was asked for.
 
-    tuning_job is "" for an uploaded one. load_report is set by create(load=True), load() and pin() only.
+    tuning_job is "" for an uploaded one. load_report is set by create(load=True), load() and pin() only; unpinned by
+    unload(): true if that ended a pin.
     """
 
     name: str
@@ -229,6 +230,7 @@ class Adapter:
     rank: int
     pinned: bool = False
     load_report: LoadReport | None = None
+    unpinned: bool = False
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,16 @@ class AdapterService(AdapterServiceServicer):
         )
         return pb.ListAdaptersResponse(adapters=[self._message(version) for version in versions], next_page_token=token)
 
+    async def ListVersions(self, request: pb.ListVersionsRequest, context: Context) -> pb.ListVersionsResponse:
+        """An adapter's versions, newest first, a page at a time."""
+        versions, token = await asyncio.to_thread(
+            self._hub.registry.list_versions,
+            adapter_id(request.parent, "parent"),
+            request.page_size,
+            request.page_token,
+        )
+        return pb.ListVersionsResponse(versions=[self._message(version) for version in versions], next_page_token=token)
+
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
         """Forgets an adapter; its files and its place on the device go once nobody uses them."""
         versions = await to_its_end(self._hub.delete_adapter, adapter_id(request.name))
@@ -87,10 +97,11 @@ class AdapterService(AdapterServiceServicer):
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:
         """Takes a version off the device once its running requests have ended."""
         version = await self._version(request.name)
-        if version.pinned:
+        unpinned = version.pinned
+        if unpinned:
             version = await self._set_pinned(version, False)
         await self._engine.unload(version.digest)
-        return pb.UnloadAdapterResponse(adapter=self._message(version))
+        return pb.UnloadAdapterResponse(adapter=self._message(version), unpinned=unpinned)
 
     async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.PinAdapterResponse:
         """Loads a version and keeps it on the device."""

@@ -50,6 +50,11 @@ class AdapterServiceStub:
                 request_serializer=graftwork_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=graftwork_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.ListVersions = channel.unary_unary(
+                '/graftwork.v1.AdapterService/ListVersions',
+                request_serializer=graftwork_dot_v1_dot_adapters__pb2.ListVersionsRequest.SerializeToString,
+                response_deserializer=graftwork_dot_v1_dot_adapters__pb2.ListVersionsResponse.FromString,
+                _registered_method=True)
         self.DeleteAdapter = channel.unary_unary(
                 '/graftwork.v1.AdapterService/DeleteAdapter',
                 request_serializer=graftwork_dot_v1_dot_adapters__pb2.DeleteAdapterRequest.SerializeToString,
@@ -97,6 +102,13 @@ class AdapterServiceServicer:
 
     def ListAdapters(self, request, context):
         """Lists adapters by id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVersions(self, request, context):
+        """Lists the versions of one adapter, newest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -156,6 +168,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.ListAdapters,
                     request_deserializer=graftwork_dot_v1_dot_adapters__pb2.ListAdaptersRequest.FromString,
                     response_serializer=graftwork_dot_v1_dot_adapters__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'ListVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVersions,
+                    request_deserializer=graftwork_dot_v1_dot_adapters__pb2.ListVersionsRequest.FromString,
+                    response_serializer=graftwork_dot_v1_dot_adapters__pb2.ListVersionsResponse.SerializeToString,
             ),
             'DeleteAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteAdapter,
@@ -265,6 +282,33 @@ class AdapterService:
             '/graftwork.v1.AdapterService/ListAdapters',
             graftwork_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
             graftwork_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graftwork.v1.AdapterService/ListVersions',
+            graftwork_dot_v1_dot_adapters__pb2.ListVersionsRequest.SerializeToString,
+            graftwork_dot_v1_dot_adapters__pb2.ListVersionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

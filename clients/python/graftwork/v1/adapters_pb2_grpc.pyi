@@ -39,6 +39,8 @@ class AdapterServiceStub:
     """Returns one adapter."""
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
     """Lists adapters by id."""
+    ListVersions: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListVersionsRequest, _adapters_pb2.ListVersionsResponse]
+    """Lists the versions of one adapter, newest first."""
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]
     """Deletes an adapter with all its versions. Requests already running finish."""
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
@@ -65,6 +67,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Returns one adapter."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     """Lists adapters by id."""
+    ListVersions: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListVersionsRequest, _adapters_pb2.ListVersionsResponse]  # type: ignore[assignment]
+    """Lists the versions of one adapter, newest first."""
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
     """Deletes an adapter with all its versions. Requests already running finish."""
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
@@ -106,6 +110,14 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.ListAdaptersResponse, _abc.Awaitable[_adapters_pb2.ListAdaptersResponse]]:
         """Lists adapters by id."""
+
+    @_abc_1.abstractmethod
+    def ListVersions(
+        self,
+        request: _adapters_pb2.ListVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.ListVersionsResponse, _abc.Awaitable[_adapters_pb2.ListVersionsResponse]]:
+        """Lists the versions of one adapter, newest first."""
 
     @_abc_1.abstractmethod
     def DeleteAdapter(
