@@ -269,6 +269,9 @@ def test_strategy_commands(server: ScriptedServer, run: Any) -> None:
     assert objects(run("strategy", "show", "lora", "--json"))[0]["config_schema"] == schema
 
 
+ESTIMATE = "3 steps, 1,234 parameters, 2.5 MB more memory, artifact 900 B"
+
+
 @pytest.fixture
 def tuning(server: ScriptedServer, tmp_path: Path) -> list[str]:
     data = tmp_path / "d.jsonl"
@@ -281,7 +284,9 @@ def tuning(server: ScriptedServer, tmp_path: Path) -> list[str]:
         return t.UploadDatasetResponse(dataset=t.Dataset(name=f"datasets/{name}", dataset_id=name))
 
     server.on("UploadDataset", store)
-    server.on("CreateTuningJob", t.CreateTuningJobResponse(job=job(t.TUNING_JOB_STATE_PENDING)))
+    estimate = t.TuningEstimate(trained_parameters=1234, memory_bytes=2_500_000, artifact_bytes=900, total_steps=3)
+    pending = job(t.TUNING_JOB_STATE_PENDING, estimate=estimate)
+    server.on("CreateTuningJob", t.CreateTuningJobResponse(job=pending))
     server.on(
         "WatchTuningJob",
         [
@@ -310,13 +315,16 @@ def test_tune_create(server: ScriptedServer, run: Any, tuning: list[str]) -> Non
     assert (config["rank"], config["learning_rate"]) == (16.0, 2e-4)
     assert (config["target_modules"], config["x"], config["load"]) == ("all-linear", "", None)
     assert list(config["names"]) == ["a"]
-    assert run(*tuning).stdout.startswith("job       j1\n")
+    shown = run(*tuning).stdout
+    assert shown.startswith("job       j1\n")
+    assert f"estimate  {ESTIMATE}\n" in shown
 
 
 def test_tune_follow_in_plain_lines(run: Any, tuning: list[str]) -> None:
     lines = run(*tuning, "--follow").stdout.splitlines()
-    assert lines[:7] == [
+    assert lines[:8] == [
         "job j1",
+        f"estimate  {ESTIMATE}",
         "running",
         "step 1/3  loss 1.5000  lr 2.00e-04  1234 tok/s  ETA 5.0s",
         "step 1  held-out loss 0.2500",
@@ -325,6 +333,7 @@ def test_tune_follow_in_plain_lines(run: Any, tuning: list[str]) -> None:
         "succeeded",
     ]
     assert "version        adapters/dates/versions/2" in lines
+    assert "training loss  0.5000, the mean of the last tenth of the steps" in lines
     assert "trained        10 parameters in 1m05s" in lines
 
 
