@@ -47,6 +47,12 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
     assert "config.json" in line
 
 
+def test_a_kv_cache_that_holds_nothing_useful_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    code, line = failure("--model", str(model_dir), "--data-dir", str(tmp_path / "data"), "--kv-memory-bytes", "4096")
+    assert code == 1
+    assert "--kv-memory-bytes: the KV cache holds 16 tokens" in line
+
+
 def test_a_hub_id_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
         serve_command("--model", "graftwork-toys/none", "--data-dir", str(tmp_path / "data")),
