@@ -40,6 +40,8 @@ from graftwork.types import Generation, Message
 
 Ask: TypeAlias = Callable[[Messages], GenerationStream]
 """Sends a conversation."""
+_FULL = ("PROMPT_TOO_LONG", "KV_CACHE_TOO_SMALL")
+"""Why the server takes no more of a conversation."""
 
 
 def chat(
@@ -118,6 +120,8 @@ def _converse(ask: Ask, opening: list[Message], as_json: bool) -> None:
             if not interactive or isinstance(error, UnavailableError):
                 raise
             print(f"error: {error}", file=sys.stderr)
+            if history != opening and error.reason in _FULL:
+                print("(the conversation has become too long; /reset begins a new one)", file=sys.stderr)
             continue
         history += [turn, Message(role="assistant", content=answer.text)]
 
@@ -134,6 +138,9 @@ def _lines(interactive: bool, as_json: bool) -> Iterator[str]:
         except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            print()  # the shell's prompt belongs on a line of its own
+            raise
         if line:
             yield line
 
