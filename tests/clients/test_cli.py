@@ -374,6 +374,8 @@ def test_dataset_check(server: ScriptedServer, run: Any, tmp_path: Path) -> None
     assert lines[:3] == [f"{data}:2: reason 2", f"{data}:7: reason 7", "... and 3 more bad lines"]
     assert server.requests("ValidateDataset")[0][0].check.max_sequence_tokens == 32
     assert objects(run("dataset", "check", str(data), "--json", code=1))[0]["error_count"] == 5
+    server.on("ValidateDataset", t.ValidateDatasetResponse(errors=[t.LineError(reason="no rows")], error_count=1))
+    assert run("dataset", "check", str(data), code=1).stdout.startswith(f"{data}: no rows\n")
     server.on("ValidateDataset", t.ValidateDatasetResponse(valid=True, format=t.DATASET_FORMAT_CHAT))
     assert "chat" in run("dataset", "check", str(data)).stdout
 

@@ -263,7 +263,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class LineError:
-    """A line (from 1) that cannot be used, and what would be accepted."""
+    """A line (from 1; 0: the data set as a whole) that cannot be used, and what would be accepted."""
 
     line: int
     reason: str

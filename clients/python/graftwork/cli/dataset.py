@@ -40,7 +40,8 @@ def check(
 
 def _print(report: DatasetReport, file: Path) -> None:
     for error in report.errors:
-        print(output.readable(f"{file}:{error.line}: {error.reason}"))
+        place = f"{file}:{error.line}" if error.line else str(file)
+        print(output.readable(f"{place}: {error.reason}"))
     hidden = report.error_count - len(report.errors)
     if hidden > 0:
         print(f"... and {hidden} more bad lines")
