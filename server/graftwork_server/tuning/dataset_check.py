@@ -1,7 +1,8 @@
 """Checks a data set's file away from the event loop: a small one in a thread, a large one in a process of its own,
 because tokenising millions of rows in this process would take the interpreter from the token streams.
 
-`python -m graftwork_server.tuning.dataset_check FILE MAX_SEQUENCE_TOKENS CONTEXT_TOKENS [TOKENIZER_DIR]` prints the report as JSON.
+`python -m graftwork_server.tuning.dataset_check FILE MAX_SEQUENCE_TOKENS CONTEXT_TOKENS [TOKENIZER_DIR]` prints the
+report as JSON.
 """
 
 from __future__ import annotations
