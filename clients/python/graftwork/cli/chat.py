@@ -11,27 +11,8 @@ from typing import Annotated, TypeAlias
 import typer
 
 from graftwork.cli import output
-from graftwork.cli.options import (
-    Address,
-    AsJson,
-    CacheSalt,
-    Choice,
-    FrequencyPenalty,
-    JsonSchema,
-    MaxTokens,
-    MinP,
-    MinTokens,
-    Model,
-    PresencePenalty,
-    Priority,
-    Regex,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-)
+from graftwork.cli.options import Address, AsJson, CacheSalt, Model, Priority
+from graftwork.cli.sampling import takes_sampling
 from graftwork.cli.session import session
 from graftwork.errors import APIError, UnavailableError
 from graftwork.requests import Messages, SamplingOptions
@@ -44,24 +25,13 @@ _FULL = ("PROMPT_TOO_LONG", "KV_CACHE_TOO_SMALL")
 """Why the server takes no more of a conversation."""
 
 
+@takes_sampling
 def chat(
     ctx: typer.Context,
     model: Model,
     system: Annotated[str | None, typer.Option("--system", help="The system message.")] = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-    stop: Stop = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    presence_penalty: PresencePenalty = None,
-    frequency_penalty: FrequencyPenalty = None,
-    min_tokens: MinTokens = None,
-    json_schema: JsonSchema = None,
-    regex: Regex = None,
-    choice: Choice = None,
+    *,
+    sampling: SamplingOptions,
     cache_salt: CacheSalt = None,
     priority: Priority = None,
     as_json: AsJson = False,
@@ -71,27 +41,11 @@ def chat(
 
     When stdin is not a terminal, each of its lines is one message. With --json, each answer is one line of JSON.
     """
-    options = SamplingOptions(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=stop,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        min_tokens=min_tokens,
-        json_schema=json_schema.read_text("utf-8") if json_schema else None,
-        regex=regex,
-        choice=choice,
-    )
     with session(ctx, address, as_json) as client:
 
         def ask(messages: Messages) -> GenerationStream:
             running: GenerationStream = client.chat(
-                model, messages, stream=True, cache_salt=cache_salt, priority=priority, **options
+                model, messages, stream=True, cache_salt=cache_salt, priority=priority, **sampling
             )
             return running
 

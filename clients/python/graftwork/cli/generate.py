@@ -8,27 +8,8 @@ from typing import Annotated
 import typer
 
 from graftwork.cli import output
-from graftwork.cli.options import (
-    Address,
-    AsJson,
-    CacheSalt,
-    Choice,
-    FrequencyPenalty,
-    JsonSchema,
-    MaxTokens,
-    MinP,
-    MinTokens,
-    Model,
-    PresencePenalty,
-    Priority,
-    Regex,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-)
+from graftwork.cli.options import Address, AsJson, CacheSalt, Model, Priority
+from graftwork.cli.sampling import takes_sampling
 from graftwork.cli.session import session
 from graftwork.requests import SamplingOptions
 from graftwork.streams import GenerationStream
@@ -39,28 +20,17 @@ TokenIds = Annotated[
 ]
 
 
+@takes_sampling
 def generate(
     ctx: typer.Context,
     model: Model,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text to continue.")] = None,
     token_ids: TokenIds = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-    stop: Stop = None,
+    *,
+    sampling: SamplingOptions,
     logprobs: Annotated[
         int | None, typer.Option("--logprobs", help="Show so many most likely tokens at each step, 0: the chosen one.")
     ] = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    presence_penalty: PresencePenalty = None,
-    frequency_penalty: FrequencyPenalty = None,
-    min_tokens: MinTokens = None,
-    json_schema: JsonSchema = None,
-    regex: Regex = None,
-    choice: Choice = None,
     n: Annotated[int | None, typer.Option("--n", help="Completions to return.")] = None,
     best_of: Annotated[int | None, typer.Option("--best-of", help="Sample so many and return the best N.")] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Begin with the prompt.")] = False,
@@ -72,27 +42,14 @@ def generate(
 ) -> None:
     """Continue a prompt; the text is printed as it comes."""
     given = _prompt(prompt, token_ids)
-    options = SamplingOptions(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=stop,
-        logprobs=logprobs,
-        ignore_eos=ignore_eos,
-        n=n,
-        best_of=best_of,
-        echo=echo,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        min_tokens=min_tokens,
-        json_schema=json_schema.read_text("utf-8") if json_schema else None,
-        regex=regex,
-        choice=choice,
-    )
+    options: SamplingOptions = {
+        **sampling,
+        "logprobs": logprobs,
+        "ignore_eos": ignore_eos,
+        "n": n,
+        "best_of": best_of,
+        "echo": echo,
+    }
     with session(ctx, address, as_json) as client:
         if as_json or (n or 1) > 1:
             answer = client.generate(model, given, cache_salt=cache_salt, priority=priority, **options)
