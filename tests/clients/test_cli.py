@@ -174,6 +174,8 @@ def test_errors_as_json(server: ScriptedServer, run: Any) -> None:
 def test_no_server_exits_with_3(run: Any) -> None:
     result = run("--address", "127.0.0.1:1", "adapter", "list", code=3)
     assert result.stderr == "error: no server listens on 127.0.0.1:1; start one with: graftwork serve\n"
+    unknown = run("--address", "nowhere.invalid:1", "adapter", "list", code=3)
+    assert unknown.stderr == "error: the host of nowhere.invalid:1 is not known\n"
     assert "127.0.0.1:2" in run("adapter", "list", "--address", "127.0.0.1:2", code=3).stderr
 
 

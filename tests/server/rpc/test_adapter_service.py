@@ -146,6 +146,19 @@ async def test_unloading_says_that_it_ended_a_pin(server):
     assert not (await server.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="adapters/a"))).unpinned
 
 
+async def test_files_that_another_version_pins_are_not_unloaded(server, refused):
+    await create(server, "a", files_of("same"))
+    await create(server, "b", files_of("same"))
+    await server.adapters.PinAdapter(pb.PinAdapterRequest(name="adapters/a"))
+    error = await refused(server.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="adapters/b")))
+    assert (error.code, error.reason) == ("FAILED_PRECONDITION", "ADAPTER_PINNED")
+    pinned = (await get(server, "adapters/a")).adapter
+    assert (pinned.pinned, pinned.loaded) == (True, True)
+    await server.adapters.UnpinAdapter(pb.UnpinAdapterRequest(name="adapters/a"))
+    unloaded = await server.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="adapters/b"))
+    assert not unloaded.adapter.loaded
+
+
 async def test_load_unload_delete(server, refused):
     await create(server, "a")
     name = "adapters/a"

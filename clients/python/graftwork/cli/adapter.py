@@ -61,7 +61,7 @@ def list_(ctx: typer.Context, as_json: AsJson = False, address: Address = None) 
 
 @app.command()
 def versions(ctx: typer.Context, adapter_id: AdapterId, as_json: AsJson = False, address: Address = None) -> None:
-    """List an adapter's versions, newest first; ID@VERSION serves one of them."""
+    """List an adapter's versions, newest first. ID@VERSION serves one of them."""
     with session(ctx, address, as_json) as client:
         found = list(client.adapters.versions(adapter_id))
         if as_json:
@@ -85,7 +85,7 @@ def show(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, addre
 
 @app.command()
 def load(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, address: Address = None) -> None:
-    """Load an adapter beside the base now, so that its first request need not wait."""
+    """Load an adapter beside the base now. Its first request then need not wait."""
     with session(ctx, address, as_json) as client:
         loaded = client.adapters.load(adapter)
         _show(loaded, as_json, f"loaded {loaded.adapter_id}@{loaded.version}")
@@ -93,7 +93,7 @@ def load(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, addre
 
 @app.command()
 def unload(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, address: Address = None) -> None:
-    """Take an adapter off the device and end its pin, if it has one; its next request loads it again."""
+    """Take an adapter off the device. That ends its pin, if it has one. Its next request loads it again."""
     with session(ctx, address, as_json) as client:
         unloaded = client.adapters.unload(adapter)
         if as_json:
@@ -105,7 +105,7 @@ def unload(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, add
 
 @app.command()
 def pin(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, address: Address = None) -> None:
-    """Load an adapter and keep it on the device, over restarts too, until it is unpinned, unloaded or deleted."""
+    """Load an adapter and keep it on the device. Over restarts too, until it is unpinned, unloaded or deleted."""
     with session(ctx, address, as_json) as client:
         pinned = client.adapters.pin(adapter)
         _show(pinned, as_json, f"pinned {pinned.adapter_id}@{pinned.version}")

@@ -130,7 +130,7 @@ class AdapterServiceServicer:
 
     def UnloadAdapter(self, request, context):
         """Takes a version off the device once the requests that use it have ended. It stays servable: the next request loads it again.
-        A pinned version is unpinned by it.
+        A pinned version is unpinned by it; another pinned version with the same files is a FAILED_PRECONDITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -47,7 +47,7 @@ class AdapterServiceStub:
     """Loads a version beside the base now, so that its first request does not wait for the disk."""
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
     """Takes a version off the device once the requests that use it have ended. It stays servable: the next request loads it again.
-    A pinned version is unpinned by it.
+    A pinned version is unpinned by it; another pinned version with the same files is a FAILED_PRECONDITION.
     """
     PinAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.PinAdapterResponse]
     """Loads a version and keeps it on the device: it is never evicted until it is unpinned, unloaded or deleted. The pin outlives
@@ -75,7 +75,7 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Loads a version beside the base now, so that its first request does not wait for the disk."""
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """Takes a version off the device once the requests that use it have ended. It stays servable: the next request loads it again.
-    A pinned version is unpinned by it.
+    A pinned version is unpinned by it; another pinned version with the same files is a FAILED_PRECONDITION.
     """
     PinAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.PinAdapterResponse]  # type: ignore[assignment]
     """Loads a version and keeps it on the device: it is never evicted until it is unpinned, unloaded or deleted. The pin outlives
@@ -142,7 +142,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapters_pb2.UnloadAdapterResponse]]:
         """Takes a version off the device once the requests that use it have ended. It stays servable: the next request loads it again.
-        A pinned version is unpinned by it.
+        A pinned version is unpinned by it; another pinned version with the same files is a FAILED_PRECONDITION.
         """
 
     @_abc_1.abstractmethod
