@@ -373,7 +373,7 @@ def test_dataset_check(server: ScriptedServer, run: Any, tmp_path: Path) -> None
     bad = [t.LineError(line=n, reason=f"reason {n}") for n in (2, 7)]
     server.on("ValidateDataset", t.ValidateDatasetResponse(errors=bad, error_count=5, row_count=1))
     lines = run("dataset", "check", str(data), "--max-sequence-tokens", "32", code=1).stdout.splitlines()
-    assert lines[:3] == [f"{data}:2: reason 2", f"{data}:7: reason 7", "... and 3 more bad lines"]
+    assert lines[:3] == [f"{data}:2: reason 2", f"{data}:7: reason 7", "... and 3 more problems"]
     assert server.requests("ValidateDataset")[0][0].check.max_sequence_tokens == 32
     assert objects(run("dataset", "check", str(data), "--json", code=1))[0]["error_count"] == 5
     server.on("ValidateDataset", t.ValidateDatasetResponse(errors=[t.LineError(reason="no rows")], error_count=1))

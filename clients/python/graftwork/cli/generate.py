@@ -41,7 +41,7 @@ def generate(
     address: Address = None,
 ) -> None:
     """Continue a prompt; the text is printed as it comes."""
-    given = _prompt(prompt, token_ids)
+    given = _prompt(prompt, token_ids, "PROMPT")
     options: SamplingOptions = {
         **sampling,
         "logprobs": logprobs,
@@ -87,9 +87,9 @@ def _print_completions(completions: Sequence[Completion]) -> None:
         print(output.readable(completion.text))
 
 
-def _prompt(prompt: str | None, token_ids: str | None) -> str | list[int]:
+def _prompt(prompt: str | None, token_ids: str | None, argument: str) -> str | list[int]:
     if (prompt is None) == (token_ids is None):
-        raise typer.BadParameter("give either a PROMPT or --token-ids")
+        raise typer.BadParameter(f"give either {argument} or --token-ids")
     if token_ids is None:
         assert prompt is not None
         return prompt
@@ -111,7 +111,7 @@ def score(
     address: Address = None,
 ) -> None:
     """Show the log probability of every token of a text."""
-    given = _prompt(text, token_ids)
+    given = _prompt(text, token_ids, "TEXT")
     with session(ctx, address, as_json) as client:
         result = client.score(model, given, top_logprobs=top_logprobs)
         if as_json:
