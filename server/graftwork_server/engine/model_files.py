@@ -57,16 +57,16 @@ def _fetched(repo_id: str) -> str:
     """Fetches the files of the id's main branch."""
     try:
         # First one question that is not repeated: the library asks for files for about a minute before it gives up.
-        revision = huggingface_hub.model_info(repo_id, timeout=HUB_SECONDS).sha
+        huggingface_hub.model_info(repo_id, timeout=HUB_SECONDS)
         log.info("fetching %s from the hub", repo_id)
-        return huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(_NEEDED))
+        return huggingface_hub.snapshot_download(repo_id, allow_patterns=list(_NEEDED))
     except HFValidationError:
         raise
     except HfHubHTTPError as error:
-        why = (error.server_message or str(error)).strip().partition("\n")[0]
+        why = (error.server_message or str(error)).strip().partition("\n")[0].rstrip(".")
         raise _unusable(repo_id, f"its files are not in the local cache, and the hub answers: {why}") from None
     except Exception as error:  # the network, the disk and the library's own, as it happens
-        why = (str(error) or type(error).__name__).strip().partition("\n")[0]
+        why = (str(error) or type(error).__name__).strip().partition("\n")[0].rstrip(".")
         raise _unusable(repo_id, f"its files are not in the local cache, and cannot be fetched: {why}") from None
 
 
