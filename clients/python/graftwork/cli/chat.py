@@ -69,12 +69,12 @@ def _converse(ask: Ask, opening: list[Message], as_json: bool) -> None:
                 raise
             print("(interrupted; the message is not kept)", file=sys.stderr)
             continue
-        except APIError as error:
+        except (APIError, ValueError) as error:  # ValueError: a message that no request can hold
             # Someone at a terminal may go on with another message; a script must see the failure.
             if not interactive or isinstance(error, UnavailableError):
                 raise
             print(f"error: {error}", file=sys.stderr)
-            if history != opening and error.reason in _FULL:
+            if history != opening and isinstance(error, APIError) and error.reason in _FULL:
                 print("(the conversation has become too long; /reset begins a new one)", file=sys.stderr)
             continue
         history += [turn, Message(role="assistant", content=answer.text)]
