@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from graftwork_plugins.batches import IGNORED_LABEL, PackedBatch, TrainingRow
 from graftwork_plugins.deltas import Delta
@@ -232,6 +232,13 @@ class TrainingConfig(BaseModel):
     seed: int = Field(42, ge=0, lt=2**63, description="Seed of initialisation, dropout and the order of the rows.")
     eval_steps: int = Field(0, ge=0, description="Measure held-out loss every so many steps; 0: after each epoch.")
     checkpoint_steps: int = Field(50, ge=0, description="Make a checkpoint every so many steps; 0: none.")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+            raise ValueError("a number is accepted, not true or false")
+        return value
 
 
 class Strategy(ABC):

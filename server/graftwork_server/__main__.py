@@ -91,7 +91,7 @@ def _on_signal(told_to_end: asyncio.Event) -> None:
 
 
 def _greeting(model: ModelInfo, asked: str | None, address: str) -> str:
-    name = "on-board" if asked is None else Path(model.source).name or model.source
+    name = "on-board" if asked is None else Path(asked).name or asked
     size = _short(model.parameter_count)
     quantised = "" if model.quantization == "none" else f", {model.quantization}"
     what = f"{size} parameters, {model.dtype} on {model.device}{quantised}"

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 ENVIRONMENT_PREFIX = "GRAFTWORK_"
 OTHER_ENVIRONMENT = frozenset({"GRAFTWORK_ADDRESS", "GRAFTWORK_CONFIG", "GRAFTWORK_FAILPOINT"})
@@ -88,6 +88,16 @@ class ServerConfig(BaseModel):
     """Least severity of the log lines on stderr. Default: info."""
     log_format: Literal["text", "json"] = "text"
     """Form of the log lines. Default: text."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation in (int, float):
+            raise ValueError("a number is accepted, not true or false")
+        if type(value) in (int, float) and annotation is bool:
+            raise ValueError("true or false is accepted, not a number")
+        return value
 
     @field_validator("listen")
     @classmethod

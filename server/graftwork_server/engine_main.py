@@ -21,12 +21,16 @@ import torch
 from graftwork_server.engine.describe import base_info
 from graftwork_server.engine.encoder import load_model
 from graftwork_server.engine.engine import EngineLimits
-from graftwork_server.engine.model import choose_device, choose_dtype
+from graftwork_server.engine.model import BaseModel, choose_device, choose_dtype
+from graftwork_server.engine.model_files import model_dir
 from graftwork_server.engine.worker import EngineWorker
-from graftwork_server.errors import body_of
+from graftwork_server.errors import FailedPrecondition, body_of
 from graftwork_server.logs import set_up
 from graftwork_server.messages import StartFailed, encode_frame
 from graftwork_server.plugin_host import PluginHost
+
+LEAST_KV_TOKENS = 128
+"""A KV cache for less than a short prompt and its answer is a mistake in a setting."""
 
 
 def main() -> int:
@@ -72,7 +76,7 @@ def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
     dtype = choose_dtype(str(settings.get("dtype", "auto")), device)
     source = settings.get("model") or str(Path(__file__).parent / "base_model")
     base = load_model(
-        str(source),
+        model_dir(str(source)),
         device,
         dtype,
         Path(settings["cache_dir"]),
@@ -88,7 +92,7 @@ def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
         host_cache_bytes=int(settings.get("host_cache_bytes", 0)),
         cuda_graphs=settings.get("cuda_graphs") != "off",
     )
-    return EngineWorker(
+    worker = EngineWorker(
         base,
         base_info(base.engine_model.model, base.info),
         limits,
@@ -96,6 +100,34 @@ def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
         connection,
         threads=threads,
         tuning_yield_ms=int(settings.get("tuning_yield_ms", 100)),
+    )
+    if base.info.generates:
+        check_kv_cache(base, worker.engine.kv_tokens)
+    return worker
+
+
+def check_kv_cache(base: BaseModel, kv_tokens: int) -> None:
+    """Says so where the KV cache holds less than one whole context, which then is the longest sequence.
+
+    Raises FailedPrecondition (KV_MEMORY_TOO_SMALL) where it holds no useful sequence.
+    """
+    context = base.info.context_tokens
+    if kv_tokens >= context:
+        return
+    bytes_per_token = sum(shape.bytes_per_token(base.dtype) for shape in base.layer_shapes)
+    holds = (
+        f"the KV cache holds {kv_tokens} tokens, less than the model's context of {context}, which takes "
+        f"{context * bytes_per_token} bytes"
+    )
+    least = min(LEAST_KV_TOKENS, context)
+    if kv_tokens < least:
+        raise FailedPrecondition(
+            f"--kv-memory-bytes: {holds}; at least {least} tokens are accepted: {least * bytes_per_token} bytes, or 0 "
+            "for the engine's choice",
+            reason="KV_MEMORY_TOO_SMALL",
+        )
+    logging.getLogger("graftwork.engine").warning(
+        "%s: longer sequences are refused; --kv-memory-bytes sets its size", holds
     )
 
 

@@ -13,7 +13,7 @@ from graftwork_server.adapter_text import AdapterTexts
 from graftwork_server.config import ServerConfig
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.engine.engine_process import ENGINE_COMMAND
-from graftwork_server.errors import Unavailable
+from graftwork_server.errors import GraftworkServerError, Unavailable
 from graftwork_server.hub.hub import Hub
 from graftwork_server.pins import Pins
 from graftwork_server.rpc.adapters import AdapterService
@@ -72,7 +72,7 @@ class Front:
         The quick checks come first: a taken data directory or port is known before the model is loaded.
         Raises ListenError, and GraftworkServerError for the data directory or the model.
         """
-        self._hub = hub = await asyncio.to_thread(Hub, self._config.data_dir)
+        self._hub = hub = await asyncio.to_thread(_open_hub, self._config.data_dir)
         bound = self._rpc.bind(address)
         model = (await self.engine.start()).model
         hub.resolver.base_fingerprint = model.fingerprint
@@ -123,6 +123,14 @@ class Front:
             await asyncio.to_thread(self._texts.close)
         if self._hub is not None:
             await asyncio.to_thread(self._hub.close)
+
+
+def _open_hub(data_dir: str) -> Hub:
+    """The hub of a data directory. Its errors name the directory: they are for the operator, and for no client."""
+    try:
+        return Hub(data_dir)
+    except GraftworkServerError as error:
+        raise type(error)(f"--data-dir {data_dir!r}: {error.message}", reason=error.reason) from error
 
 
 def engine_settings(config: ServerConfig) -> dict[str, Any]:

@@ -213,4 +213,4 @@ def _violation(detail: Any, accepted: str) -> Violation:
     if detail["type"] == "extra_forbidden":
         return Violation(f"spec.config.{key}", f"{key} is no setting of this strategy; its settings are: {accepted}")
     shown = repr(detail["input"])
-    return Violation(f"spec.config.{key}", f"{key} = {shown[:80]}: {detail['msg']}")
+    return Violation(f"spec.config.{key}", f"{key} = {shown[:80]}: {detail['msg'].removeprefix('Value error, ')}")

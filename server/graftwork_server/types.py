@@ -20,7 +20,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str
     """sha256 over the configuration and the weights' names, shapes, dtypes and bytes sampled; "sha256:..."."""
     source: str
-    """What the operator named: a directory or a hub id."""
+    """The directory that it was read from."""
     architecture: str
     """transformers class name, such as LlamaForCausalLM."""
     model_type: str

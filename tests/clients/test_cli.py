@@ -124,6 +124,7 @@ def test_generate_logprobs_as_text(server: ScriptedServer, run: Any) -> None:
         ["nonsense"],
         ["adapter", "show", "dates@x"],
         ["adapter", "delete", "dates@1"],
+        ["adapter", "versions", "dates@1"],
         ["adapter", "create", "dates", "/nowhere/at/all"],
         ["dataset", "check", "/nowhere/at/all"],
         ["tune", "create", "--strategy", "lora", "--data", "/nowhere", "--adapter", "x"],
@@ -173,6 +174,8 @@ def test_errors_as_json(server: ScriptedServer, run: Any) -> None:
 def test_no_server_exits_with_3(run: Any) -> None:
     result = run("--address", "127.0.0.1:1", "adapter", "list", code=3)
     assert result.stderr == "error: no server listens on 127.0.0.1:1; start one with: graftwork serve\n"
+    unknown = run("--address", "nowhere.invalid:1", "adapter", "list", code=3)
+    assert unknown.stderr == "error: the host of nowhere.invalid:1 is not known\n"
     assert "127.0.0.1:2" in run("adapter", "list", "--address", "127.0.0.1:2", code=3).stderr
 
 
@@ -215,8 +218,11 @@ def test_adapter_commands(server: ScriptedServer, run: Any, tmp_path: Path) -> N
     report = a.LoadReport(modules_bound=12, rank=8, device_bytes=2000, load_ms=3.25)
     server.on("CreateAdapter", a.CreateAdapterResponse(adapter=adapter(loaded=True), load_report=report))
     server.on("ListAdapters", a.ListAdaptersResponse(adapters=[adapter(), adapter("much-longer")]))
+    newer = adapter(version=2, loaded=True, pinned=True)
+    server.on("ListVersions", a.ListVersionsResponse(versions=[newer, adapter()]))
     server.on("LoadAdapter", a.LoadAdapterResponse(adapter=adapter(), load_report=report))
-    server.on("UnloadAdapter", a.UnloadAdapterResponse(adapter=adapter()))
+    unpinned = a.UnloadAdapterResponse(adapter=adapter(), unpinned=True)
+    server.on("UnloadAdapter", a.UnloadAdapterResponse(adapter=adapter()), unpinned)
     server.on("PinAdapter", a.PinAdapterResponse(adapter=adapter(pinned=True), load_report=report))
     server.on("UnpinAdapter", a.UnpinAdapterResponse(adapter=adapter()))
     server.on("DeleteAdapter", a.DeleteAdapterResponse(deleted_versions=2))
@@ -227,15 +233,22 @@ def test_adapter_commands(server: ScriptedServer, run: Any, tmp_path: Path) -> N
     upload = server.requests("CreateAdapter")[0][0].upload
     assert (upload.strategy, upload.new_version, upload.load) == ("lora", True, True)
     header, first, second = run("adapter", "list").stdout.splitlines()
-    assert header.split() == ["ADAPTER", "VERSION", "STRATEGY", "LOADED", "RANK", "SIZE", "CREATED"]
-    assert first.split() == ["dates", "1", "lora", "no", "8", "1.5", "MB", "-"]
+    assert header.split() == ["ADAPTER", "VERSION", "STRATEGY", "LOADED", "PINNED", "RANK", "SIZE", "CREATED"]
+    assert first.split() == ["dates", "1", "lora", "no", "no", "8", "1.5", "MB", "-"]
     assert header.index("VERSION") == second.index("1")
     ids = [item["adapter_id"] for item in objects(run("adapter", "list", "--json"))[0]]
     assert ids == ["dates", "much-longer"]
+    header, newest, oldest = run("adapter", "versions", "dates").stdout.splitlines()
+    assert header.split()[:4] == ["VERSION", "STRATEGY", "LOADED", "PINNED"]
+    assert newest.split()[:4] == ["dates@2", "lora", "yes", "yes"]
+    assert oldest.startswith("dates@1")
+    assert server.requests("ListVersions")[0].parent == "adapters/dates"
+    assert [item["version"] for item in objects(run("adapter", "versions", "dates", "--json"))[0]] == [2, 1]
     assert "dates@1" in run("adapter", "show", "dates").stdout
     assert run("adapter", "load", "dates@1").stdout.startswith("loaded dates@1\n")
     assert objects(run("adapter", "load", "dates", "--json"))[0]["load_report"]["modules_bound"] == 12
     assert run("adapter", "unload", "dates").stdout == "unloaded dates@1\n"
+    assert run("adapter", "unload", "dates").stdout == "unloaded dates@1; it was pinned, and is no more\n"
     assert run("adapter", "pin", "dates").stdout.startswith("pinned dates@1\n")
     assert objects(run("adapter", "pin", "dates", "--json"))[0]["pinned"] is True
     assert run("adapter", "unpin", "dates").stdout == "unpinned dates@1\n"
@@ -258,6 +271,9 @@ def test_strategy_commands(server: ScriptedServer, run: Any) -> None:
     assert objects(run("strategy", "show", "lora", "--json"))[0]["config_schema"] == schema
 
 
+ESTIMATE = "3 steps, 1,234 parameters, 2.5 MB more memory, artifact 900 B"
+
+
 @pytest.fixture
 def tuning(server: ScriptedServer, tmp_path: Path) -> list[str]:
     data = tmp_path / "d.jsonl"
@@ -270,7 +286,9 @@ def tuning(server: ScriptedServer, tmp_path: Path) -> list[str]:
         return t.UploadDatasetResponse(dataset=t.Dataset(name=f"datasets/{name}", dataset_id=name))
 
     server.on("UploadDataset", store)
-    server.on("CreateTuningJob", t.CreateTuningJobResponse(job=job(t.TUNING_JOB_STATE_PENDING)))
+    estimate = t.TuningEstimate(trained_parameters=1234, memory_bytes=2_500_000, artifact_bytes=900, total_steps=3)
+    pending = job(t.TUNING_JOB_STATE_PENDING, estimate=estimate)
+    server.on("CreateTuningJob", t.CreateTuningJobResponse(job=pending))
     server.on(
         "WatchTuningJob",
         [
@@ -299,13 +317,16 @@ def test_tune_create(server: ScriptedServer, run: Any, tuning: list[str]) -> Non
     assert (config["rank"], config["learning_rate"]) == (16.0, 2e-4)
     assert (config["target_modules"], config["x"], config["load"]) == ("all-linear", "", None)
     assert list(config["names"]) == ["a"]
-    assert run(*tuning).stdout.startswith("job       j1\n")
+    shown = run(*tuning).stdout
+    assert shown.startswith("job       j1\n")
+    assert f"estimate  {ESTIMATE}\n" in shown
 
 
 def test_tune_follow_in_plain_lines(run: Any, tuning: list[str]) -> None:
     lines = run(*tuning, "--follow").stdout.splitlines()
-    assert lines[:7] == [
+    assert lines[:8] == [
         "job j1",
+        f"estimate  {ESTIMATE}",
         "running",
         "step 1/3  loss 1.5000  lr 2.00e-04  1234 tok/s  ETA 5.0s",
         "step 1  held-out loss 0.2500",
@@ -314,6 +335,7 @@ def test_tune_follow_in_plain_lines(run: Any, tuning: list[str]) -> None:
         "succeeded",
     ]
     assert "version        adapters/dates/versions/2" in lines
+    assert "training loss  0.5000, the mean of the last tenth of the steps" in lines
     assert "trained        10 parameters in 1m05s" in lines
 
 
@@ -351,9 +373,11 @@ def test_dataset_check(server: ScriptedServer, run: Any, tmp_path: Path) -> None
     bad = [t.LineError(line=n, reason=f"reason {n}") for n in (2, 7)]
     server.on("ValidateDataset", t.ValidateDatasetResponse(errors=bad, error_count=5, row_count=1))
     lines = run("dataset", "check", str(data), "--max-sequence-tokens", "32", code=1).stdout.splitlines()
-    assert lines[:3] == [f"{data}:2: reason 2", f"{data}:7: reason 7", "... and 3 more bad lines"]
+    assert lines[:3] == [f"{data}:2: reason 2", f"{data}:7: reason 7", "... and 3 more problems"]
     assert server.requests("ValidateDataset")[0][0].check.max_sequence_tokens == 32
     assert objects(run("dataset", "check", str(data), "--json", code=1))[0]["error_count"] == 5
+    server.on("ValidateDataset", t.ValidateDatasetResponse(errors=[t.LineError(reason="no rows")], error_count=1))
+    assert run("dataset", "check", str(data), code=1).stdout.startswith(f"{data}: no rows\n")
     server.on("ValidateDataset", t.ValidateDatasetResponse(valid=True, format=t.DATASET_FORMAT_CHAT))
     assert "chat" in run("dataset", "check", str(data)).stdout
 

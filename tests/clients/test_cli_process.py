@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
-from tests.clients.protos import adapter, event, job, last, piece, step_event, succeeded
-from tests.clients.scripted_server import ScriptedServer, hold
+from tests.clients.protos import adapter, as_chat, event, job, last, piece, step_event, succeeded
+from tests.clients.scripted_server import ScriptedServer, fail, hold
 
 from graftwork.v1 import adapters_pb2 as a
 from graftwork.v1 import tuning_pb2 as t
@@ -76,8 +78,9 @@ def test_a_closed_pipe_is_no_traceback(server: ScriptedServer) -> None:
     assert gone.wait(10)
 
 
-def on_terminal(server: ScriptedServer, *arguments: str) -> tuple[str, int]:
-    """What a command shows on a terminal, and its exit code."""
+def on_terminal(server: ScriptedServer, *arguments: str, turns: Sequence[str | signal.Signals] = ()) -> tuple[str, int]:
+    """What a command shows on a terminal, and its exit code. turns: what is typed or sent, one at each prompt."""
+    waiting = list(turns)
     ours, theirs = pty.openpty()
     environment = {"TERM": "xterm", "COLUMNS": "120"}
     process = start(server, *arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
@@ -86,6 +89,12 @@ def on_terminal(server: ScriptedServer, *arguments: str) -> tuple[str, int]:
     try:
         while data := os.read(ours, 65536):
             shown += data
+            if waiting and shown.count(b"> ") > len(turns) - len(waiting):
+                turn = waiting.pop(0)
+                if isinstance(turn, signal.Signals):
+                    process.send_signal(turn)
+                # After a signal as well: readline waits for a key if the signal came just before it began to wait.
+                os.write(ours, (turn if isinstance(turn, str) else "").encode() + b"\n")
     except OSError:  # how Linux says that the other end is closed
         pass
     os.close(ours)
@@ -98,6 +107,18 @@ def test_a_terminal_is_not_steered_by_the_answer(server: ScriptedServer) -> None
     assert code == 0
     assert "\x1b]0;" not in shown
     assert "\ufffd]0;owned\ufffdb" in shown
+
+
+def test_a_conversation_that_is_full_says_how_to_go_on_and_ctrl_c_ends_the_line(server: ScriptedServer) -> None:
+    full = fail(grpc.StatusCode.INVALID_ARGUMENT, "the input has 600 tokens", reason="PROMPT_TOO_LONG")
+    server.on("Chat", full, [as_chat(last("one"))], full)
+    shown, code = on_terminal(server, "chat", "base", turns=["Long", "Hi", "More", signal.SIGINT])
+    lines = [line for line in shown.replace("\r", "").split("\n") if "error:" in line or "/reset" in line]
+    assert len(lines) == 3
+    assert "/reset" not in lines[0]  # a message that is too long by itself is so after /reset, too
+    assert lines[2] == "(the conversation has become too long; /reset begins a new one)"
+    assert shown.endswith("\n")
+    assert code == 130
 
 
 def test_a_terminal_gets_bars(server: ScriptedServer, tmp_path: Path) -> None:

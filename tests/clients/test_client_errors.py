@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import grpc
 import pytest
 from tests.clients.scripted_server import ScriptedServer, fail
@@ -95,6 +97,11 @@ def test_damaged_details_do_not_hide_the_error(server: ScriptedServer, client: g
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="timeout"):
         graftwork.Client(timeout=0)
+    for address in ("foo", "127.0.0.1", "http://127.0.0.1:8470", "::1:8470", "host:port", "a b:1"):
+        with pytest.raises(ValueError, match=f"address is '{re.escape(address)}'; HOST:PORT is accepted"):
+            graftwork.Client(address=address)
+    for address in ("localhost:1", "[::1]:8470", "unix:/tmp/socket", "dns:///host:1"):
+        graftwork.Client(address=address).close()
     with pytest.raises(ValueError, match="max_retries"):
         graftwork.AsyncClient(max_retries=-1)
 

@@ -218,6 +218,23 @@ async def test_lists_page_by_themselves(
     assert [item.adapter_id async for item in aclient.adapters.list()] == expected
 
 
+async def test_versions_page_by_themselves(
+    server: ScriptedServer, client: graftwork.Client, aclient: graftwork.AsyncClient
+) -> None:
+    def versions(request: a.ListVersionsRequest, context: grpc.ServicerContext) -> a.ListVersionsResponse:
+        number = int(request.page_token or 3)
+        return a.ListVersionsResponse(versions=[adapter(version=number)], next_page_token=str(number - 1 or ""))
+
+    server.on("ListVersions", versions)
+    assert [item.version for item in client.adapters.versions("dates")] == [3, 2, 1]
+    assert [item.version async for item in aclient.adapters.versions("adapters/dates", page_size=1)] == [3, 2, 1]
+    assert [(r.parent, r.page_size) for r in server.requests("ListVersions")] == [("adapters/dates", 0)] * 3 + [
+        ("adapters/dates", 1)
+    ] * 3
+    with pytest.raises(ValueError, match="without a version"):
+        list(client.adapters.versions("dates@1"))
+
+
 def test_lists_fetch_no_page_too_many(server: ScriptedServer, client: graftwork.Client) -> None:
     server.on("ListAdapters", pages)
     items = client.adapters.list()

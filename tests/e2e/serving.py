@@ -51,7 +51,7 @@ def run_cli(*arguments: str, address: str = "", seconds: float = START_SECONDS) 
 class Server:
     """A running server. Its log is `log`, beside the data directory."""
 
-    def __init__(self, model: Path, data_dir: Path, *flags: str) -> None:
+    def __init__(self, model: Path, data_dir: Path, *flags: str, **variables: str) -> None:
         self.data_dir = data_dir
         self.log = data_dir.with_name(f"{data_dir.name}.log")
         command = serve_command(
@@ -59,7 +59,12 @@ class Server:
         )
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL, text=True, env=environment()
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                env=environment(**variables),
             )
         assert self.process.stdout is not None
         self.greeting = self.process.stdout.readline()

@@ -36,7 +36,8 @@ def test_pins_outlive_server_and_engine(model_dir: Path, tmp_path: Path) -> None
             engine.kill()
             eventually(lambda: not client.adapters.get("kept").loaded, "the engine's end to be noticed")
             eventually(lambda: client.adapters.get("kept").loaded, "the new engine to load it again")
-            assert not client.adapters.unload("kept").pinned, "unloading ends the pin"
+            unloaded = client.adapters.unload("kept")
+            assert (unloaded.pinned, unloaded.unpinned) == (False, True), "unloading ends the pin and says so"
             assert run_cli("adapter", "unpin", "kept", address=second.address).stdout == "unpinned kept@1\n"
             assert not client.adapters.get("kept").loaded
     finally:

@@ -18,6 +18,7 @@ METHODS = {
         "CreateAdapter",
         "GetAdapter",
         "ListAdapters",
+        "ListVersions",
         "DeleteAdapter",
         "LoadAdapter",
         "UnloadAdapter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -44,6 +45,42 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
     assert code == 1
     assert str(missing) in line
     assert "config.json" in line
+
+
+def test_a_kv_cache_that_holds_nothing_useful_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    code, line = failure("--model", str(model_dir), "--data-dir", str(tmp_path / "data"), "--kv-memory-bytes", "4096")
+    assert code == 1
+    assert "--kv-memory-bytes: the KV cache holds 16 tokens" in line
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        serve_command("--model", "graftwork-toys/none", "--data-dir", str(tmp_path / "data")),
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        env=environment(HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9"),
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("graftwork: --model 'graftwork-toys/none': its files are not in the local cache")
+    assert done.stderr.count("\n") == 1, done.stderr  # nothing of the library's own attempts
+    assert "accepted are a directory" in done.stderr
+
+
+def test_a_hub_id_whose_files_are_cached_is_served_from_there(model_dir: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--graftwork-toys--llama"
+    shutil.copytree(model_dir, repository / "snapshots" / "0123abcd")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abcd")
+    server = Server(
+        Path("graftwork-toys/llama"), tmp_path / "data", HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1"
+    )
+    try:
+        assert "serving base 'llama'" in server.greeting
+        with server.client() as client:
+            assert client.generate("base", "Hello", max_tokens=3, ignore_eos=True).text
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0"])

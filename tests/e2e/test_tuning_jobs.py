@@ -134,4 +134,6 @@ def test_what_cannot_be_trained_is_refused_before_it(client: Client, changes: di
     assert any(violation.field.startswith(field) for violation in caught.value.field_violations), caught.value
     if "max_sequence_tokens" in str(changes):
         assert caught.value.reason == "DATASET_NO_LOSS"
+        assert "line 0" not in str(caught.value)
+        assert [violation.field for violation in caught.value.field_violations] == ["spec.dataset"]
     assert all(job.info.spec.adapter_id != "never" for job in client.tuning.list())

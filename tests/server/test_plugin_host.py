@@ -106,6 +106,7 @@ def test_a_job_is_prepared_with_every_default(host: PluginHost) -> None:
         ({"rank": 3}, "rank", "its settings are: .*lora_alpha.*, r,"),
         ({"r": "many"}, "r", "many"),
         ({"r": 0}, "r", "greater than or equal to 1"),
+        ({"r": True}, "r", "^r = True: a number is accepted, not true or false"),
         ({"learning_rate": float("nan")}, "learning_rate", "finite"),
         ({"lr_scheduler": "step"}, "lr_scheduler", "linear"),
         ({"target_modules": ["w_proj"]}, "target_modules", "end in q_proj, up_proj"),

@@ -134,6 +134,17 @@ def test_a_data_directory_has_one_server(serve):
     assert "another graftwork server uses this data directory" in line
 
 
+def test_a_data_directory_that_cannot_be_used_is_named(serve, tmp_path):
+    (tmp_path / "file").touch()
+    for path in ("file", "file/below", "damaged"):
+        (tmp_path / "damaged").mkdir(exist_ok=True)
+        (tmp_path / "damaged" / "registry.db").write_bytes(b"x" * 5000)
+        code, line = failure(serve(data_dir=path))
+        assert code == 1
+        assert line.startswith(f"graftwork: --data-dir '{tmp_path / path}': the ")
+        assert ("a file stands in its place" in line) == path.startswith("file")
+
+
 def test_a_port_has_one_server(serve):
     address = address_of(serve())
     code, line = failure(serve("--listen", address, data_dir="other"))

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, TypedDict
 
 from graftwork import responses, types
 from graftwork.calls import Message, Page, Streaming, Unary, Upload
+from graftwork.fields import build
 from graftwork.uploads import AdapterFiles
 from graftwork.v1 import adapters_pb2, generation_pb2, strategies_pb2
 
@@ -100,7 +101,7 @@ def sampling(options: SamplingOptions) -> generation_pb2.SamplingParameters:
         raise ValueError(f"{' and '.join(formats)}: give at most one of them")
     if formats:
         values["structured_output"] = _structured(**formats)
-    return generation_pb2.SamplingParameters(**values)
+    return build(generation_pb2.SamplingParameters, **values)
 
 
 def _structured(
@@ -111,29 +112,38 @@ def _structured(
 ) -> generation_pb2.StructuredOutput:
     if json_schema is not None:
         schema = json_schema if isinstance(json_schema, str) else json.dumps(json_schema, ensure_ascii=False)
-        return generation_pb2.StructuredOutput(json_schema=schema)
+        return build(generation_pb2.StructuredOutput, json_schema=schema)
     if choice is not None:
-        return generation_pb2.StructuredOutput(choice=generation_pb2.Choices(texts=choice))
+        choices = build(generation_pb2.Choices, {"texts": "choice"}, texts=choice)
+        return generation_pb2.StructuredOutput(choice=choices)
     if regex is not None:
-        return generation_pb2.StructuredOutput(regex=regex)
-    return generation_pb2.StructuredOutput(lark=lark or "")
+        return build(generation_pb2.StructuredOutput, regex=regex)
+    return build(generation_pb2.StructuredOutput, lark=lark or "")
 
 
 def generate(
     model: str, prompt: Prompt, options: SamplingOptions, cache_salt: str | None, priority: int | None
 ) -> Streaming[generation_pb2.GenerateResponse, types.GenerationChunk]:
     """Generate."""
-    request = generation_pb2.GenerateRequest(
-        model=model, sampling=sampling(options), cache_salt=cache_salt or "", priority=priority or 0
+    request = build(
+        generation_pb2.GenerateRequest,
+        {"text": "prompt"},
+        model=model,
+        sampling=sampling(options),
+        cache_salt=cache_salt or "",
+        priority=priority or 0,
+        **_prompt(prompt),
     )
-    if isinstance(prompt, str):
-        request.text = prompt
-    else:
-        request.token_ids.ids.extend(prompt)
-        request.token_ids.SetInParent()  # an empty list is still the choice of token ids
     return Streaming(
         path=_GENERATION + "Generate", request=request, response=generation_pb2.GenerateResponse, parse=responses.chunk
     )
+
+
+def _prompt(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as the field that it is; an empty list is still the choice of token ids."""
+    if isinstance(prompt, str):
+        return {"text": prompt}
+    return {"token_ids": build(generation_pb2.TokenIds, {"ids": "token_ids"}, ids=prompt)}
 
 
 def chat(
@@ -146,7 +156,8 @@ def chat(
     priority: int | None,
 ) -> Streaming[generation_pb2.ChatResponse, types.GenerationChunk]:
     """Chat. Raises ValueError for tools or tool calls that JSON cannot hold."""
-    request = generation_pb2.ChatRequest(
+    request = build(
+        generation_pb2.ChatRequest,
         model=model,
         messages=_messages(messages),
         sampling=sampling(options),
@@ -162,12 +173,7 @@ def chat(
 
 def score(model: str, text: Prompt, top_logprobs: int) -> Unary[generation_pb2.ScoreResponse, types.Score]:
     """Score."""
-    request = generation_pb2.ScoreRequest(model=model, top_logprobs=top_logprobs)
-    if isinstance(text, str):
-        request.text = text
-    else:
-        request.token_ids.ids.extend(text)
-        request.token_ids.SetInParent()
+    request = build(generation_pb2.ScoreRequest, model=model, top_logprobs=top_logprobs, **_prompt(text))
     return Unary(
         path=_GENERATION + "Score",
         request=request,
@@ -183,7 +189,7 @@ def classify(
     """Classify."""
     return Unary(
         path=_GENERATION + "Classify",
-        request=generation_pb2.ClassifyRequest(model=model, inputs=_inputs(inputs)),
+        request=build(generation_pb2.ClassifyRequest, model=model, inputs=_inputs(inputs)),
         response=generation_pb2.ClassifyResponse,
         parse=responses.classifications,
         retry=True,
@@ -200,7 +206,8 @@ def embed(
     """Embed. Raises ValueError for a pooling that there is not."""
     if pooling is not None and pooling not in _POOLINGS:
         raise ValueError(f"pooling is {pooling!r}; {', '.join(_POOLINGS)} are accepted")
-    request = generation_pb2.EmbedRequest(
+    request = build(
+        generation_pb2.EmbedRequest,
         model=model,
         inputs=_inputs(inputs),
         pooling=_POOLINGS[pooling] if pooling else generation_pb2.POOLING_UNSPECIFIED,
@@ -218,22 +225,25 @@ def embed(
 
 def _inputs(inputs: TextInput | Sequence[TextInput]) -> list[generation_pb2.TextInput]:
     is_one = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], int))
-    return [_text_input(one) for one in ([inputs] if is_one else inputs)]  # type: ignore[arg-type]
+    all_inputs: Any = [inputs] if is_one else inputs
+    return [_text_input(one, f"inputs[{index}]") for index, one in enumerate(all_inputs)]
 
 
-def _text_input(one: TextInput) -> generation_pb2.TextInput:
+def _text_input(one: TextInput, name: str) -> generation_pb2.TextInput:
+    names = {"text": name, "text_pair": f"{name}[1]"}
     if isinstance(one, str):
-        return generation_pb2.TextInput(text=one)
+        return build(generation_pb2.TextInput, names, text=one)
     if len(one) == 2 and isinstance(one[0], str) and isinstance(one[1], str):
-        return generation_pb2.TextInput(text=one[0], text_pair=one[1])
-    return generation_pb2.TextInput(token_ids=generation_pb2.TokenIds(ids=one))  # type: ignore[arg-type]
+        return build(generation_pb2.TextInput, names, text=one[0], text_pair=one[1])
+    return generation_pb2.TextInput(token_ids=build(generation_pb2.TokenIds, {"ids": name}, ids=one))
 
 
 def tokenize(
     text: str | Messages, model: str, tools: Tools | None, continue_final_message: bool
 ) -> Unary[generation_pb2.TokenizeResponse, types.Tokenization]:
     """Tokenize, of a text or of a conversation."""
-    request = generation_pb2.TokenizeRequest(
+    request = build(
+        generation_pb2.TokenizeRequest,
         text=text if isinstance(text, str) else "",
         messages=() if isinstance(text, str) else _messages(text),
         model=model,
@@ -250,16 +260,22 @@ def tokenize(
 
 
 def _messages(messages: Messages) -> list[generation_pb2.ChatMessage]:
-    return [
-        generation_pb2.ChatMessage(
-            role=message["role"],
-            content=message.get("content") or "",
-            tool_calls_json=_json(message.get("tool_calls")),
-            tool_call_id=message.get("tool_call_id") or "",
-            name=message.get("name") or "",
-        )
-        for message in messages
-    ]
+    given = () if isinstance(messages, str | Mapping) else tuple(messages)
+    if isinstance(messages, str | Mapping) or not all(isinstance(message, Mapping) for message in given):
+        raise TypeError('messages is a list of messages, such as [{"role": "user", "content": "Hello"}]')
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(given)]
+
+
+def _message(message: Mapping[str, Any] | types.Message, called: str) -> generation_pb2.ChatMessage:
+    if "role" not in message:
+        raise ValueError(f'{called} has no "role"; it is "system", "user", "assistant" or another of the template\'s')
+    fields = ("role", "content", "tool_call_id", "name")
+    return build(
+        generation_pb2.ChatMessage,
+        {name: f"{called}.{name}" for name in fields},
+        **{name: message.get(name) or "" for name in fields},
+        tool_calls_json=_json(message.get("tool_calls")),
+    )
 
 
 def _json(value: Any) -> str:
@@ -293,7 +309,8 @@ def create_adapter(
     request_id: str | None,
 ) -> Upload[adapters_pb2.CreateAdapterResponse, types.Adapter]:
     """CreateAdapter. The request_id is made here, once, so that a retry cannot publish a second version."""
-    upload = adapters_pb2.AdapterUpload(
+    upload = build(
+        adapters_pb2.AdapterUpload,
         adapter_id=adapter_id,
         strategy=strategy or "",
         files=[
@@ -322,7 +339,7 @@ def get_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.GetAdapterRe
     """GetAdapter."""
     return Unary(
         path=_ADAPTERS + "GetAdapter",
-        request=adapters_pb2.GetAdapterRequest(name=adapter_name(adapter)),
+        request=build(adapters_pb2.GetAdapterRequest, name=adapter_name(adapter)),
         response=adapters_pb2.GetAdapterResponse,
         parse=responses.adapter,
         retry=True,
@@ -333,22 +350,48 @@ def list_adapters(page_size: int, token: str) -> Unary[adapters_pb2.ListAdapters
     """ListAdapters, one page."""
     return Unary(
         path=_ADAPTERS + "ListAdapters",
-        request=adapters_pb2.ListAdaptersRequest(page_size=page_size, page_token=token),
+        request=build(adapters_pb2.ListAdaptersRequest, page_size=page_size, page_token=token),
         response=adapters_pb2.ListAdaptersResponse,
         parse=responses.adapter_page,
         retry=True,
     )
 
 
-def delete_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.DeleteAdapterResponse, int]:
-    """DeleteAdapter. Raises ValueError for a version: whoever names one does not mean all of them."""
+def list_versions(
+    adapter: str | types.Adapter, page_size: int, token: str
+) -> Unary[adapters_pb2.ListVersionsResponse, Page[types.Adapter]]:
+    """ListVersions, one page. Raises ValueError for a single version."""
+    return Unary(
+        path=_ADAPTERS + "ListVersions",
+        request=build(
+            adapters_pb2.ListVersionsRequest,
+            parent=_whole_adapter(adapter, "the versions of an adapter are listed"),
+            page_size=page_size,
+            page_token=token,
+        ),
+        response=adapters_pb2.ListVersionsResponse,
+        parse=responses.version_page,
+        retry=True,
+    )
+
+
+def _whole_adapter(adapter: str | types.Adapter, what: str) -> str:
+    """The resource name without a version. Raises ValueError, beginning with `what`, where one is named."""
     if isinstance(adapter, types.Adapter):
         adapter = adapter.adapter_id
     if "@" in adapter or "/versions/" in adapter:
-        raise ValueError(f"{adapter!r}: an adapter is deleted with all its versions; give its id without a version")
+        raise ValueError(f"{adapter!r}: {what}; give its id without a version")
+    return adapter_name(adapter)
+
+
+def delete_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.DeleteAdapterResponse, int]:
+    """DeleteAdapter. Raises ValueError for a version: whoever names one does not mean all of them."""
     return Unary(
         path=_ADAPTERS + "DeleteAdapter",
-        request=adapters_pb2.DeleteAdapterRequest(name=adapter_name(adapter)),
+        request=build(
+            adapters_pb2.DeleteAdapterRequest,
+            name=_whole_adapter(adapter, "an adapter is deleted with all its versions"),
+        ),
         response=adapters_pb2.DeleteAdapterResponse,
         parse=lambda message: message.deleted_versions,
         retry=False,
@@ -359,7 +402,7 @@ def load_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.LoadAdapter
     """LoadAdapter."""
     return Unary(
         path=_ADAPTERS + "LoadAdapter",
-        request=adapters_pb2.LoadAdapterRequest(name=adapter_name(adapter)),
+        request=build(adapters_pb2.LoadAdapterRequest, name=adapter_name(adapter)),
         response=adapters_pb2.LoadAdapterResponse,
         parse=responses.loaded_adapter,
         retry=True,
@@ -370,9 +413,9 @@ def unload_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.UnloadAda
     """UnloadAdapter."""
     return Unary(
         path=_ADAPTERS + "UnloadAdapter",
-        request=adapters_pb2.UnloadAdapterRequest(name=adapter_name(adapter)),
+        request=build(adapters_pb2.UnloadAdapterRequest, name=adapter_name(adapter)),
         response=adapters_pb2.UnloadAdapterResponse,
-        parse=responses.adapter,
+        parse=responses.unloaded_adapter,
         retry=True,
     )
 
@@ -381,7 +424,7 @@ def pin_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.PinAdapterRe
     """PinAdapter."""
     return Unary(
         path=_ADAPTERS + "PinAdapter",
-        request=adapters_pb2.PinAdapterRequest(name=adapter_name(adapter)),
+        request=build(adapters_pb2.PinAdapterRequest, name=adapter_name(adapter)),
         response=adapters_pb2.PinAdapterResponse,
         parse=responses.loaded_adapter,
         retry=True,
@@ -392,7 +435,7 @@ def unpin_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.UnpinAdapt
     """UnpinAdapter."""
     return Unary(
         path=_ADAPTERS + "UnpinAdapter",
-        request=adapters_pb2.UnpinAdapterRequest(name=adapter_name(adapter)),
+        request=build(adapters_pb2.UnpinAdapterRequest, name=adapter_name(adapter)),
         response=adapters_pb2.UnpinAdapterResponse,
         parse=responses.adapter,
         retry=True,
@@ -403,7 +446,7 @@ def list_strategies(page_size: int, token: str) -> Unary[strategies_pb2.ListStra
     """ListStrategies, one page."""
     return Unary(
         path=_STRATEGIES + "ListStrategies",
-        request=strategies_pb2.ListStrategiesRequest(page_size=page_size, page_token=token),
+        request=build(strategies_pb2.ListStrategiesRequest, page_size=page_size, page_token=token),
         response=strategies_pb2.ListStrategiesResponse,
         parse=responses.strategy_page,
         retry=True,
@@ -414,7 +457,7 @@ def get_strategy(strategy: str) -> Unary[strategies_pb2.GetStrategyResponse, typ
     """GetStrategy, by id or resource name."""
     return Unary(
         path=_STRATEGIES + "GetStrategy",
-        request=strategies_pb2.GetStrategyRequest(name=resource_name("strategies", strategy)),
+        request=build(strategies_pb2.GetStrategyRequest, name=resource_name("strategies", strategy)),
         response=strategies_pb2.GetStrategyResponse,
         parse=responses.strategy,
         retry=True,

@@ -221,16 +221,24 @@ def loaded_adapter(
     return _adapter(message.adapter, message.load_report if message.HasField("load_report") else None)
 
 
-def adapter(
-    message: adapters_pb2.GetAdapterResponse | adapters_pb2.UnloadAdapterResponse | adapters_pb2.UnpinAdapterResponse,
-) -> types.Adapter:
+def adapter(message: adapters_pb2.GetAdapterResponse | adapters_pb2.UnpinAdapterResponse) -> types.Adapter:
     """An adapter."""
     return _adapter(message.adapter)
+
+
+def unloaded_adapter(message: adapters_pb2.UnloadAdapterResponse) -> types.Adapter:
+    """An adapter, and whether its pin ended with it."""
+    return dataclasses.replace(_adapter(message.adapter), unpinned=message.unpinned)
 
 
 def adapter_page(message: adapters_pb2.ListAdaptersResponse) -> Page[types.Adapter]:
     """One page of adapters."""
     return Page(tuple(_adapter(item) for item in message.adapters), message.next_page_token)
+
+
+def version_page(message: adapters_pb2.ListVersionsResponse) -> Page[types.Adapter]:
+    """One page of an adapter's versions."""
+    return Page(tuple(_adapter(item) for item in message.versions), message.next_page_token)
 
 
 def _strategy(message: strategies_pb2.Strategy) -> types.Strategy:

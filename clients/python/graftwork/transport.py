@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from graftwork.status import REQUEST_ID_KEY, api_error
 from graftwork.version import VERSION
 
 DEFAULT_ADDRESS = "127.0.0.1:8470"
+_ADDRESS = re.compile(
+    r"(?:unix|unix-abstract|dns|ipv4|ipv6|vsock|xds):.+|(?:[^\s:/\[\]]+|\[[0-9A-Fa-f:.%\w]+\]):[0-9]{1,5}"
+)
+"""HOST:PORT, an IPv6 address in brackets, or one of gRPC's own schemes."""
 DEFAULT_TIMEOUT_S = 600.0
 DEFAULT_MAX_RETRIES = 3
 _RECEIVE_BYTES = 64 * 1024 * 1024
@@ -43,7 +48,10 @@ class Settings:
             raise ValueError(f"timeout is {timeout}; expected seconds greater than 0")
         if max_retries < 0:
             raise ValueError(f"max_retries is {max_retries}; expected 0 or more")
-        return cls(address or os.environ.get("GRAFTWORK_ADDRESS") or DEFAULT_ADDRESS, timeout, max_retries)
+        chosen = address or os.environ.get("GRAFTWORK_ADDRESS") or DEFAULT_ADDRESS
+        if not _ADDRESS.fullmatch(chosen):
+            raise ValueError(f"address is {chosen!r}; HOST:PORT is accepted, such as {DEFAULT_ADDRESS}")
+        return cls(chosen, timeout, max_retries)
 
     def attempts(self, *, retry: bool, timeout: float | None) -> Attempts:
         """The attempts at one call."""

@@ -9,6 +9,7 @@ from google.protobuf import struct_pb2
 
 from graftwork import responses, types
 from graftwork.calls import Message, Page, Streaming, Unary, Upload
+from graftwork.fields import build
 from graftwork.requests import new_request_id, resource_name
 from graftwork.uploads import DatasetSource
 from graftwork.v1 import tuning_pb2
@@ -28,7 +29,7 @@ def upload_dataset(
 
     def messages() -> Iterator[Message]:
         name = source.display_name if display_name is None else display_name
-        upload = tuning_pb2.DatasetUpload(display_name=name, size_bytes=source.size_bytes)
+        upload = build(tuning_pb2.DatasetUpload, display_name=name, size_bytes=source.size_bytes)
         yield tuning_pb2.UploadDatasetRequest(upload=upload)
         for data in source.chunks():
             yield tuning_pb2.UploadDatasetRequest(data=data)
@@ -50,7 +51,7 @@ def validate_dataset(
     name = "" if dataset is None else dataset_name(dataset)
 
     def messages() -> Iterator[Message]:
-        check = tuning_pb2.DatasetCheck(dataset=name, max_sequence_tokens=max_sequence_tokens)
+        check = build(tuning_pb2.DatasetCheck, dataset=name, max_sequence_tokens=max_sequence_tokens)
         yield tuning_pb2.ValidateDatasetRequest(check=check)
         for data in source.chunks() if source else ():
             yield tuning_pb2.ValidateDatasetRequest(data=data)
@@ -76,8 +77,14 @@ def create_job(
 ) -> Unary[tuning_pb2.CreateTuningJobResponse, types.TuningJobInfo]:
     """CreateTuningJob. Raises ValueError for a config that is not JSON."""
     settings = struct_pb2.Struct()
-    settings.update(dict(config or {}))
-    spec = tuning_pb2.TuningJobSpec(
+    for key, value in (config or {}).items():
+        try:
+            settings.update({key: value})
+        except (TypeError, ValueError):
+            raise ValueError(f"config[{key!r}] is {value!r:.60}; a JSON value is accepted") from None
+    spec = build(
+        tuning_pb2.TuningJobSpec,
+        {"adapter_id": "adapter"},
         strategy=strategy,
         dataset=dataset_name(dataset),
         validation_dataset=dataset_name(validation) if validation is not None else "",
@@ -89,7 +96,7 @@ def create_job(
     return Unary(
         path=_TUNING + "CreateTuningJob",
         # Made here, once: every attempt of this call carries the same id, so a retry cannot start a second job.
-        request=tuning_pb2.CreateTuningJobRequest(spec=spec, request_id=request_id or new_request_id()),
+        request=build(tuning_pb2.CreateTuningJobRequest, spec=spec, request_id=request_id or new_request_id()),
         response=tuning_pb2.CreateTuningJobResponse,
         parse=lambda message: responses.job(message.job),
         retry=True,
@@ -100,7 +107,7 @@ def get_job(job: str) -> Unary[tuning_pb2.GetTuningJobResponse, types.TuningJobI
     """GetTuningJob, by id or resource name."""
     return Unary(
         path=_TUNING + "GetTuningJob",
-        request=tuning_pb2.GetTuningJobRequest(name=resource_name("tuningJobs", job)),
+        request=build(tuning_pb2.GetTuningJobRequest, name=resource_name("tuningJobs", job)),
         response=tuning_pb2.GetTuningJobResponse,
         parse=lambda message: responses.job(message.job),
         retry=True,
@@ -111,7 +118,7 @@ def list_jobs(page_size: int, token: str) -> Unary[tuning_pb2.ListTuningJobsResp
     """ListTuningJobs, one page."""
     return Unary(
         path=_TUNING + "ListTuningJobs",
-        request=tuning_pb2.ListTuningJobsRequest(page_size=page_size, page_token=token),
+        request=build(tuning_pb2.ListTuningJobsRequest, page_size=page_size, page_token=token),
         response=tuning_pb2.ListTuningJobsResponse,
         parse=responses.job_page,
         retry=True,
@@ -122,7 +129,7 @@ def cancel_job(job: str) -> Unary[tuning_pb2.CancelTuningJobResponse, types.Tuni
     """CancelTuningJob, by id or resource name."""
     return Unary(
         path=_TUNING + "CancelTuningJob",
-        request=tuning_pb2.CancelTuningJobRequest(name=resource_name("tuningJobs", job)),
+        request=build(tuning_pb2.CancelTuningJobRequest, name=resource_name("tuningJobs", job)),
         response=tuning_pb2.CancelTuningJobResponse,
         parse=lambda message: responses.job(message.job),
         retry=False,
@@ -133,7 +140,9 @@ def watch_job(job: str, after_sequence: int) -> Streaming[tuning_pb2.WatchTuning
     """WatchTuningJob from after an event on."""
     return Streaming(
         path=_TUNING + "WatchTuningJob",
-        request=tuning_pb2.WatchTuningJobRequest(name=resource_name("tuningJobs", job), after_sequence=after_sequence),
+        request=build(
+            tuning_pb2.WatchTuningJobRequest, name=resource_name("tuningJobs", job), after_sequence=after_sequence
+        ),
         response=tuning_pb2.WatchTuningJobResponse,
         parse=responses.event,
     )

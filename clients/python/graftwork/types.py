@@ -212,7 +212,8 @@ class LoadReport:
 class Adapter:
     """An adapter and its newest version, or the version that was asked for.
 
-    tuning_job is "" for an uploaded one. load_report is set by create(load=True), load() and pin() only.
+    tuning_job is "" for an uploaded one. load_report is set by create(load=True), load() and pin() only; unpinned by
+    unload(): true if that ended a pin.
     """
 
     name: str
@@ -229,6 +230,7 @@ class Adapter:
     rank: int
     pinned: bool = False
     load_report: LoadReport | None = None
+    unpinned: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class LineError:
-    """A line (from 1) that cannot be used, and what would be accepted."""
+    """A line (from 1; 0: the data set as a whole) that cannot be used, and what would be accepted."""
 
     line: int
     reason: str

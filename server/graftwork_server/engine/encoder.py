@@ -279,8 +279,8 @@ def _from_pretrained(source: str, config: Any, device: torch.device, dtype: torc
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and safetensors' own, as it happens
         text = " ".join(str(error).split())[:300].rstrip(".")
         raise FailedPrecondition(
-            f"cannot load the model {source!r}: {text}. It must be a directory or hub id with config.json and "
-            "safetensors weights of an encoder",
+            f"cannot load the model {source!r}: {text}. It must be a directory with config.json and safetensors "
+            "weights of an encoder",
             reason="MODEL_UNUSABLE",
         ) from None
     missing = sorted(report["missing_keys"])

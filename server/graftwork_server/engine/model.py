@@ -169,7 +169,7 @@ def load_base(
     native: bool = True,
     quantization: str = "none",
 ) -> BaseModel:
-    """Loads a directory or hub id; `native` takes the engine's own kernels where they can be had; `quantization`
+    """Loads a directory; `native` takes the engine's own kernels where they can be had; `quantization`
     is none, nf4 or int8 (quantization.py).
 
     Raises FailedPrecondition, saying what is wrong, if it cannot be served.
@@ -249,13 +249,6 @@ def unwrapped_state(base: BaseModel) -> dict[str, torch.Tensor]:
 
 
 def _from_pretrained(source: str, dtype: torch.dtype) -> Any:
-    if _is_path(source) and not (Path(source) / "config.json").is_file():
-        what = "has no config.json" if Path(source).is_dir() else "is not a directory"
-        raise FailedPrecondition(
-            f"cannot load the model {source!r}: it {what}. Give a directory with config.json and safetensors "
-            "weights of a causal language model, or a hub id such as org/name",
-            reason="MODEL_UNUSABLE",
-        )
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.is_encoder_decoder or getattr(config.get_text_config(), "use_bidirectional_attention", False):
@@ -277,16 +270,11 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> Any:
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and safetensors' own, as it happens
         text = " ".join(str(error).split())[:300].rstrip(".")
         raise FailedPrecondition(
-            f"cannot load the model {source!r}: {text}. It must be a directory or hub id with config.json and "
-            "safetensors weights of a causal language model",
+            f"cannot load the model {source!r}: {text}. It must be a directory with config.json and safetensors "
+            "weights of a causal language model",
             reason="MODEL_UNUSABLE",
         ) from None
     return model.eval().requires_grad_(False)
-
-
-def _is_path(source: str) -> bool:
-    """Whether `source` can only be meant as a path: it is there, or no hub id has its form (one slash at most)."""
-    return Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
 @contextlib.contextmanager

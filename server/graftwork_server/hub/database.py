@@ -26,7 +26,7 @@ class Database:
     """Transactions on the registry's database. Blocking; may be used from several threads.
 
     Raises FailedPrecondition (SCHEMA_NEWER) for the database of a newer server, (REGISTRY_DAMAGED) for one that
-    cannot be read.
+    cannot be read, ResourceExhausted (STORAGE_FULL).
     """
 
     def __init__(self, url: str) -> None:
@@ -39,6 +39,10 @@ class Database:
             _migrate(self._writing)
         except DatabaseError as error:
             self.close()
+            if _is_full(error):
+                raise ResourceExhausted(
+                    "the disk is full: there is no room for the registry's database", reason="STORAGE_FULL"
+                ) from error
             raise FailedPrecondition(
                 f"the registry's database cannot be opened: {error.orig}", reason="REGISTRY_DAMAGED"
             ) from error
@@ -78,9 +82,13 @@ def _database_errors() -> Iterator[None]:
     try:
         yield
     except OperationalError as error:
-        if "full" in str(error.orig):
+        if _is_full(error):
             raise ResourceExhausted("the server's disk is full; nothing was changed", reason="STORAGE_FULL") from error
         raise Unavailable(f"the registry cannot be used now: {error.orig}", reason="STORAGE_FAILED") from error
+
+
+def _is_full(error: DatabaseError) -> bool:
+    return "disk is full" in str(error.orig)
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:

@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 class Hub:
     """Opens the data directory: locks it, brings the database to this server's schema, removes garbage. Blocking.
 
-    Raises FailedPrecondition (DATA_DIR_IN_USE, SCHEMA_NEWER, REGISTRY_DAMAGED) or a storage error.
+    Raises FailedPrecondition (DATA_DIR_UNUSABLE, DATA_DIR_IN_USE, SCHEMA_NEWER, REGISTRY_DAMAGED) or a storage error.
     """
 
     def __init__(self, data_dir: str | Path) -> None:

@@ -20,6 +20,7 @@ from graftwork_server.hub.pages import check_page_size, page_after, page_token
 from graftwork_server.hub.records import DatasetRecord, NewVersion, VersionRecord
 from graftwork_server.types import ADAPTER_ID, BASE, DatasetFormat
 
+_VERSION_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 _REQUEST_ID = re.compile(r"[!-~]{1,64}")
 
 
@@ -27,7 +28,9 @@ def check_adapter_id(adapter_id: str, field: str) -> None:
     """Raises InvalidArgument (ADAPTER_ID_INVALID) naming `field` unless an adapter may have this id."""
     if adapter_id == BASE:
         raise InvalidArgument(
-            f'"{BASE}" always means the base model; choose another id', reason="ADAPTER_ID_INVALID", field=field
+            f'the id "{BASE}" is reserved: it always means the base model; an adapter has another id',
+            reason="ADAPTER_ID_INVALID",
+            field=field,
         )
     if not ADAPTER_ID.fullmatch(adapter_id):
         raise InvalidArgument(
@@ -122,6 +125,20 @@ class Registry:
             found = [version_record(row) for row in session.scalars(query)]
         more = len(found) > size
         return found[:size], page_token("adapters", found[size - 1].adapter_id) if more else ""
+
+    def list_versions(self, adapter_id: str, page_size: int = 0, token: str = "") -> tuple[list[VersionRecord], str]:
+        """An adapter's versions, newest first, and the next page's token. Raises NotFound (ADAPTER_NOT_FOUND)."""
+        collection = f"adapters/{adapter_id}/versions"
+        size, before = check_page_size(page_size), page_after(collection, token, _VERSION_NUMBER)
+        query = select(Version).where(Version.adapter_id == adapter_id).order_by(Version.number.desc()).limit(size + 1)
+        if before is not None:
+            query = query.where(Version.number < int(before))
+        with self._database.read() as session:
+            if session.get(Adapter, adapter_id) is None:
+                raise adapter_not_found(adapter_id, session.scalars(select(Adapter.id)).all(), "parent")
+            found = [version_record(row) for row in session.scalars(query)]
+        more = len(found) > size
+        return found[:size], page_token(collection, str(found[size - 1].number)) if more else ""
 
     def delete_adapter(self, adapter_id: str) -> list[VersionRecord]:
         """Forgets an adapter and gives the versions that it had. Raises NotFound (ADAPTER_NOT_FOUND)."""

@@ -43,6 +43,7 @@ FILE_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md")
 MAX_FILES = 1000
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PIECE = 1 << 20
 
 
@@ -76,7 +77,7 @@ def storage_errors(doing: str) -> Iterator[None]:
 
 def storage_error(error: OSError, doing: str) -> GraftworkServerError:
     """`error` as ResourceExhausted (STORAGE_FULL) or Unavailable (STORAGE_FAILED); `doing` completes "while ..."."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         return ResourceExhausted(
             f"the server's disk is full (while {doing}); nothing was published", reason="STORAGE_FULL"
         )
@@ -84,10 +85,30 @@ def storage_error(error: OSError, doing: str) -> GraftworkServerError:
     return Unavailable(f"the server's disk failed while {doing}: {text}", reason="STORAGE_FAILED")
 
 
+@contextmanager
+def _data_dir_errors() -> Iterator[None]:
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError) as error:
+        raise _unusable("a file stands in its place or above it") from error
+    except OSError as error:
+        if error.errno in _FULL:
+            raise storage_error(error, "opening the data directory") from error
+        raise _unusable(error.strerror or "input/output error") from error
+
+
+def _unusable(why: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"the data directory cannot be used: {why}; name a directory that this user can make or write to",
+        reason="DATA_DIR_UNUSABLE",
+    )
+
+
 class Store:
     """The data directory of this server. Blocking; may be used from several threads.
 
-    Creates the directory if need be. Raises FailedPrecondition (DATA_DIR_IN_USE) if another server has it.
+    Creates the directory if need be. Raises FailedPrecondition (DATA_DIR_UNUSABLE), or (DATA_DIR_IN_USE) if another
+    server has it, and ResourceExhausted (STORAGE_FULL).
     """
 
     def __init__(self, data_dir: str | Path) -> None:
@@ -96,7 +117,7 @@ class Store:
         self.artifacts = self.root / "artifacts"
         self.datasets = self.root / "datasets"
         self.jobs = self.root / "jobs"
-        with storage_errors("opening the data directory"):
+        with _data_dir_errors():
             for folder in (self.root, self.staging, self.artifacts, self.datasets, self.jobs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             # Not inherited by child processes, so the lock ends with this process whatever outlives it.

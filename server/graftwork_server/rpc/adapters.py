@@ -14,7 +14,7 @@ from graftwork.v1 import adapters_pb2 as pb
 from graftwork.v1.adapters_pb2_grpc import AdapterServiceServicer
 from graftwork_server.adapter_text import AdapterTexts
 from graftwork_server.engine.client import EngineClient
-from graftwork_server.errors import GraftworkServerError, InvalidArgument
+from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import VersionRecord
 from graftwork_server.hub.registry import RequestKey, check_adapter_id, request_key
@@ -67,6 +67,16 @@ class AdapterService(AdapterServiceServicer):
         )
         return pb.ListAdaptersResponse(adapters=[self._message(version) for version in versions], next_page_token=token)
 
+    async def ListVersions(self, request: pb.ListVersionsRequest, context: Context) -> pb.ListVersionsResponse:
+        """An adapter's versions, newest first, a page at a time."""
+        versions, token = await asyncio.to_thread(
+            self._hub.registry.list_versions,
+            adapter_id(request.parent, "parent"),
+            request.page_size,
+            request.page_token,
+        )
+        return pb.ListVersionsResponse(versions=[self._message(version) for version in versions], next_page_token=token)
+
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
         """Forgets an adapter; its files and its place on the device go once nobody uses them."""
         versions = await to_its_end(self._hub.delete_adapter, adapter_id(request.name))
@@ -87,10 +97,12 @@ class AdapterService(AdapterServiceServicer):
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:
         """Takes a version off the device once its running requests have ended."""
         version = await self._version(request.name)
-        if version.pinned:
+        await self._check_not_pinned_elsewhere(version)
+        unpinned = version.pinned
+        if unpinned:
             version = await self._set_pinned(version, False)
         await self._engine.unload(version.digest)
-        return pb.UnloadAdapterResponse(adapter=self._message(version))
+        return pb.UnloadAdapterResponse(adapter=self._message(version), unpinned=unpinned)
 
     async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.PinAdapterResponse:
         """Loads a version and keeps it on the device."""
@@ -123,6 +135,16 @@ class AdapterService(AdapterServiceServicer):
         changed = await to_its_end(self._hub.registry.set_pinned, version, pinned)
         await self._pins.tell()
         return changed
+
+    async def _check_not_pinned_elsewhere(self, version: VersionRecord) -> None:
+        """What is on the device is known by its files: whoever unloads them does so for all versions that have them."""
+        for pinned in await asyncio.to_thread(self._hub.registry.pinned_versions):
+            if pinned.digest == version.digest and pinned.name != version.name:
+                raise FailedPrecondition(
+                    f"{version.name} has the same files as {pinned.name}, which is pinned; unpin that first",
+                    reason="ADAPTER_PINNED",
+                    field="name",
+                )
 
     async def _receive(
         self,

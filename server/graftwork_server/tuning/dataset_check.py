@@ -1,7 +1,8 @@
 """Checks a data set's file away from the event loop: a small one in a thread, a large one in a process of its own,
 because tokenising millions of rows in this process would take the interpreter from the token streams.
 
-`python -m graftwork_server.tuning.dataset_check FILE MAX_SEQUENCE_TOKENS [TOKENIZER_DIR]` prints the report as JSON.
+`python -m graftwork_server.tuning.dataset_check FILE MAX_SEQUENCE_TOKENS CONTEXT_TOKENS [TOKENIZER_DIR]` prints the
+report as JSON.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class DatasetChecker:
         """The report on the file at `path`, rows cut to `max_sequence_tokens` (0: the context)."""
         limit = max_sequence_tokens or self.context_tokens
         if await asyncio.to_thread(os.path.getsize, path) <= IN_PROCESS_BYTES:
-            return await asyncio.to_thread(_check_file, path, self._text, limit)
-        arguments = [sys.executable, "-m", MODULE, str(path), str(limit)]
+            return await asyncio.to_thread(_check_file, path, self._text, limit, self.context_tokens)
+        arguments = [sys.executable, "-m", MODULE, str(path), str(limit), str(self.context_tokens)]
         process = await asyncio.create_subprocess_exec(
             *arguments,
             *([self._tokenizer_dir] if self._tokenizer_dir else []),
@@ -56,7 +57,7 @@ def refuse_bad_lines(report: DatasetReport) -> None:
     """Raises InvalidArgument with one violation per bad line, up to 100, and the number of all."""
     if report.valid:
         return
-    violations = [Violation(f"line {error.line}" if error.line else "data", error.reason) for error in report.errors]
+    violations = [Violation(error.place or "data", error.reason) for error in report.errors]
     first = violations[0]
     lines = "1 line" if report.error_count == 1 else f"{report.error_count} lines"
     raise InvalidArgument(
@@ -69,15 +70,15 @@ def refuse_bad_lines(report: DatasetReport) -> None:
     )
 
 
-def _check_file(path: Path, text: TextProcessor | None, max_sequence_tokens: int) -> DatasetReport:
+def _check_file(path: Path, text: TextProcessor | None, max_sequence_tokens: int, context_tokens: int) -> DatasetReport:
     with path.open("rb") as file:
-        return check_dataset(read_lines(file), text, max_sequence_tokens)
+        return check_dataset(read_lines(file), text, max_sequence_tokens, context_tokens)
 
 
-def _main(path: str, max_sequence_tokens: str, tokenizer_dir: str | None = None) -> None:
+def _main(path: str, max_sequence_tokens: str, context_tokens: str, tokenizer_dir: str | None = None) -> None:
     os.nice(10)
     text = TextProcessor.from_dir(tokenizer_dir) if tokenizer_dir else None
-    report = _check_file(Path(path), text, int(max_sequence_tokens))
+    report = _check_file(Path(path), text, int(max_sequence_tokens), int(context_tokens))
     sys.stdout.buffer.write(msgspec.json.encode(report))
 
 

@@ -247,7 +247,7 @@ class JobManager:
     async def _check_in_thread(self, path: Path, max_sequence_tokens: int) -> DatasetReport:
         def check() -> DatasetReport:
             with path.open("rb") as file:
-                return check_dataset(read_lines(file), self._text, max_sequence_tokens)
+                return check_dataset(read_lines(file), self._text, max_sequence_tokens, self._model.context_tokens)
 
         return await asyncio.to_thread(check)
 
@@ -259,11 +259,13 @@ class JobManager:
         await asyncio.to_thread(self._hub.registry.get_dataset, dataset_id, field)
         report = await self._check(self._hub.store.dataset_path(dataset_id), self._row_limit(spec))
         if not report.valid:
-            where = [Violation(f"{field}: line {error.line}", error.reason) for error in report.errors]
+            where = [Violation(": ".join(filter(None, (field, e.place))), e.reason) for e in report.errors]
+            first = report.errors[0]
+            problems = f"{report.error_count} problems; the first: " if report.error_count > 1 else ""
+            place = f"{first.place}: " if first.place else ""
             no_loss = report.error_count == 1 and report.total_tokens > 0 and report.loss_tokens == 0
             raise InvalidArgument(
-                f"data set {dataset_id} cannot be trained on: {report.error_count} problems; the first: line "
-                f"{report.errors[0].line}: {report.errors[0].reason}",
+                f"data set {dataset_id} cannot be trained on: {problems}{place}{first.reason}",
                 reason="DATASET_NO_LOSS" if no_loss else "DATASET_INVALID",
                 violations=where,
             )

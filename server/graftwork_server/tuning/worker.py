@@ -36,7 +36,7 @@ from graftwork_server.messages import (
 )
 from graftwork_server.plugin_host import PluginHost, guard, is_out_of_memory, parse_config
 from graftwork_server.text import TextProcessor
-from graftwork_server.tuning.data import read_lines, tokenize_rows
+from graftwork_server.tuning.data import how_to_fit, read_lines, tokenize_rows
 from graftwork_server.tuning.data.rows import loss_tokens
 from graftwork_server.tuning.files import write_artifact, write_json
 from graftwork_server.tuning.memory import PeakMemory
@@ -175,7 +175,7 @@ def _read_rows(
     learnable = [row for row in rows if loss_tokens(row)]
     if not learnable:
         raise InvalidArgument(
-            f"no row carries loss within {longest} tokens; set max_sequence_tokens higher or shorten the prompts",
+            f"no row carries loss within {longest} tokens; {how_to_fit(longest, model.context_tokens)}",
             reason="DATASET_NO_LOSS",
         )
     if len(learnable) < len(rows):

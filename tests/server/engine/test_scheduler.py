@@ -12,10 +12,28 @@ from tests.server.engine.harness import Harness, Reference, assert_greedy_matche
 
 from graftwork_server.engine.kv_cache import BLOCK_TOKENS, KVCache, LayerShape
 from graftwork_server.engine.model import BaseModel
+from graftwork_server.engine_main import check_kv_cache
+from graftwork_server.errors import FailedPrecondition
 
 
 def kv_bytes(base: BaseModel, blocks: int) -> int:
     return blocks * BLOCK_TOKENS * sum(shape.bytes_per_token(base.dtype) for shape in base.layer_shapes)
+
+
+def test_a_kv_cache_below_one_context_is_warned_of_or_refused(
+    llama_dir: Path, llama: BaseModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    def check(blocks: int) -> None:
+        harness = Harness(llama_dir, llama, kv_memory_bytes=kv_bytes(llama, blocks))
+        check_kv_cache(llama, harness.engine.kv_tokens)
+
+    assert llama.info.context_tokens == 256
+    check(16)
+    assert caplog.text == ""
+    check(8)
+    assert f"holds 128 tokens, less than the model's context of 256, which takes {kv_bytes(llama, 16)}" in caplog.text
+    with pytest.raises(FailedPrecondition, match=f"--kv-memory-bytes: .* 112 tokens.* {kv_bytes(llama, 8)} bytes"):
+        check(7)
 
 
 def test_requests_join_and_leave_between_steps(llama_dir: Path, llama: BaseModel) -> None:

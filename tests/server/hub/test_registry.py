@@ -140,6 +140,26 @@ def test_pages_hold_everything_once(hub: Hub) -> None:
     assert hub.registry.list_adapters(25)[1] == ""
 
 
+def test_versions_are_listed_newest_first_a_page_at_a_time(hub: Hub) -> None:
+    for _ in range(5):
+        hub.registry.add_version(new("a"), adapter_may_exist=True)
+    hub.registry.add_version(new("b"), adapter_may_exist=True)
+    first, token = hub.registry.list_versions("a", 2)
+    second, last = hub.registry.list_versions("a", 3, token)
+    assert [version.number for version in first + second] == [5, 4, 3, 2, 1]
+    assert {version.adapter_id for version in first + second} == {"a"}
+    assert last == ""
+    for wrong in (token[:-2], page_token("adapters", "a"), page_token("adapters/a/versions", "x")):
+        with pytest.raises(InvalidArgument) as caught:
+            hub.registry.list_versions("a", 2, wrong)
+        assert caught.value.violations[0].field == "page_token"
+    with pytest.raises(InvalidArgument):
+        hub.registry.list_versions("b", 2, token)
+    with pytest.raises(NotFound) as missing:
+        hub.registry.list_versions("aa")
+    assert (missing.value.reason, missing.value.violations[0].field) == ("ADAPTER_NOT_FOUND", "parent")
+
+
 @pytest.mark.parametrize(
     "token", ["x", "!!!!", "AAAA", "é", page_token("tuningJobs", "1"), page_token("adapters", "a")[:-2], "A" * 5000]
 )

@@ -113,6 +113,52 @@ async def test_adapters_are_listed_a_page_at_a_time(server):
     assert ([a.adapter_id for a in second.adapters], second.next_page_token) == (["c"], "")
 
 
+async def test_versions_are_listed_newest_first(server, refused):
+    for seed in ("1", "2", "3"):
+        await create(server, "a", files_of(seed), new_version=True)
+    await create(server, "b")
+    await server.adapters.PinAdapter(pb.PinAdapterRequest(name="adapters/a/versions/1"))
+    first = await server.adapters.ListVersions(pb.ListVersionsRequest(parent="adapters/a", page_size=2))
+    assert [version.version for version in first.versions] == [3, 2]
+    assert not any(version.loaded or version.pinned for version in first.versions)
+    second = await server.adapters.ListVersions(
+        pb.ListVersionsRequest(parent="adapters/a", page_size=2, page_token=first.next_page_token)
+    )
+    (oldest,) = second.versions
+    assert (oldest.version, oldest.loaded, oldest.pinned, second.next_page_token) == (1, True, True, "")
+    assert oldest == (await get(server, "adapters/a/versions/1")).adapter
+    for fields, code, field in (
+        ({"parent": "adapters/none"}, "NOT_FOUND", "parent"),
+        ({"parent": "a"}, "INVALID_ARGUMENT", "parent"),
+        ({"parent": "adapters/a/versions/1"}, "INVALID_ARGUMENT", "parent"),
+        ({"parent": "adapters/a", "page_size": -1}, "INVALID_ARGUMENT", "page_size"),
+        ({"parent": "adapters/b", "page_token": first.next_page_token}, "INVALID_ARGUMENT", "page_token"),
+    ):
+        error = await refused(server.adapters.ListVersions(pb.ListVersionsRequest(**fields)))
+        assert (error.code, list(error.fields)) == (code, [field])
+
+
+async def test_unloading_says_that_it_ended_a_pin(server):
+    await create(server, "a")
+    await server.adapters.PinAdapter(pb.PinAdapterRequest(name="adapters/a"))
+    first = await server.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="adapters/a"))
+    assert (first.unpinned, first.adapter.pinned, first.adapter.loaded) == (True, False, False)
+    assert not (await server.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="adapters/a"))).unpinned
+
+
+async def test_files_that_another_version_pins_are_not_unloaded(server, refused):
+    await create(server, "a", files_of("same"))
+    await create(server, "b", files_of("same"))
+    await server.adapters.PinAdapter(pb.PinAdapterRequest(name="adapters/a"))
+    error = await refused(server.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="adapters/b")))
+    assert (error.code, error.reason) == ("FAILED_PRECONDITION", "ADAPTER_PINNED")
+    pinned = (await get(server, "adapters/a")).adapter
+    assert (pinned.pinned, pinned.loaded) == (True, True)
+    await server.adapters.UnpinAdapter(pb.UnpinAdapterRequest(name="adapters/a"))
+    unloaded = await server.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="adapters/b"))
+    assert not unloaded.adapter.loaded
+
+
 async def test_load_unload_delete(server, refused):
     await create(server, "a")
     name = "adapters/a"

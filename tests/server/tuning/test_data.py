@@ -230,7 +230,12 @@ def test_the_report_counts_tokens(text: TextProcessor) -> None:
 def test_a_set_whose_loss_is_cut_off_is_refused(text: TextProcessor) -> None:
     report = check_dataset(jsonl([PAIR, PAIR]), text, 3)
     assert (report.valid, report.loss_tokens, report.cut_rows, report.row_count) == (False, 0, 2, 2)
-    assert "max_sequence_tokens" in report.errors[0].reason
+    assert "set max_sequence_tokens higher or shorten" in report.errors[0].reason
+    assert report.errors[0].place == ""
+    below = check_dataset(jsonl([PAIR]), text, 3, context_tokens=64).errors[0].reason
+    assert below.endswith("set max_sequence_tokens higher (up to 64) or shorten the prompts")
+    at_most = check_dataset(jsonl([PAIR]), text, 3, context_tokens=3).errors[0].reason
+    assert at_most.endswith("that is the base model's context, so shorten the prompts")
 
 
 def test_chat_needs_a_template_and_says_so_once(plain: TextProcessor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -12,6 +12,11 @@ from graftwork.cli.options import AdapterRef, Address, AsJson, subgroup
 from graftwork.cli.progress import upload_bar
 from graftwork.cli.session import session
 from graftwork.types import Adapter
+
+_SHOWN_DIGEST = 19
+"""Characters of a digest that a table has: "sha256:" and twelve more."""
+
+AdapterId: TypeAlias = Annotated[str, typer.Argument(metavar="ID", help="The adapter.")]
 
 app = subgroup("Adapters: everything servable by name beside the base model.")
 
@@ -49,18 +54,24 @@ def list_(ctx: typer.Context, as_json: AsJson = False, address: Address = None) 
             output.emit(adapters)
             return
         output.table(
-            ("ADAPTER", "VERSION", "STRATEGY", "LOADED", "RANK", "SIZE", "CREATED"),
+            ("ADAPTER", "VERSION", "STRATEGY", "LOADED", "PINNED", "RANK", "SIZE", "CREATED"),
+            ((a.adapter_id, a.version, a.strategy, *_state(a)) for a in adapters),
+        )
+
+
+@app.command()
+def versions(ctx: typer.Context, adapter_id: AdapterId, as_json: AsJson = False, address: Address = None) -> None:
+    """List an adapter's versions, newest first. ID@VERSION serves one of them."""
+    with session(ctx, address, as_json) as client:
+        found = list(client.adapters.versions(adapter_id))
+        if as_json:
+            output.emit(found)
+            return
+        output.table(
+            ("VERSION", "STRATEGY", "LOADED", "PINNED", "RANK", "SIZE", "CREATED", "TUNING JOB", "DIGEST"),
             (
-                (
-                    a.adapter_id,
-                    a.version,
-                    a.strategy,
-                    a.loaded,
-                    a.rank or None,
-                    output.size(a.size_bytes),
-                    a.create_time,
-                )
-                for a in adapters
+                (f"{a.adapter_id}@{a.version}", a.strategy, *_state(a), _job_id(a), a.digest[:_SHOWN_DIGEST])
+                for a in found
             ),
         )
 
@@ -74,7 +85,7 @@ def show(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, addre
 
 @app.command()
 def load(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, address: Address = None) -> None:
-    """Load an adapter beside the base now, so that its first request need not wait."""
+    """Load an adapter beside the base now. Its first request then need not wait."""
     with session(ctx, address, as_json) as client:
         loaded = client.adapters.load(adapter)
         _show(loaded, as_json, f"loaded {loaded.adapter_id}@{loaded.version}")
@@ -82,18 +93,19 @@ def load(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, addre
 
 @app.command()
 def unload(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, address: Address = None) -> None:
-    """Take an adapter off the device; its next request loads it again."""
+    """Take an adapter off the device. That ends its pin, if it has one. Its next request loads it again."""
     with session(ctx, address, as_json) as client:
         unloaded = client.adapters.unload(adapter)
         if as_json:
             output.emit(unloaded)
         else:
-            print(f"unloaded {unloaded.adapter_id}@{unloaded.version}")
+            pin = "; it was pinned, and is no more" if unloaded.unpinned else ""
+            print(f"unloaded {unloaded.adapter_id}@{unloaded.version}{pin}")
 
 
 @app.command()
 def pin(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, address: Address = None) -> None:
-    """Load an adapter and keep it on the device, over restarts too, until it is unpinned, unloaded or deleted."""
+    """Load an adapter and keep it on the device. Over restarts too, until it is unpinned, unloaded or deleted."""
     with session(ctx, address, as_json) as client:
         pinned = client.adapters.pin(adapter)
         _show(pinned, as_json, f"pinned {pinned.adapter_id}@{pinned.version}")
@@ -113,7 +125,7 @@ def unpin(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, addr
 @app.command()
 def delete(
     ctx: typer.Context,
-    adapter_id: Annotated[str, typer.Argument(metavar="ID", help="The adapter.")],
+    adapter_id: AdapterId,
     as_json: AsJson = False,
     address: Address = None,
 ) -> None:
@@ -124,6 +136,16 @@ def delete(
             output.emit({"adapter_id": adapter_id, "deleted_versions": count})
         else:
             print(f"deleted {adapter_id} ({count} version{'' if count == 1 else 's'})")
+
+
+def _state(adapter: Adapter) -> tuple[Any, ...]:
+    """LOADED, PINNED, RANK, SIZE, CREATED."""
+    size = output.size(adapter.size_bytes)
+    return adapter.loaded, adapter.pinned, adapter.rank or None, size, adapter.create_time
+
+
+def _job_id(adapter: Adapter) -> str:
+    return adapter.tuning_job.removeprefix("tuningJobs/")
 
 
 def _show(adapter: Adapter, as_json: bool, headline: str = "") -> None:

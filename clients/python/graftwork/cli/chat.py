@@ -11,27 +11,8 @@ from typing import Annotated, TypeAlias
 import typer
 
 from graftwork.cli import output
-from graftwork.cli.options import (
-    Address,
-    AsJson,
-    CacheSalt,
-    Choice,
-    FrequencyPenalty,
-    JsonSchema,
-    MaxTokens,
-    MinP,
-    MinTokens,
-    Model,
-    PresencePenalty,
-    Priority,
-    Regex,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-)
+from graftwork.cli.options import Address, AsJson, CacheSalt, Model, Priority
+from graftwork.cli.sampling import takes_sampling
 from graftwork.cli.session import session
 from graftwork.errors import APIError, UnavailableError
 from graftwork.requests import Messages, SamplingOptions
@@ -40,26 +21,17 @@ from graftwork.types import Generation, Message
 
 Ask: TypeAlias = Callable[[Messages], GenerationStream]
 """Sends a conversation."""
+_FULL = ("PROMPT_TOO_LONG", "KV_CACHE_TOO_SMALL")
+"""Why the server takes no more of a conversation."""
 
 
+@takes_sampling
 def chat(
     ctx: typer.Context,
     model: Model,
     system: Annotated[str | None, typer.Option("--system", help="The system message.")] = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-    stop: Stop = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    presence_penalty: PresencePenalty = None,
-    frequency_penalty: FrequencyPenalty = None,
-    min_tokens: MinTokens = None,
-    json_schema: JsonSchema = None,
-    regex: Regex = None,
-    choice: Choice = None,
+    *,
+    sampling: SamplingOptions,
     cache_salt: CacheSalt = None,
     priority: Priority = None,
     as_json: AsJson = False,
@@ -69,27 +41,11 @@ def chat(
 
     When stdin is not a terminal, each of its lines is one message. With --json, each answer is one line of JSON.
     """
-    options = SamplingOptions(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=stop,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        min_tokens=min_tokens,
-        json_schema=json_schema.read_text("utf-8") if json_schema else None,
-        regex=regex,
-        choice=choice,
-    )
     with session(ctx, address, as_json) as client:
 
         def ask(messages: Messages) -> GenerationStream:
             running: GenerationStream = client.chat(
-                model, messages, stream=True, cache_salt=cache_salt, priority=priority, **options
+                model, messages, stream=True, cache_salt=cache_salt, priority=priority, **sampling
             )
             return running
 
@@ -113,11 +69,13 @@ def _converse(ask: Ask, opening: list[Message], as_json: bool) -> None:
                 raise
             print("(interrupted; the message is not kept)", file=sys.stderr)
             continue
-        except APIError as error:
+        except (APIError, ValueError) as error:  # ValueError: a message that no request can hold
             # Someone at a terminal may go on with another message; a script must see the failure.
             if not interactive or isinstance(error, UnavailableError):
                 raise
             print(f"error: {error}", file=sys.stderr)
+            if history != opening and isinstance(error, APIError) and error.reason in _FULL:
+                print("(the conversation has become too long; /reset begins a new one)", file=sys.stderr)
             continue
         history += [turn, Message(role="assistant", content=answer.text)]
 
@@ -134,6 +92,9 @@ def _lines(interactive: bool, as_json: bool) -> Iterator[str]:
         except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            print()  # the shell's prompt belongs on a line of its own
+            raise
         if line:
             yield line
 

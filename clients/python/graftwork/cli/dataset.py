@@ -40,16 +40,17 @@ def check(
 
 def _print(report: DatasetReport, file: Path) -> None:
     for error in report.errors:
-        print(output.readable(f"{file}:{error.line}: {error.reason}"))
+        place = f"{file}:{error.line}" if error.line else str(file)
+        print(output.readable(f"{place}: {error.reason}"))
     hidden = report.error_count - len(report.errors)
     if hidden > 0:
-        print(f"... and {hidden} more bad lines")
+        print(f"... and {hidden} more problems")
     output.fields(
         (
             ("valid", report.valid),
-            ("form", report.format),
+            ("form", None if report.format == "unspecified" else report.format),
             ("rows", f"{report.row_count:,}"),
-            ("bad lines", f"{report.error_count:,}"),
+            ("problems", f"{report.error_count:,}"),
             ("tokens", f"{report.total_tokens:,}"),
             ("tokens with loss", f"{report.loss_tokens:,}"),
             ("longest row", f"{report.longest_row_tokens:,} tokens"),

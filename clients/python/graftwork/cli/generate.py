@@ -8,27 +8,8 @@ from typing import Annotated
 import typer
 
 from graftwork.cli import output
-from graftwork.cli.options import (
-    Address,
-    AsJson,
-    CacheSalt,
-    Choice,
-    FrequencyPenalty,
-    JsonSchema,
-    MaxTokens,
-    MinP,
-    MinTokens,
-    Model,
-    PresencePenalty,
-    Priority,
-    Regex,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-)
+from graftwork.cli.options import Address, AsJson, CacheSalt, Model, Priority
+from graftwork.cli.sampling import takes_sampling
 from graftwork.cli.session import session
 from graftwork.requests import SamplingOptions
 from graftwork.streams import GenerationStream
@@ -39,28 +20,17 @@ TokenIds = Annotated[
 ]
 
 
+@takes_sampling
 def generate(
     ctx: typer.Context,
     model: Model,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text to continue.")] = None,
     token_ids: TokenIds = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-    stop: Stop = None,
+    *,
+    sampling: SamplingOptions,
     logprobs: Annotated[
         int | None, typer.Option("--logprobs", help="Show so many most likely tokens at each step, 0: the chosen one.")
     ] = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    presence_penalty: PresencePenalty = None,
-    frequency_penalty: FrequencyPenalty = None,
-    min_tokens: MinTokens = None,
-    json_schema: JsonSchema = None,
-    regex: Regex = None,
-    choice: Choice = None,
     n: Annotated[int | None, typer.Option("--n", help="Completions to return.")] = None,
     best_of: Annotated[int | None, typer.Option("--best-of", help="Sample so many and return the best N.")] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Begin with the prompt.")] = False,
@@ -71,28 +41,15 @@ def generate(
     address: Address = None,
 ) -> None:
     """Continue a prompt; the text is printed as it comes."""
-    given = _prompt(prompt, token_ids)
-    options = SamplingOptions(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=stop,
-        logprobs=logprobs,
-        ignore_eos=ignore_eos,
-        n=n,
-        best_of=best_of,
-        echo=echo,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        min_tokens=min_tokens,
-        json_schema=json_schema.read_text("utf-8") if json_schema else None,
-        regex=regex,
-        choice=choice,
-    )
+    given = _prompt(prompt, token_ids, "PROMPT")
+    options: SamplingOptions = {
+        **sampling,
+        "logprobs": logprobs,
+        "ignore_eos": ignore_eos,
+        "n": n,
+        "best_of": best_of,
+        "echo": echo,
+    }
     with session(ctx, address, as_json) as client:
         if as_json or (n or 1) > 1:
             answer = client.generate(model, given, cache_salt=cache_salt, priority=priority, **options)
@@ -130,9 +87,9 @@ def _print_completions(completions: Sequence[Completion]) -> None:
         print(output.readable(completion.text))
 
 
-def _prompt(prompt: str | None, token_ids: str | None) -> str | list[int]:
+def _prompt(prompt: str | None, token_ids: str | None, argument: str) -> str | list[int]:
     if (prompt is None) == (token_ids is None):
-        raise typer.BadParameter("give either a PROMPT or --token-ids")
+        raise typer.BadParameter(f"give either {argument} or --token-ids")
     if token_ids is None:
         assert prompt is not None
         return prompt
@@ -154,7 +111,7 @@ def score(
     address: Address = None,
 ) -> None:
     """Show the log probability of every token of a text."""
-    given = _prompt(text, token_ids)
+    given = _prompt(text, token_ids, "TEXT")
     with session(ctx, address, as_json) as client:
         result = client.score(model, given, top_logprobs=top_logprobs)
         if as_json:

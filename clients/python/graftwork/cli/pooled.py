@@ -12,7 +12,7 @@ from graftwork.cli.session import session
 from graftwork.requests import TextInput
 from graftwork.types import Pooling
 
-Texts = Annotated[list[str], typer.Argument(metavar="TEXT...", help="The texts.")]
+Texts = Annotated[list[str], typer.Argument(metavar="TEXT", help="The texts.")]
 Pair = Annotated[
     str | None, typer.Option("--pair", metavar="TEXT", help="A second text that each is joined to, as a pair.")
 ]

@@ -64,6 +64,9 @@ def _report(error: Exception, as_json: bool, address: str) -> None:
     if isinstance(error, UnavailableError) and "Connection refused" in error.message:
         print(f"error: no server listens on {address}; start one with: graftwork serve", file=sys.stderr)
         return
+    if isinstance(error, UnavailableError) and "resolv" in error.message:
+        print(f"error: the host of {address} is not known", file=sys.stderr)
+        return
     print(f"error: {error.summary}", file=sys.stderr)
     for violation in error.unsaid_violations:
         print(f"  {violation.field}: {violation.description}", file=sys.stderr)

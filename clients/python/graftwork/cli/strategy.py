@@ -11,7 +11,7 @@ from graftwork.cli import output
 from graftwork.cli.options import Address, AsJson, subgroup
 from graftwork.cli.session import session
 
-app = subgroup("Strategies: the plugins that know how variants are trained, stored and served.")
+app = subgroup("Strategies: the plugins that train and serve variants.")
 
 
 @app.command("list")

@@ -15,7 +15,7 @@ from graftwork.cli.progress import follow, upload_bar
 from graftwork.cli.session import session
 from graftwork.client import Client
 from graftwork.jobs import TuningJob
-from graftwork.types import Dataset, TuningJobInfo
+from graftwork.types import Dataset, TuningEstimate, TuningJobInfo
 
 app = subgroup("Tuning jobs: a data set becomes a new version of an adapter.")
 
@@ -58,6 +58,8 @@ def create(
         if follow_it:
             if not as_json:
                 print(f"job {job.id}", flush=True)
+                if job.info.estimate is not None:
+                    print(f"estimate  {_estimate(job.info.estimate)}", flush=True)
             _follow(job, 0, as_json)
         else:
             _show(job.info, as_json)
@@ -179,9 +181,15 @@ def _show(job: TuningJobInfo, as_json: bool) -> None:
     if job.result is not None:
         pairs += _result(job)
     elif job.estimate is not None:
-        estimate = job.estimate
-        pairs.append(("estimate", f"{estimate.total_steps} steps, {output.size(estimate.memory_bytes)} more memory"))
+        pairs.append(("estimate", _estimate(job.estimate)))
     output.fields(pairs)
+
+
+def _estimate(estimate: TuningEstimate) -> str:
+    return (
+        f"{estimate.total_steps} steps, {estimate.trained_parameters:,} parameters, "
+        f"{output.size(estimate.memory_bytes)} more memory, artifact {output.size(estimate.artifact_bytes)}"
+    )
 
 
 def _result(job: TuningJobInfo) -> list[tuple[str, Any]]:
@@ -190,7 +198,7 @@ def _result(job: TuningJobInfo) -> list[tuple[str, Any]]:
     held_out = result.validation_loss
     return [
         ("version", result.adapter_version),
-        ("loss", f"{result.final_loss:.4f}"),
+        ("training loss", f"{result.final_loss:.4f}, the mean of the last tenth of the steps"),
         ("held-out loss", None if held_out is None else f"{held_out:.4f}"),
         ("trained", f"{result.trained_parameters:,} parameters in {output.duration(result.train_ms)}"),
         ("peak memory", output.size(result.peak_memory_bytes)),

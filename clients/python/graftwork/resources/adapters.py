@@ -63,6 +63,15 @@ class Adapters:
         """Yields all adapters by id, fetching page after page. page_size: per request, 0: the server's."""
         return pages(self._transport, lambda token: requests.list_adapters(page_size, token), timeout)
 
+    def versions(
+        self, adapter: str | Adapter, *, page_size: int = 0, timeout: float | None = None
+    ) -> Iterator[Adapter]:
+        """Yields an adapter's versions, newest first, fetching page after page.
+
+        page_size: per request, 0: the server's. Raises NotFoundError, and ValueError for a single version.
+        """
+        return pages(self._transport, lambda token: requests.list_versions(adapter, page_size, token), timeout)
+
     def delete(self, adapter: str | Adapter, *, timeout: float | None = None) -> int:
         """Deletes an adapter with all its versions and returns how many those were. Requests already running finish.
 
@@ -126,6 +135,12 @@ class AsyncAdapters:
     def list(self, *, page_size: int = 0, timeout: float | None = None) -> AsyncIterator[Adapter]:
         """As Adapters.list, for async for."""
         return async_pages(self._transport, lambda token: requests.list_adapters(page_size, token), timeout)
+
+    def versions(
+        self, adapter: str | Adapter, *, page_size: int = 0, timeout: float | None = None
+    ) -> AsyncIterator[Adapter]:
+        """As Adapters.versions, for async for."""
+        return async_pages(self._transport, lambda token: requests.list_versions(adapter, page_size, token), timeout)
 
     async def delete(self, adapter: str | Adapter, *, timeout: float | None = None) -> int:
         """As Adapters.delete."""

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bgraftwork/v1/adapters.proto\x12\x0cgraftwork.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x98\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x10\n\x08strategy\x18\x05 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03\x12\x17\n\x0fparameter_count\x18\x08 \x01(\x03\x12\x0e\n\x06loaded\x18\t \x01(\x08\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ntuning_job\x18\x0b \x01(\t\x12\x0c\n\x04rank\x18\x0c \x01(\x05\x12\x0e\n\x06pinned\x18\r \x01(\x08\"\x93\x01\n\rAdapterUpload\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x10\n\x08strategy\x18\x02 \x01(\t\x12%\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x16.graftwork.v1.FileInfo\x12\x13\n\x0bnew_version\x18\x04 \x01(\x08\x12\x0c\n\x04load\x18\x05 \x01(\x08\x12\x12\n\nrequest_id\x18\x06 \x01(\t\"<\n\x08\x46ileInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\'\n\tFileChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"z\n\x14\x43reateAdapterRequest\x12-\n\x06upload\x18\x01 \x01(\x0b\x32\x1b.graftwork.v1.AdapterUploadH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.graftwork.v1.FileChunkH\x00\x42\t\n\x07payload\"n\n\x15\x43reateAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.graftwork.v1.Adapter\x12-\n\x0bload_report\x18\x02 \x01(\x0b\x32\x18.graftwork.v1.LoadReport\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x12GetAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.graftwork.v1.Adapter\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x14ListAdaptersResponse\x12\'\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x15.graftwork.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x15\x44\x65leteAdapterResponse\x12\x18\n\x10\x64\x65leted_versions\x18\x01 \x01(\x05\"\"\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"p\n\nLoadReport\x12\x15\n\rmodules_bound\x18\x01 \x01(\x05\x12\x0c\n\x04rank\x18\x02 \x01(\x05\x12\x14\n\x0c\x64\x65vice_bytes\x18\x03 \x01(\x03\x12\x0f\n\x07load_ms\x18\x04 \x01(\x01\x12\x16\n\x0e\x61lready_loaded\x18\x05 \x01(\x08\"l\n\x13LoadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.graftwork.v1.Adapter\x12-\n\x0bload_report\x18\x02 \x01(\x0b\x32\x18.graftwork.v1.LoadReport\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x15UnloadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.graftwork.v1.Adapter\"!\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"k\n\x12PinAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.graftwork.v1.Adapter\x12-\n\x0bload_report\x18\x02 \x01(\x0b\x32\x18.graftwork.v1.LoadReport\"#\n\x13UnpinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x14UnpinAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.graftwork.v1.Adapter2\xc4\x05\n\x0e\x41\x64\x61pterService\x12Z\n\rCreateAdapter\x12\".graftwork.v1.CreateAdapterRequest\x1a#.graftwork.v1.CreateAdapterResponse(\x01\x12O\n\nGetAdapter\x12\x1f.graftwork.v1.GetAdapterRequest\x1a .graftwork.v1.GetAdapterResponse\x12U\n\x0cListAdapters\x12!.graftwork.v1.ListAdaptersRequest\x1a\".graftwork.v1.ListAdaptersResponse\x12X\n\rDeleteAdapter\x12\".graftwork.v1.DeleteAdapterRequest\x1a#.graftwork.v1.DeleteAdapterResponse\x12R\n\x0bLoadAdapter\x12 .graftwork.v1.LoadAdapterRequest\x1a!.graftwork.v1.LoadAdapterResponse\x12X\n\rUnloadAdapter\x12\".graftwork.v1.UnloadAdapterRequest\x1a#.graftwork.v1.UnloadAdapterResponse\x12O\n\nPinAdapter\x12\x1f.graftwork.v1.PinAdapterRequest\x1a .graftwork.v1.PinAdapterResponse\x12U\n\x0cUnpinAdapter\x12!.graftwork.v1.UnpinAdapterRequest\x1a\".graftwork.v1.UnpinAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bgraftwork/v1/adapters.proto\x12\x0cgraftwork.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x98\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x10\n\x08strategy\x18\x05 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03\x12\x17\n\x0fparameter_count\x18\x08 \x01(\x03\x12\x0e\n\x06loaded\x18\t \x01(\x08\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ntuning_job\x18\x0b \x01(\t\x12\x0c\n\x04rank\x18\x0c \x01(\x05\x12\x0e\n\x06pinned\x18\r \x01(\x08\"\x93\x01\n\rAdapterUpload\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x10\n\x08strategy\x18\x02 \x01(\t\x12%\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x16.graftwork.v1.FileInfo\x12\x13\n\x0bnew_version\x18\x04 \x01(\x08\x12\x0c\n\x04load\x18\x05 \x01(\x08\x12\x12\n\nrequest_id\x18\x06 \x01(\t\"<\n\x08\x46ileInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\'\n\tFileChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"z\n\x14\x43reateAdapterRequest\x12-\n\x06upload\x18\x01 \x01(\x0b\x32\x1b.graftwork.v1.AdapterUploadH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.graftwork.v1.FileChunkH\x00\x42\t\n\x07payload\"n\n\x15\x43reateAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.graftwork.v1.Adapter\x12-\n\x0bload_report\x18\x02 \x01(\x0b\x32\x18.graftwork.v1.LoadReport\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x12GetAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.graftwork.v1.Adapter\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x14ListAdaptersResponse\x12\'\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x15.graftwork.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"L\n\x13ListVersionsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"X\n\x14ListVersionsResponse\x12\'\n\x08versions\x18\x01 \x03(\x0b\x32\x15.graftwork.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x15\x44\x65leteAdapterResponse\x12\x18\n\x10\x64\x65leted_versions\x18\x01 \x01(\x05\"\"\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"p\n\nLoadReport\x12\x15\n\rmodules_bound\x18\x01 \x01(\x05\x12\x0c\n\x04rank\x18\x02 \x01(\x05\x12\x14\n\x0c\x64\x65vice_bytes\x18\x03 \x01(\x03\x12\x0f\n\x07load_ms\x18\x04 \x01(\x01\x12\x16\n\x0e\x61lready_loaded\x18\x05 \x01(\x08\"l\n\x13LoadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.graftwork.v1.Adapter\x12-\n\x0bload_report\x18\x02 \x01(\x0b\x32\x18.graftwork.v1.LoadReport\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"Q\n\x15UnloadAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.graftwork.v1.Adapter\x12\x10\n\x08unpinned\x18\x02 \x01(\x08\"!\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"k\n\x12PinAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.graftwork.v1.Adapter\x12-\n\x0bload_report\x18\x02 \x01(\x0b\x32\x18.graftwork.v1.LoadReport\"#\n\x13UnpinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x14UnpinAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.graftwork.v1.Adapter2\x9b\x06\n\x0e\x41\x64\x61pterService\x12Z\n\rCreateAdapter\x12\".graftwork.v1.CreateAdapterRequest\x1a#.graftwork.v1.CreateAdapterResponse(\x01\x12O\n\nGetAdapter\x12\x1f.graftwork.v1.GetAdapterRequest\x1a .graftwork.v1.GetAdapterResponse\x12U\n\x0cListAdapters\x12!.graftwork.v1.ListAdaptersRequest\x1a\".graftwork.v1.ListAdaptersResponse\x12U\n\x0cListVersions\x12!.graftwork.v1.ListVersionsRequest\x1a\".graftwork.v1.ListVersionsResponse\x12X\n\rDeleteAdapter\x12\".graftwork.v1.DeleteAdapterRequest\x1a#.graftwork.v1.DeleteAdapterResponse\x12R\n\x0bLoadAdapter\x12 .graftwork.v1.LoadAdapterRequest\x1a!.graftwork.v1.LoadAdapterResponse\x12X\n\rUnloadAdapter\x12\".graftwork.v1.UnloadAdapterRequest\x1a#.graftwork.v1.UnloadAdapterResponse\x12O\n\nPinAdapter\x12\x1f.graftwork.v1.PinAdapterRequest\x1a .graftwork.v1.PinAdapterResponse\x12U\n\x0cUnpinAdapter\x12!.graftwork.v1.UnpinAdapterRequest\x1a\".graftwork.v1.UnpinAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,28 +52,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTADAPTERSREQUEST']._serialized_end=1007
   _globals['_LISTADAPTERSRESPONSE']._serialized_start=1009
   _globals['_LISTADAPTERSRESPONSE']._serialized_end=1097
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=1099
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=1135
-  _globals['_DELETEADAPTERRESPONSE']._serialized_start=1137
-  _globals['_DELETEADAPTERRESPONSE']._serialized_end=1186
-  _globals['_LOADADAPTERREQUEST']._serialized_start=1188
-  _globals['_LOADADAPTERREQUEST']._serialized_end=1222
-  _globals['_LOADREPORT']._serialized_start=1224
-  _globals['_LOADREPORT']._serialized_end=1336
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=1338
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=1446
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1448
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1484
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1486
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1549
-  _globals['_PINADAPTERREQUEST']._serialized_start=1551
-  _globals['_PINADAPTERREQUEST']._serialized_end=1584
-  _globals['_PINADAPTERRESPONSE']._serialized_start=1586
-  _globals['_PINADAPTERRESPONSE']._serialized_end=1693
-  _globals['_UNPINADAPTERREQUEST']._serialized_start=1695
-  _globals['_UNPINADAPTERREQUEST']._serialized_end=1730
-  _globals['_UNPINADAPTERRESPONSE']._serialized_start=1732
-  _globals['_UNPINADAPTERRESPONSE']._serialized_end=1794
-  _globals['_ADAPTERSERVICE']._serialized_start=1797
-  _globals['_ADAPTERSERVICE']._serialized_end=2505
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=1099
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=1175
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=1177
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=1265
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=1267
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=1303
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=1305
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=1354
+  _globals['_LOADADAPTERREQUEST']._serialized_start=1356
+  _globals['_LOADADAPTERREQUEST']._serialized_end=1390
+  _globals['_LOADREPORT']._serialized_start=1392
+  _globals['_LOADREPORT']._serialized_end=1504
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=1506
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=1614
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1616
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1652
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1654
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1735
+  _globals['_PINADAPTERREQUEST']._serialized_start=1737
+  _globals['_PINADAPTERREQUEST']._serialized_end=1770
+  _globals['_PINADAPTERRESPONSE']._serialized_start=1772
+  _globals['_PINADAPTERRESPONSE']._serialized_end=1879
+  _globals['_UNPINADAPTERREQUEST']._serialized_start=1881
+  _globals['_UNPINADAPTERREQUEST']._serialized_end=1916
+  _globals['_UNPINADAPTERRESPONSE']._serialized_start=1918
+  _globals['_UNPINADAPTERRESPONSE']._serialized_end=1980
+  _globals['_ADAPTERSERVICE']._serialized_start=1983
+  _globals['_ADAPTERSERVICE']._serialized_end=2778
 # @@protoc_insertion_point(module_scope)

@@ -50,6 +50,11 @@ class AdapterServiceStub:
                 request_serializer=graftwork_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=graftwork_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.ListVersions = channel.unary_unary(
+                '/graftwork.v1.AdapterService/ListVersions',
+                request_serializer=graftwork_dot_v1_dot_adapters__pb2.ListVersionsRequest.SerializeToString,
+                response_deserializer=graftwork_dot_v1_dot_adapters__pb2.ListVersionsResponse.FromString,
+                _registered_method=True)
         self.DeleteAdapter = channel.unary_unary(
                 '/graftwork.v1.AdapterService/DeleteAdapter',
                 request_serializer=graftwork_dot_v1_dot_adapters__pb2.DeleteAdapterRequest.SerializeToString,
@@ -102,6 +107,13 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListVersions(self, request, context):
+        """Lists the versions of one adapter, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteAdapter(self, request, context):
         """Deletes an adapter with all its versions. Requests already running finish.
         """
@@ -118,7 +130,7 @@ class AdapterServiceServicer:
 
     def UnloadAdapter(self, request, context):
         """Takes a version off the device once the requests that use it have ended. It stays servable: the next request loads it again.
-        A pinned version is unpinned by it.
+        A pinned version is unpinned by it; another pinned version with the same files is a FAILED_PRECONDITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -156,6 +168,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.ListAdapters,
                     request_deserializer=graftwork_dot_v1_dot_adapters__pb2.ListAdaptersRequest.FromString,
                     response_serializer=graftwork_dot_v1_dot_adapters__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'ListVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVersions,
+                    request_deserializer=graftwork_dot_v1_dot_adapters__pb2.ListVersionsRequest.FromString,
+                    response_serializer=graftwork_dot_v1_dot_adapters__pb2.ListVersionsResponse.SerializeToString,
             ),
             'DeleteAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteAdapter,
@@ -265,6 +282,33 @@ class AdapterService:
             '/graftwork.v1.AdapterService/ListAdapters',
             graftwork_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
             graftwork_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graftwork.v1.AdapterService/ListVersions',
+            graftwork_dot_v1_dot_adapters__pb2.ListVersionsRequest.SerializeToString,
+            graftwork_dot_v1_dot_adapters__pb2.ListVersionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

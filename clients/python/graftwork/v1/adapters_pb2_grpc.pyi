@@ -39,13 +39,15 @@ class AdapterServiceStub:
     """Returns one adapter."""
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
     """Lists adapters by id."""
+    ListVersions: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListVersionsRequest, _adapters_pb2.ListVersionsResponse]
+    """Lists the versions of one adapter, newest first."""
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]
     """Deletes an adapter with all its versions. Requests already running finish."""
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
     """Loads a version beside the base now, so that its first request does not wait for the disk."""
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
     """Takes a version off the device once the requests that use it have ended. It stays servable: the next request loads it again.
-    A pinned version is unpinned by it.
+    A pinned version is unpinned by it; another pinned version with the same files is a FAILED_PRECONDITION.
     """
     PinAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.PinAdapterResponse]
     """Loads a version and keeps it on the device: it is never evicted until it is unpinned, unloaded or deleted. The pin outlives
@@ -65,13 +67,15 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Returns one adapter."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     """Lists adapters by id."""
+    ListVersions: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListVersionsRequest, _adapters_pb2.ListVersionsResponse]  # type: ignore[assignment]
+    """Lists the versions of one adapter, newest first."""
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
     """Deletes an adapter with all its versions. Requests already running finish."""
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
     """Loads a version beside the base now, so that its first request does not wait for the disk."""
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """Takes a version off the device once the requests that use it have ended. It stays servable: the next request loads it again.
-    A pinned version is unpinned by it.
+    A pinned version is unpinned by it; another pinned version with the same files is a FAILED_PRECONDITION.
     """
     PinAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.PinAdapterResponse]  # type: ignore[assignment]
     """Loads a version and keeps it on the device: it is never evicted until it is unpinned, unloaded or deleted. The pin outlives
@@ -108,6 +112,14 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists adapters by id."""
 
     @_abc_1.abstractmethod
+    def ListVersions(
+        self,
+        request: _adapters_pb2.ListVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.ListVersionsResponse, _abc.Awaitable[_adapters_pb2.ListVersionsResponse]]:
+        """Lists the versions of one adapter, newest first."""
+
+    @_abc_1.abstractmethod
     def DeleteAdapter(
         self,
         request: _adapters_pb2.DeleteAdapterRequest,
@@ -130,7 +142,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapters_pb2.UnloadAdapterResponse]]:
         """Takes a version off the device once the requests that use it have ended. It stays servable: the next request loads it again.
-        A pinned version is unpinned by it.
+        A pinned version is unpinned by it; another pinned version with the same files is a FAILED_PRECONDITION.
         """
 
     @_abc_1.abstractmethod

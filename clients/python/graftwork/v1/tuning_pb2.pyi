@@ -282,7 +282,7 @@ class LineError(_message.Message):
     LINE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     line: _builtins.int
-    """Line number, from 1."""
+    """Line number, from 1; 0: the data set as a whole."""
     reason: _builtins.str
     """What is wrong and what would be accepted."""
     def __init__(

@@ -25,6 +25,11 @@ class LineError(msgspec.Struct, frozen=True):
     line: int
     reason: str
 
+    @property
+    def place(self) -> str:
+        """ "line 3", or "" for the file as a whole."""
+        return f"line {self.line}" if self.line else ""
+
 
 class DatasetReport(msgspec.Struct, frozen=True, kw_only=True):
     """What check_dataset found. Tokens are 0 where only the lines were checked."""
@@ -48,12 +53,14 @@ class DatasetReport(msgspec.Struct, frozen=True, kw_only=True):
     """True if a job would take it."""
 
 
-def check_dataset(lines: Iterable[bytes], text: TextProcessor | None, max_sequence_tokens: int) -> DatasetReport:
+def check_dataset(
+    lines: Iterable[bytes], text: TextProcessor | None, max_sequence_tokens: int, context_tokens: int = 0
+) -> DatasetReport:
     """Reads every line; with `text`, tokenises every row as training would, cut to `max_sequence_tokens` (0: not cut).
 
-    Never raises for what the lines hold.
+    `context_tokens`: the most that rows can be cut to, 0 where that is not known. Never raises for what the lines hold.
     """
-    check = _Check(text, max_sequence_tokens)
+    check = _Check(text, max_sequence_tokens, context_tokens)
     for number, example in read_examples(lines):
         if isinstance(example, LineProblem):
             check.refuse(number, str(example))
@@ -63,9 +70,10 @@ def check_dataset(lines: Iterable[bytes], text: TextProcessor | None, max_sequen
 
 
 class _Check:
-    def __init__(self, text: TextProcessor | None, max_sequence_tokens: int) -> None:
+    def __init__(self, text: TextProcessor | None, max_sequence_tokens: int, context_tokens: int) -> None:
         self._text = text
         self._max_sequence_tokens = max_sequence_tokens
+        self._context_tokens = context_tokens
         self._format: DatasetFormat | None = None
         self._rows = self._error_count = self._total = self._loss = self._longest = self._cut = 0
         self._errors: list[LineError] = []
@@ -117,6 +125,14 @@ class _Check:
         if self._cut:
             return (
                 f"no token carries loss: {self._cut} of {self._rows} rows are cut at {self._max_sequence_tokens} "
-                "tokens, before their completion begins; set max_sequence_tokens higher or shorten the prompts"
+                f"tokens, before their completion begins; {how_to_fit(self._max_sequence_tokens, self._context_tokens)}"
             )
         return "no token carries loss, so there is nothing to learn"
+
+
+def how_to_fit(max_sequence_tokens: int, context_tokens: int) -> str:
+    """What helps where rows are cut too early."""
+    if max_sequence_tokens == context_tokens:
+        return "that is the base model's context, so shorten the prompts"
+    most = f" (up to {context_tokens})" if context_tokens else ""
+    return f"set max_sequence_tokens higher{most} or shorten the prompts"
