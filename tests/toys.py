@@ -139,6 +139,8 @@ def make_peft(model_dir: Path, directory: Path, config: PeftConfig, seed: int = 
 _NAMES = {
     "gpt2": {"q": "c_attn", "down": "c_proj", "embedding": "wte", "norm": "ln_f", "mlp": "h.1.mlp"},
     "phi3": {"q": "qkv_proj"},
+    "mixtral": {"down": "o_proj"},
+    "qwen3_moe": {"down": "o_proj"},
 }
 _USUAL = {"q": "q_proj", "down": "down_proj", "embedding": "embed_tokens", "norm": "norm", "mlp": "layers.1.mlp"}
 
@@ -150,26 +152,18 @@ def lora_features(architecture: str) -> dict[str, dict[str, Any]]:
     tied = {"target_modules": [q, embedding, "lm_head"], "ensure_weight_tying": True}
     if architecture == "gpt2":
         tied = {"target_modules": [q, embedding], "ensure_weight_tying": True}  # PEFT ties no wte, see below
-    if architecture in MIXTURES:
-        experts: dict[str, Any] = {"r": 3, "target_modules": ["q_proj"]}
-        return {
-            "lora": {},
-            "gates of experts": experts | {"target_parameters": ["mlp.experts.gate_up_proj"]},
-            "experts": experts
-            | {
-                "target_parameters": ["experts.down_proj", "experts.gate_up_proj"],
-                "use_rslora": True,
-                "rank_pattern": {"gate_up_proj": 2},
-                "alpha_pattern": {r"layers\.1\.mlp\.experts\.down_proj": 5},
-                "modules_to_save": ["norm"],
-            },
-            "experts alone": {"target_modules": [], "target_parameters": ["layers.1.mlp.experts.down_proj"]},
-            "dora of attention": {"target_modules": ["q_proj", "o_proj"], "use_dora": True},
-            "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
-        }
-    return {
+    features: dict[str, dict[str, Any]] = {
         "lora": {},
+        "rank 1": {"r": 1, "lora_alpha": 2},
         "rank 512": {"r": 512, "target_modules": [q]},
+        "rslora of ranks by pattern": {
+            "use_rslora": True,
+            "target_modules": [q, down],
+            "rank_pattern": {q: 33, rf"\d\..*{down}": 7},
+            "alpha_pattern": {rf"1\..*\.{down}": 5, q: 40},
+        },
+        "some layers": {"target_modules": [q, down], "layers_to_transform": [0, 2]},
+        "a regular expression": {"target_modules": rf".*\.[12]\..*({q}|{down})", "exclude_modules": rf".*2\..*{down}"},
         "all biases": {"bias": "all", "target_modules": [q]},
         "biases of adapted": {"bias": "lora_only"},
         "lora_bias": {"lora_bias": True},
@@ -185,6 +179,29 @@ def lora_features(architecture: str) -> dict[str, dict[str, Any]]:
         "dora": {"use_dora": True},
         "dora and biases": {"use_dora": True, "bias": "all", "r": 3, "modules_to_save": [norm]},
         "dora of embedding and output": {"use_dora": True, "target_modules": [embedding, "lm_head", down]},
+    }
+    if architecture not in MIXTURES:
+        return features
+    # There, PEFT takes "all-linear" for the experts too, which do not go together with biases and DoRA.
+    attention = {"target_modules": [q, down]}
+    features = {name: settings if name == "lora" else attention | settings for name, settings in features.items()}
+    return features | _mixture_features()
+
+
+def _mixture_features() -> dict[str, dict[str, Any]]:
+    experts: dict[str, Any] = {"r": 3, "target_modules": ["q_proj"]}
+    return {
+        "gates of experts": experts | {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        "experts": experts
+        | {
+            "target_parameters": ["experts.down_proj", "experts.gate_up_proj"],
+            "use_rslora": True,
+            "rank_pattern": {"gate_up_proj": 2},
+            "alpha_pattern": {r"layers\.1\.mlp\.experts\.down_proj": 5},
+            "modules_to_save": ["norm"],
+        },
+        "experts alone": {"target_modules": [], "target_parameters": ["layers.1.mlp.experts.down_proj"]},
+        "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
     }
 
 

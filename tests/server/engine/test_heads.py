@@ -22,10 +22,14 @@ from graftwork_server.engine.loading import bind
 from graftwork_server.engine.model import BaseModel
 from graftwork_server.errors import GraftworkServerError
 
-LINEARS = {"gpt2": ["c_attn", "c_fc"]}
+LINEARS: dict[str, list[str]] = {
+    "gpt2": ["c_attn", "c_fc"],
+    "phi3": ["qkv_proj", "down_proj"],
+    **dict.fromkeys(toys.MIXTURES, ["q_proj", "o_proj"]),
+}
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2", "gemma3"])
+@pytest.fixture(scope="module", params=[*toys.CONFIGS, *toys.MIXTURES])
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

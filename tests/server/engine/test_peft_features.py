@@ -1,10 +1,10 @@
-"""Everything PEFT's LoRA expresses, served from the files PEFT writes: logits within 1e-4 of PEFT and greedy tokens
-equal, in one mixed batch, alone, and after evict and reload."""
+"""Everything of PEFT that is served, from the files PEFT writes, on every architecture of decoders: logits within 1e-4
+of PEFT and greedy tokens equal, in one mixed batch, alone, and after evict and reload; with the kernels and without."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +23,40 @@ from graftwork_server.engine.describe import base_info
 from graftwork_server.engine.model import BaseModel, load_base
 
 
+Expected = Callable[[str | None, list[int], list[int]], torch.Tensor]
+"""Name, prompt and tokens to PEFT's logits for the tokens, [tokens, vocabulary]."""
+
+
 @pytest.fixture(scope="module", params=[*toys.CONFIGS, *toys.MIXTURES])
-def architecture(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toys.make_model(request.param, tmp_path_factory.mktemp("model") / request.param)
 
 
 @pytest.fixture(scope="module")
-def base(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    directory = toys.make_model(architecture, tmp_path_factory.mktemp(architecture) / "model")
-    return load_base(str(directory), CPU, torch.float32, directory)
-
-
-@pytest.fixture(scope="module")
-def artifacts(architecture: str, base: BaseModel) -> dict[str, Path]:
-    folder = Path(base.info.source).parent
+def artifacts(model_dir: Path) -> dict[str, Path]:
     usual = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     configs: dict[str, PeftConfig] = {
-        name: LoraConfig(**usual | settings) for name, settings in toys.lora_features(architecture).items()
+        name: LoraConfig(**usual | settings) for name, settings in toys.lora_features(model_dir.name).items()
     }
-    configs |= toys.other_peft_configs(architecture)
+    configs |= toys.other_peft_configs(model_dir.name)
     return {
-        name: toys.make_peft(Path(base.info.source), folder / name, config, seed=seed)
+        name: toys.make_peft(model_dir, model_dir.parent / name, config, seed=seed)
         for seed, (name, config) in enumerate(configs.items())
     }
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: Path, artifacts: dict[str, Path]) -> Expected:
+    """Both ways of computing choose the same tokens, so that PEFT is asked once."""
+    known: dict[tuple[str | None, tuple[int, ...]], torch.Tensor] = {}
+
+    def logits(name: str | None, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+        row = [*prompt, *tokens]
+        if (name, tuple(row)) not in known:
+            known[name, tuple(row)] = peft_logits(model_dir, artifacts[name] if name else None, row)
+        return known[name, tuple(row)][len(prompt) - 1 : -1]
+
+    return logits
 
 
 STRATEGIES: dict[str, Strategy] = {"LORA": Lora(), "IA3": Ia3()}
@@ -58,20 +68,24 @@ def load(path: Path, base: BaseModel) -> Sequence[Delta]:
     return strategy.load(Artifact(path), base_info(base.engine_model.model, base.info))
 
 
-def peft_logits(base: BaseModel, artifact: Path | None, rows: list[list[int]]) -> list[torch.Tensor]:
-    """[tokens, vocabulary] of each row, by transformers or PEFT alone on the saved files."""
-    model: Any = AutoModelForCausalLM.from_pretrained(base.info.source, dtype=torch.float32).eval()
+def peft_logits(model_dir: Path, artifact: Path | None, row: list[int]) -> torch.Tensor:
+    """[tokens, vocabulary] of a row, by transformers or PEFT alone on the saved files."""
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     if artifact is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = PeftModel.from_pretrained(model, artifact).eval()
     with torch.no_grad():
-        # PEFT answers for the virtual tokens of prompt tuning too.
-        return [model(input_ids=torch.tensor([row])).logits[0, -len(row) :] for row in rows]
+        logits: torch.Tensor = model(input_ids=torch.tensor([row])).logits[0]
+    return logits[-len(row) :]  # PEFT answers for the virtual tokens of prompt tuning too
 
 
-def test_mixed_equals_peft_equals_alone_equals_reloaded(base: BaseModel, artifacts: dict[str, Path]) -> None:
-    harness = Harness(Path(base.info.source), base, max_step_tokens=200, max_sequences=32)
+@pytest.mark.parametrize("native", [True, False], ids=["kernels", "torch"])
+def test_mixed_equals_peft_equals_alone_equals_reloaded(
+    model_dir: Path, artifacts: dict[str, Path], expected: Expected, native: bool
+) -> None:
+    base = load_base(str(model_dir), CPU, torch.float32, model_dir, native=native)
+    harness = Harness(model_dir, base, max_step_tokens=200, max_sequences=32)
     deltas = {name: load(path, base) for name, path in artifacts.items()}
     refs: dict[str | None, Any] = {name: harness.place(name, made) for name, made in deltas.items()}
     refs[None] = None
@@ -81,12 +95,11 @@ def test_mixed_equals_peft_equals_alone_equals_reloaded(base: BaseModel, artifac
         harness.add(index, prompts[name], refs[name], max_tokens=8)
     harness.run()
     for index, name in enumerate(names):
-        prompt, tokens = prompts[name], harness.tokens[index]
-        expected = peft_logits(base, artifacts[name] if name else None, [prompt + tokens])[0][len(prompt) - 1 : -1]
-        difference = (torch.stack(harness.logits[index]) - expected).abs().max().item()
+        tokens = harness.tokens[index]
+        of_peft = expected(name, prompts[name], tokens)
+        difference = (torch.stack(harness.logits[index]) - of_peft).abs().max().item()
         assert difference < 1e-4, f"{name}: logits differ by {difference}"
-        assert tokens == expected.argmax(-1).tolist(), name
-    base_tokens = harness.tokens[names.index(None)]
+        assert tokens == of_peft.argmax(-1).tolist(), name
 
     for name in artifacts:
         harness.engine.adapters.unload(name)
@@ -97,4 +110,5 @@ def test_mixed_equals_peft_equals_alone_equals_reloaded(base: BaseModel, artifac
         harness.add(100 + index, prompts[name], refs[name], max_tokens=8)
         harness.run()
         assert harness.tokens[100 + index] == harness.tokens[index], name
-    assert harness.tokens[100 + names.index(None)] == base_tokens
+        alone, mixed = (torch.stack(harness.logits[number]) for number in (100 + index, index))
+        torch.testing.assert_close(alone, mixed, atol=1e-4, rtol=0, msg=name)
