@@ -161,27 +161,53 @@ def test_modernbert_gives_vectors_and_has_no_heads(tmp_path: Path) -> None:
         harness_of(whole)
 
 
-def test_whole_modules_biases_and_embeddings_of_an_encoder(tmp_path: Path) -> None:
-    model_dir = toys.make_encoder("bert", tmp_path / "model")
-    harness = harness_of(model_dir)
-    rows = prompts(4)
-    for index, settings in enumerate(
-        (
-            {"modules_to_save": ["pooler"], "target_modules": ["query", "dense"]},
-            {"target_modules": r"bert\.encoder\.layer\.[02]\..*(query|value)", "bias": "all"},
-            {"target_modules": ["word_embeddings", "key"], "modules_to_save": ["LayerNorm"]},
-            {"target_modules": ["query"], "layers_to_transform": [1]},
-        )
-    ):
-        adapter = toys.make_classifier(model_dir, tmp_path / str(index), labels=2, seed=index, **settings)
-        ref = load(harness, adapter)
-        for row, ids in enumerate(rows):
-            harness.pool(10 * index + row, ids, ref, kind="classify")
-        harness.run()
+def features(architecture: str) -> dict[str, dict[str, Any]]:
+    """LoraConfig settings by the name of what they show."""
+    q, v, dense, norm = "query", "value", "dense", "LayerNorm"
+    if architecture == "distilbert":
+        q, v, dense, norm = "q_lin", "v_lin", "lin1", "sa_layer_norm"
+    before_head = {"bert": ["pooler"], "distilbert": ["pre_classifier"]}.get(architecture, [])
+    return {
+        "rank 512": {"r": 512, "lora_alpha": 512, "target_modules": [v]},
+        "rslora of ranks by pattern": {"target_modules": [q, v], "use_rslora": True, "rank_pattern": {q: 17}},
+        "a regular expression": {"target_modules": rf".*\.[02]\..*({q}|{v})"},
+        "one layer": {"target_modules": [q], "layers_to_transform": [1]},
+        "all biases": {"target_modules": [v], "bias": "all"},
+        "biases of adapted": {"target_modules": [q, dense], "bias": "lora_only"},
+        "lora_bias": {"target_modules": [q, dense], "lora_bias": True},
+        "whole linear layers": {"target_modules": [q], "modules_to_save": [v]},
+        "before the head": {"target_modules": [q, dense], "modules_to_save": [*before_head, norm]},
+        "embedding": {"target_modules": ["word_embeddings", v], "r": 3},
+        "dora of embedding": {"target_modules": ["word_embeddings", dense], "use_dora": True},
+        "whole embedding": {"target_modules": [q], "modules_to_save": ["word_embeddings"]},
+        "tokens": {"target_modules": [q], "trainable_token_indices": {"word_embeddings": [3, 7, 5, 100]}},
+    }
+
+
+def test_every_feature_equals_peft_mixed_alone_and_reloaded(
+    harness: Harness, model_dir: Path, architecture: str, tmp_path: Path
+) -> None:
+    paths = {
+        name: toys.make_classifier(model_dir, tmp_path / name, labels=2, seed=seed, **settings)
+        for seed, (name, settings) in enumerate(features(architecture).items())
+    }
+    refs = {name: load(harness, path, name) for name, path in paths.items()}
+    rows = prompts(3)
+    numbers = {name: range(10_000 + 10 * index, 10_003 + 10 * index) for index, name in enumerate(paths)}
+    for row, ids in enumerate(rows):
+        for name, ref in refs.items():
+            harness.pool(numbers[name][row], ids, ref, kind="classify")
+    harness.run()
+    for name, path in paths.items():
         base = AutoModelForSequenceClassification.from_pretrained(model_dir, dtype=torch.float32, num_labels=2)
-        expected = logits_of(PeftModel.from_pretrained(base, adapter).eval(), rows)
-        served = torch.stack([harness.values(10 * index + row) for row in range(len(rows))])
-        torch.testing.assert_close(served, expected, atol=1e-4, rtol=0, msg=str(settings))
+        expected = logits_of(PeftModel.from_pretrained(base, path).eval(), rows)
+        mixed = torch.stack([harness.values(number) for number in numbers[name]])
+        torch.testing.assert_close(mixed, expected, atol=1e-4, rtol=0, msg=name)
+        harness.engine.adapters.unload(name)
+        harness.pool(numbers[name][0], rows[0], load(harness, path, name), kind="classify")
+        harness.run()
+        torch.testing.assert_close(harness.values(numbers[name][0]), mixed[0], atol=1e-5, rtol=0, msg=name)
+        harness.engine.adapters.unload(name)
 
 
 def test_a_masked_model_has_no_pooler_to_classify_with(tmp_path: Path) -> None:
