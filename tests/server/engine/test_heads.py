@@ -25,7 +25,7 @@ from graftwork_server.errors import GraftworkServerError
 LINEARS: dict[str, list[str]] = {
     "gpt2": ["c_attn", "c_fc"],
     "phi3": ["qkv_proj", "down_proj"],
-    **dict.fromkeys(toys.MIXTURES, ["q_proj", "o_proj"]),
+    **{name: ["q_proj", "o_proj"] for name in toys.MIXTURES},
 }
 
 

@@ -22,7 +22,6 @@ from graftwork_plugins.builtin.prefix import PrefixStrategy
 from graftwork_server.engine.describe import base_info
 from graftwork_server.engine.model import BaseModel, load_base
 
-
 Expected = Callable[[str | None, list[int], list[int]], torch.Tensor]
 """Name, prompt and tokens to PEFT's logits for the tokens, [tokens, vocabulary]."""
 
