@@ -44,7 +44,7 @@ _QKV, _MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", 
 LINEARS = {
     "gpt2": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
-    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "gemma3"), [*_QKV, *_MLP]),
+    **{name: [*_QKV, *_MLP] for name in ("llama", "qwen2", "qwen3", "mistral", "gemma3")},
     **dict.fromkeys(toys.MIXTURES, _QKV),
 }
 WHOLE = {
@@ -52,8 +52,8 @@ WHOLE = {
     "phi3": ["norm", "embed_tokens", "lm_head", "layers.1.mlp", "o_proj"],
     "llama": ["norm", "embed_tokens", "lm_head", "layers.0.mlp", "k_proj"],
     "gemma3": ["q_norm", "embed_tokens", "lm_head", "pre_feedforward_layernorm", "up_proj"],
-    **dict.fromkeys(("qwen2", "qwen3"), ["norm", "input_layernorm", "embed_tokens", "lm_head", "layers.2.self_attn"]),
-    **dict.fromkeys(("mistral", *toys.MIXTURES), ["model.norm", "embed_tokens", "lm_head", "layers.1.mlp", "v_proj"]),
+    **{name: ["norm", "input_layernorm", "embed_tokens", "layers.2.self_attn"] for name in ("qwen2", "qwen3")},
+    **{name: ["model.norm", "embed_tokens", "lm_head", "v_proj"] for name in ("mistral", *toys.MIXTURES)},
 }
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "layers.2.mlp.gate.weight"]
 TIED = ("llama", "gemma3", "gpt2")
