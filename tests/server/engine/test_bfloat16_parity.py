@@ -120,9 +120,12 @@ def test_it_is_as_near_to_the_exact_answer_as_peft_is(
         for index, name in enumerate(together):
             harness.add(100 * number + index, prompts[name], refs.get(name), max_tokens=6)
         harness.run()
-        if base.engine_model.fused_layers:
+        kernels = base.engine_model.kernels
+        if base.engine_model.fused_layers and kernels is not None and kernels.layers is not None:
             counted = (harness.steps - steps) * len(base.engine_model.fused_layers)
-            if changing.isdisjoint(together):
+            if changing.isdisjoint(together) and not kernels.layers.has_tiles:
+                assert len(whole_layers) > before, "in vectors, steps of few rows alone"
+            elif changing.isdisjoint(together):
                 assert len(whole_layers) - before == counted, together
             else:
                 assert len(whole_layers) - before < counted, together
