@@ -108,9 +108,11 @@ def make_model(architecture: str, directory: Path, seed: int = 0) -> Path:
 
 
 def make_adapter(model_dir: Path, directory: Path, seed: int = 0, **config: Any) -> Path:
-    """Saves a random PEFT LoRA adapter of the model in `directory`; returns it."""
+    """Saves a random PEFT LoRA adapter of the model's linear layers in `directory`; returns it."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    settings = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | config
+    # For a mixture of experts, PEFT takes "all-linear" to mean the experts' stacked parameters too.
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if model.config.model_type in MIXTURES else "all-linear"
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": targets, "task_type": "CAUSAL_LM"} | config
     peft_model = get_peft_model(model, LoraConfig(**settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -20,6 +20,7 @@ from graftwork_plugins.builtin.ia3 import Ia3
 from graftwork_plugins.builtin.lora import Lora
 from graftwork_plugins.builtin.prefix import PrefixStrategy
 from graftwork_server.engine.describe import base_info
+from graftwork_server.engine.kv_cache import BLOCK_TOKENS
 from graftwork_server.engine.model import BaseModel, load_base
 
 Expected = Callable[[str | None, list[int], list[int]], torch.Tensor]
@@ -111,3 +112,26 @@ def test_mixed_equals_peft_equals_alone_equals_reloaded(
         assert harness.tokens[100 + index] == harness.tokens[index], name
         alone, mixed = (torch.stack(harness.logits[number]) for number in (100 + index, index))
         torch.testing.assert_close(alone, mixed, atol=1e-4, rtol=0, msg=name)
+
+
+def test_preempted_and_computed_again(model_dir: Path, artifacts: dict[str, Path], expected: Expected) -> None:
+    """In a cache of a quarter of what the sequences need together."""
+    base = load_base(str(model_dir), CPU, torch.float32, model_dir)
+    block_bytes = BLOCK_TOKENS * sum(shape.bytes_per_token(base.dtype) for shape in base.layer_shapes)
+    harness = Harness(model_dir, base, max_step_tokens=64, kv_memory_bytes=6 * block_bytes)
+    names: list[str | None] = ["lora", "dora and biases", "embedding, tied", "tokens", "ia3", "projected prefix", None]
+    refs = {name: harness.place(name, load(artifacts[name], base)) for name in names if name is not None}
+    prompts = dict(zip(names, toys.prompts(len(names), seed=2), strict=True))
+    preempted = set()
+    for index, name in enumerate(names):
+        harness.add(index, prompts[name], refs.get(name) if name else None, max_tokens=20)
+    while harness.engine.active:
+        harness.step()
+        preempted |= {sequence.digest for sequence in harness.engine._scheduler._preempted}  # type: ignore[union-attr]
+    assert len(preempted) > 2
+    for index, name in enumerate(names):
+        tokens = harness.tokens[index]
+        of_peft = expected(name, prompts[name], tokens)
+        torch.testing.assert_close(torch.stack(harness.logits[index]), of_peft, atol=1e-4, rtol=0, msg=name)
+        assert tokens == of_peft.argmax(-1).tolist(), name
+    assert harness.engine.blocks.free_blocks == harness.engine.blocks.num_blocks == 6
