@@ -162,7 +162,7 @@ def lora_features(architecture: str) -> dict[str, dict[str, Any]]:
             "use_rslora": True,
             "target_modules": [q, down],
             "rank_pattern": {q: 33, rf"\d\..*{down}": 7},
-            "alpha_pattern": {rf"1\..*\.{down}": 5, q: 40},
+            "alpha_pattern": {rf"1\..*\.{down}": 3, q: 6},
         },
         "some layers": {"target_modules": [q, down], "layers_to_transform": [0, 2]},
         "a regular expression": {"target_modules": rf".*\.[12]\..*({q}|{down})", "exclude_modules": rf".*2\..*{down}"},
@@ -216,6 +216,7 @@ def other_peft_configs(architecture: str) -> dict[str, PeftConfig]:
     task: Any = {"task_type": "CAUSAL_LM"}
     return {
         "ia3": IA3Config(**task, **ia3),
+        "ia3 of the output layer": IA3Config(**task, target_modules=[names["q"], "lm_head"], feedforward_modules=[]),
         "ia3 with a norm": IA3Config(**task, **ia3, modules_to_save=[names["norm"]]),
         "prompt tuning": PromptTuningConfig(**task, num_virtual_tokens=5),
         "a long prompt": PromptTuningConfig(**task, num_virtual_tokens=20),

@@ -104,7 +104,8 @@ def lora(draw: st.DrawFn, architecture: str) -> PeftConfig:
 
 @st.composite
 def ia3(draw: st.DrawFn, architecture: str) -> PeftConfig:
-    targets = draw(st.lists(st.sampled_from(LINEARS[architecture]), min_size=1, max_size=4, unique=True))
+    layers = [*LINEARS[architecture], "lm_head"]
+    targets = draw(st.lists(st.sampled_from(layers), min_size=1, max_size=4, unique=True))
     whole = draw(st.lists(st.sampled_from(WHOLE[architecture]), max_size=1))
     inputs = draw(st.lists(st.sampled_from(targets), unique=True))
     kept = [name for name in whole if name not in targets] or None
