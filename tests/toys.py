@@ -315,7 +315,7 @@ def _make_other_task(
         warnings.simplefilter("ignore")
         model = kind.from_pretrained(model_dir, dtype=torch.float32, num_labels=labels, ignore_mismatched_sizes=True)
         settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": task} | config
-        peft_model = get_peft_model(model, LoraConfig(**settings))
+        peft_model = get_peft_model(model, LoraConfig(**copy.deepcopy(settings)))  # PEFT adds to modules_to_save
         _move(peft_model, only_trained=True, seed=seed)
         peft_model.save_pretrained(directory)
     return directory

@@ -143,15 +143,32 @@ def test_modernbert_gives_vectors_and_has_no_heads(tmp_path: Path) -> None:
     ref = load(harness, embedder)
     rows = prompts()
     assert max(map(len, rows)) > toys.ENCODERS["modernbert"].sliding_window + 1  # local attention hides something
+    others = {
+        name: toys.make_embedder(model_dir, tmp_path / name, seed=seed, **settings)
+        for seed, (name, settings) in enumerate(
+            {
+                "rank 512": {"r": 512, "lora_alpha": 512, "target_modules": ["Wqkv"]},
+                "dora and norms": {"use_dora": True, "target_modules": ["Wqkv", "Wo"], "modules_to_save": ["mlp_norm"]},
+                "embedding": {"target_modules": ["tok_embeddings", "Wi"]},
+                "tokens": {"target_modules": ["Wi"], "trainable_token_indices": {"tok_embeddings": [3, 5, 9]}},
+            }.items()
+        )
+    }
     for index, ids in enumerate(rows):
         harness.pool(index, ids, pooling="mean")
         harness.pool(10 + index, ids, ref, pooling="last")
+    for number, path in enumerate(others.values(), 10):
+        harness.pool(10 * number, rows[0], load(harness, path), pooling="mean")
     harness.run()
+    for number, (name, path) in enumerate(others.items(), 10):
+        model = PeftModel.from_pretrained(AutoModel.from_pretrained(model_dir, dtype=torch.float32), path).eval()
+        expected = states_of(model, rows[0]).mean(0)
+        torch.testing.assert_close(harness.values(10 * number), expected, atol=1e-4, rtol=0, msg=name)
     plain = AutoModel.from_pretrained(model_dir, dtype=torch.float32).eval()
-    expected = [states_of(plain, ids).mean(0) for ids in rows]
+    of_base = [states_of(plain, ids).mean(0) for ids in rows]
     adapted = PeftModel.from_pretrained(plain, embedder).eval()
     for index, ids in enumerate(rows):
-        torch.testing.assert_close(harness.values(index), expected[index], atol=1e-4, rtol=0)
+        torch.testing.assert_close(harness.values(index), of_base[index], atol=1e-4, rtol=0)
         torch.testing.assert_close(harness.values(10 + index), states_of(adapted, ids)[-1], atol=1e-4, rtol=0)
     with pytest.raises(ArtifactError, match="heads on this base are not served; accepted are those on bert") as caught:
         load(harness, toys.make_classifier(model_dir, tmp_path / "two", target_modules=["Wqkv"]))

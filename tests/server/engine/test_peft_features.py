@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from tests import toys
 from tests.server.engine.harness import CPU, Harness
 from transformers import AutoModelForCausalLM
@@ -135,3 +136,20 @@ def test_preempted_and_computed_again(model_dir: Path, artifacts: dict[str, Path
         torch.testing.assert_close(torch.stack(harness.logits[index]), of_peft, atol=1e-4, rtol=0, msg=name)
         assert tokens == of_peft.argmax(-1).tolist(), name
     assert harness.engine.blocks.free_blocks == harness.engine.blocks.num_blocks == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_files_of_other_dtypes(llama_dir: Path, llama: BaseModel, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Of every part that an adapter can have."""
+    config = LoraConfig(
+        target_modules=["q_proj", "down_proj"], modules_to_save=["norm", "embed_tokens"], use_dora=True, r=4
+    )
+    artifact = toys.make_peft(llama_dir, tmp_path, config)
+    file = artifact / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    harness = Harness(llama_dir, llama)
+    prompt = toys.prompts(1)[0]
+    harness.add(1, prompt, harness.place("d", load(artifact, llama)))
+    harness.run()
+    of_peft = peft_logits(llama_dir, artifact, prompt + harness.tokens[1])[len(prompt) - 1 : -1]
+    torch.testing.assert_close(torch.stack(harness.logits[1]), of_peft, atol=1e-4, rtol=0)
