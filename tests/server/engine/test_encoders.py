@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import IA3Config, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tests import toys
 from tests.server.engine.harness import CPU, Harness
 from tests.server.engine.test_heads import load
+from tests.server.engine.test_peft_features import load as load_any
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from graftwork_plugins import ArtifactError, FullWeights, Prefix
@@ -257,6 +258,38 @@ def test_what_an_encoder_does_not_take_is_refused(tmp_path: Path) -> None:
     assert error is not None
     assert error.reason == "HEAD_MISSING"
     assert "ForSequenceClassification" in error.message
+
+
+@pytest.mark.parametrize(("architecture", "targets"), [("bert", ["key", "value"]), ("modernbert", ["Wqkv", "Wo"])])
+def test_other_kinds_of_adapters(tmp_path: Path, architecture: str, targets: list[str]) -> None:
+    """IA3 of the model without a task is served; with one it is refused by name, as virtual tokens are."""
+    model_dir = toys.make_encoder(architecture, tmp_path / "model")
+    harness, ids = harness_of(model_dir), prompts(1)[0]
+
+    def saved(task: str | None, config: Any, number: int) -> Path:
+        kind = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModel
+        model = get_peft_model(kind.from_pretrained(model_dir, dtype=torch.float32), config(task))
+        toys._move(model, only_trained=True, seed=number)
+        model.save_pretrained(tmp_path / str(number))
+        return tmp_path / str(number)
+
+    def ia3(task: str | None) -> PeftConfig:
+        return IA3Config(task_type=task, target_modules=targets, feedforward_modules=targets[1:])
+
+    artifact = saved(None, ia3, 0)
+    harness.pool(1, ids, harness.place("ia3", load_any(artifact, harness.base)), pooling="last")
+    harness.pool(2, ids, pooling="last")
+    harness.run()
+    plain = AutoModel.from_pretrained(model_dir, dtype=torch.float32)
+    expected = states_of(PeftModel.from_pretrained(plain, artifact).eval(), ids)[-1]
+    torch.testing.assert_close(harness.values(1), expected, atol=1e-4, rtol=0)
+    assert (harness.values(2) - expected).abs().max() > 0.01
+    refused = [("FEATURE_EXTRACTION", ia3), ("SEQ_CLS", ia3)]
+    refused += [("FEATURE_EXTRACTION", lambda task: PromptTuningConfig(task_type=task, num_virtual_tokens=3))]
+    for number, (task, config) in enumerate(refused, 1):
+        with pytest.raises(ArtifactError, match=f"task_type is '{task}'") as caught:
+            load_any(saved(task, config, number), harness.base)
+        assert caught.value.key == "task_type"
 
 
 def test_a_decoders_classifier_is_no_base(tmp_path: Path) -> None:
