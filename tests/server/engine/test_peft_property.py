@@ -161,7 +161,7 @@ def courses(draw: st.DrawFn) -> Course:
         Row,
         adapter=st.integers(0, len(adapters)),
         prompt=st.builds(lambda a, b: [*a, *b], beginning, st.lists(st.integers(0, 159), min_size=1, max_size=9)),
-        max_tokens=st.integers(1, 12),
+        max_tokens=st.integers(1, 30),
         step=st.integers(0, 9),
         scored=st.booleans(),
         salt=st.sampled_from(["", "", "s"]),
@@ -171,9 +171,13 @@ def courses(draw: st.DrawFn) -> Course:
         architecture,
         draw(st.booleans()),
         adapters,
-        draw(st.lists(row, min_size=3, max_size=10)),
-        {"max_step_tokens": draw(st.sampled_from([9, 40, 200])), "max_sequences": draw(st.integers(2, 8))},
-        draw(st.integers(7, 12) | st.just(100)),
+        draw(st.lists(row, min_size=5, max_size=10)),
+        {
+            "max_step_tokens": draw(st.sampled_from([9, 40, 200])),
+            "max_sequences": draw(st.integers(2, 8)),
+            "prefix_cache": draw(st.sampled_from([True, True, True, False])),
+        },
+        draw(st.sampled_from([7, 8, 9, 100])),
         draw(st.sampled_from([1, 1.5, 100])),
     )
 
