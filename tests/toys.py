@@ -108,9 +108,11 @@ def make_model(architecture: str, directory: Path, seed: int = 0) -> Path:
 
 
 def make_adapter(model_dir: Path, directory: Path, seed: int = 0, **config: Any) -> Path:
-    """Saves a random PEFT LoRA adapter of the model in `directory`; returns it."""
+    """Saves a random PEFT LoRA adapter of the model's linear layers in `directory`; returns it."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    settings = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | config
+    # For a mixture of experts, PEFT takes "all-linear" to mean the experts' stacked parameters too.
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if model.config.model_type in MIXTURES else "all-linear"
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": targets, "task_type": "CAUSAL_LM"} | config
     peft_model = get_peft_model(model, LoraConfig(**settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -139,6 +141,8 @@ def make_peft(model_dir: Path, directory: Path, config: PeftConfig, seed: int = 
 _NAMES = {
     "gpt2": {"q": "c_attn", "down": "c_proj", "embedding": "wte", "norm": "ln_f", "mlp": "h.1.mlp"},
     "phi3": {"q": "qkv_proj"},
+    "mixtral": {"down": "o_proj"},
+    "qwen3_moe": {"down": "o_proj"},
 }
 _USUAL = {"q": "q_proj", "down": "down_proj", "embedding": "embed_tokens", "norm": "norm", "mlp": "layers.1.mlp"}
 
@@ -150,26 +154,18 @@ def lora_features(architecture: str) -> dict[str, dict[str, Any]]:
     tied = {"target_modules": [q, embedding, "lm_head"], "ensure_weight_tying": True}
     if architecture == "gpt2":
         tied = {"target_modules": [q, embedding], "ensure_weight_tying": True}  # PEFT ties no wte, see below
-    if architecture in MIXTURES:
-        experts: dict[str, Any] = {"r": 3, "target_modules": ["q_proj"]}
-        return {
-            "lora": {},
-            "gates of experts": experts | {"target_parameters": ["mlp.experts.gate_up_proj"]},
-            "experts": experts
-            | {
-                "target_parameters": ["experts.down_proj", "experts.gate_up_proj"],
-                "use_rslora": True,
-                "rank_pattern": {"gate_up_proj": 2},
-                "alpha_pattern": {r"layers\.1\.mlp\.experts\.down_proj": 5},
-                "modules_to_save": ["norm"],
-            },
-            "experts alone": {"target_modules": [], "target_parameters": ["layers.1.mlp.experts.down_proj"]},
-            "dora of attention": {"target_modules": ["q_proj", "o_proj"], "use_dora": True},
-            "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
-        }
-    return {
+    features: dict[str, dict[str, Any]] = {
         "lora": {},
+        "rank 1": {"r": 1, "lora_alpha": 2},
         "rank 512": {"r": 512, "target_modules": [q]},
+        "rslora of ranks by pattern": {
+            "use_rslora": True,
+            "target_modules": [q, down],
+            "rank_pattern": {q: 33, rf"\d\..*{down}": 7},
+            "alpha_pattern": {rf"1\..*\.{down}": 3, q: 6},
+        },
+        "some layers": {"target_modules": [q, down], "layers_to_transform": [0, 2]},
+        "a regular expression": {"target_modules": rf".*\.[12]\..*({q}|{down})", "exclude_modules": rf".*2\..*{down}"},
         "all biases": {"bias": "all", "target_modules": [q]},
         "biases of adapted": {"bias": "lora_only"},
         "lora_bias": {"lora_bias": True},
@@ -186,6 +182,29 @@ def lora_features(architecture: str) -> dict[str, dict[str, Any]]:
         "dora and biases": {"use_dora": True, "bias": "all", "r": 3, "modules_to_save": [norm]},
         "dora of embedding and output": {"use_dora": True, "target_modules": [embedding, "lm_head", down]},
     }
+    if architecture not in MIXTURES:
+        return features
+    # There, PEFT takes "all-linear" for the experts too, which do not go together with biases and DoRA.
+    attention = {"target_modules": [q, down]}
+    features = {name: settings if name == "lora" else attention | settings for name, settings in features.items()}
+    return features | _mixture_features()
+
+
+def _mixture_features() -> dict[str, dict[str, Any]]:
+    experts: dict[str, Any] = {"r": 3, "target_modules": ["q_proj"]}
+    return {
+        "gates of experts": experts | {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        "experts": experts
+        | {
+            "target_parameters": ["experts.down_proj", "experts.gate_up_proj"],
+            "use_rslora": True,
+            "rank_pattern": {"gate_up_proj": 2},
+            "alpha_pattern": {r"layers\.1\.mlp\.experts\.down_proj": 5},
+            "modules_to_save": ["norm"],
+        },
+        "experts alone": {"target_modules": [], "target_parameters": ["layers.1.mlp.experts.down_proj"]},
+        "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
+    }
 
 
 def other_peft_configs(architecture: str) -> dict[str, PeftConfig]:
@@ -197,6 +216,7 @@ def other_peft_configs(architecture: str) -> dict[str, PeftConfig]:
     task: Any = {"task_type": "CAUSAL_LM"}
     return {
         "ia3": IA3Config(**task, **ia3),
+        "ia3 of the output layer": IA3Config(**task, target_modules=[names["q"], "lm_head"], feedforward_modules=[]),
         "ia3 with a norm": IA3Config(**task, **ia3, modules_to_save=[names["norm"]]),
         "prompt tuning": PromptTuningConfig(**task, num_virtual_tokens=5),
         "a long prompt": PromptTuningConfig(**task, num_virtual_tokens=20),
@@ -295,7 +315,7 @@ def _make_other_task(
         warnings.simplefilter("ignore")
         model = kind.from_pretrained(model_dir, dtype=torch.float32, num_labels=labels, ignore_mismatched_sizes=True)
         settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": task} | config
-        peft_model = get_peft_model(model, LoraConfig(**settings))
+        peft_model = get_peft_model(model, LoraConfig(**copy.deepcopy(settings)))  # PEFT adds to modules_to_save
         _move(peft_model, only_trained=True, seed=seed)
         peft_model.save_pretrained(directory)
     return directory

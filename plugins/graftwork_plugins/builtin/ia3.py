@@ -20,6 +20,7 @@ from graftwork_plugins import (
     Delta,
     DeviceInfo,
     Estimate,
+    Replace,
     SavedArtifact,
     Scale,
     Strategy,
@@ -127,9 +128,10 @@ class Ia3(Strategy):
         return saved_by_peft(trainable.model)
 
     def load(self, artifact: Artifact, base: BaseInfo) -> Sequence[Delta]:
-        """Scale for each named layer, Replace for modules_to_save."""
+        """Scale for each named layer, Replace for modules_to_save and for copies of the base's embeddings."""
         config, inputs = read_ia3_config(artifact.json(CONFIG_FILE))
-        scales: list[Delta] = []
+        deltas: list[Delta] = []
+        embeddings = (base.input_module, base.output_module, *base.tied_modules)
         found: set[str] = set()
         replaced: dict[str, dict[str, torch.Tensor]] = {}
         try:
@@ -141,10 +143,12 @@ class Ia3(Strategy):
                 if name.endswith(_SUFFIX):
                     module = name.removesuffix(_SUFFIX)
                     of_input = _matches(config, module, inputs)
-                    scales.append(_scale(full_name, module, tensor, of_input, targets, base))
+                    deltas.append(_scale(full_name, module, tensor, of_input, targets, base))
                     found.add(module)
                 elif name in base.parameters and config.is_saved_whole(module):
                     replaced.setdefault(module, {})[leaf] = tensor
+                elif leaf == "weight" and (layer := module.removesuffix(".base_layer")) in embeddings:
+                    deltas.append(Replace(module=layer, tensors={leaf: tensor}, copy_of_base=True))
                 else:
                     accepted = f"accepted are {PREFIX}<linear layer>{_SUFFIX} and the parameters of modules_to_save"
                     raise ArtifactError(full_name, not_supported(full_name, accepted))
@@ -153,7 +157,7 @@ class Ia3(Strategy):
                     raise ArtifactError(module, f"target_modules names {module}, but {WEIGHTS_FILE} has no {_SUFFIX}")
         except PatternError as error:
             raise ArtifactError(error.key, str(error)) from None
-        return scales + list(replacements(replaced, config, base))
+        return deltas + list(replacements(replaced, config, base))
 
 
 def _scale(

@@ -12,6 +12,7 @@ dequantised weights in both directions, made anew each time instead of kept; hel
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import math
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _NF4_BLOCK = 64
 _LEAST_SCALE = torch.finfo(torch.float32).tiny
 """Of a row of zeros, which any scale tells rightly."""
+_EXACT_INPUTS = 2**24 // 128**2
+"""Inputs whose products, each of two 8-bit integers, have a sum that float32 holds exactly."""
 
 
 class QuantizedLinear(torch.nn.Linear):
@@ -228,7 +231,24 @@ def _int8_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.is_cuda:
         y: torch.Tensor = torch.ops.bitsandbytes.int8_linear_matmul.default(x, weight)
         return y
-    return torch._int_mm(x, weight.t())
+    return torch._int_mm(x, weight.t()) if _int_mm_is_exact() else _product_in_floats(x, weight)
+
+
+@functools.cache
+def _int_mm_is_exact() -> bool:
+    """False on processors without VNNI: oneDNN adds pairs of products in 16 bits there, and cuts off what is larger
+    ("Nuances of int8 computations" in its documentation)."""
+    x, weight = torch.full((3, 64), 127, dtype=torch.int8), torch.full((16, 64), -127, dtype=torch.int8)
+    weight[::2] = 127
+    return torch.equal(torch._int_mm(x, weight.t()), _product_in_floats(x, weight))
+
+
+def _product_in_floats(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As `_int8_product`, in float32: sums of so few products are whole numbers that it holds."""
+    y = torch.zeros(len(x), len(weight), dtype=torch.int32)
+    for x_part, weight_part in zip(x.split(_EXACT_INPUTS, 1), weight.split(_EXACT_INPUTS, 1), strict=True):
+        y += (x_part.float() @ weight_part.float().t()).to(torch.int32)
+    return y
 
 
 def bitsandbytes() -> Any:

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from graftwork_plugins import LowRank
 from graftwork_server.engine.engine import Engine, EngineLimits
 from graftwork_server.engine.loading import bind
 from graftwork_server.engine.model import BaseModel, load_base
+from graftwork_server.engine.slots import LoadedAdapter, PreparedAdapter
 from graftwork_server.messages import Generate, Pool, Sampling, SequenceOutput
 from graftwork_server.types import AdapterRef
 
@@ -128,6 +129,40 @@ class Harness:
                 return
             self.step()
         raise AssertionError(f"{self.engine.active} sequences still there after {limit} steps")
+
+
+class StepLoader:
+    """Loads as the worker does, one after another in the order asked for, but one a step and without a thread."""
+
+    def __init__(self, harness: Harness, prepared: Mapping[str, PreparedAdapter]) -> None:
+        self.harness = harness
+        self.queue: list[str] = []
+        self.loads = 0
+        self.fresh: list[LoadedAdapter] = []
+        self._prepared = prepared
+
+    def load(self) -> None:
+        """Before a step: takes in what was asked for and does the load that is next, if there is room."""
+        pool = self.harness.engine.adapters
+        for ref in self.harness.load_requests:
+            if ref.digest not in self.queue:
+                self.queue.append(ref.digest)
+        self.harness.load_requests.clear()
+        if not self.queue:
+            return
+        prepared = self._prepared[self.queue[0]]
+        leased = sum(adapter.report.device_bytes for adapter in pool._loaded.values() if adapter.leases)
+        pool.waits_for_room = leased + prepared.device_bytes > pool.budget_bytes
+        if not pool.waits_for_room:
+            self.fresh.append(pool.place(prepared, time.perf_counter(), threading.Event()))
+            self.queue.pop(0)
+            self.loads += 1
+
+    def release(self) -> None:
+        """After a step: the scheduler has seen the load."""
+        for adapter in self.fresh:
+            self.harness.engine.adapters.release(adapter)
+        self.fresh.clear()
 
 
 def deltas_of(directory: Path) -> list[LowRank]:

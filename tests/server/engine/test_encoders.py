@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import IA3Config, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tests import toys
 from tests.server.engine.harness import CPU, Harness
 from tests.server.engine.test_heads import load
+from tests.server.engine.test_peft_features import load as load_any
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from graftwork_plugins import ArtifactError, FullWeights, Prefix
@@ -143,15 +144,32 @@ def test_modernbert_gives_vectors_and_has_no_heads(tmp_path: Path) -> None:
     ref = load(harness, embedder)
     rows = prompts()
     assert max(map(len, rows)) > toys.ENCODERS["modernbert"].sliding_window + 1  # local attention hides something
+    others = {
+        name: toys.make_embedder(model_dir, tmp_path / name, seed=seed, **settings)
+        for seed, (name, settings) in enumerate(
+            {
+                "rank 512": {"r": 512, "lora_alpha": 512, "target_modules": ["Wqkv"]},
+                "dora and norms": {"use_dora": True, "target_modules": ["Wqkv", "Wo"], "modules_to_save": ["mlp_norm"]},
+                "embedding": {"target_modules": ["tok_embeddings", "Wi"]},
+                "tokens": {"target_modules": ["Wi"], "trainable_token_indices": {"tok_embeddings": [3, 5, 9]}},
+            }.items()
+        )
+    }
     for index, ids in enumerate(rows):
         harness.pool(index, ids, pooling="mean")
         harness.pool(10 + index, ids, ref, pooling="last")
+    for number, path in enumerate(others.values(), 10):
+        harness.pool(10 * number, rows[0], load(harness, path), pooling="mean")
     harness.run()
+    for number, (name, path) in enumerate(others.items(), 10):
+        model = PeftModel.from_pretrained(AutoModel.from_pretrained(model_dir, dtype=torch.float32), path).eval()
+        expected = states_of(model, rows[0]).mean(0)
+        torch.testing.assert_close(harness.values(10 * number), expected, atol=1e-4, rtol=0, msg=name)
     plain = AutoModel.from_pretrained(model_dir, dtype=torch.float32).eval()
-    expected = [states_of(plain, ids).mean(0) for ids in rows]
+    of_base = [states_of(plain, ids).mean(0) for ids in rows]
     adapted = PeftModel.from_pretrained(plain, embedder).eval()
     for index, ids in enumerate(rows):
-        torch.testing.assert_close(harness.values(index), expected[index], atol=1e-4, rtol=0)
+        torch.testing.assert_close(harness.values(index), of_base[index], atol=1e-4, rtol=0)
         torch.testing.assert_close(harness.values(10 + index), states_of(adapted, ids)[-1], atol=1e-4, rtol=0)
     with pytest.raises(ArtifactError, match="heads on this base are not served; accepted are those on bert") as caught:
         load(harness, toys.make_classifier(model_dir, tmp_path / "two", target_modules=["Wqkv"]))
@@ -161,27 +179,53 @@ def test_modernbert_gives_vectors_and_has_no_heads(tmp_path: Path) -> None:
         harness_of(whole)
 
 
-def test_whole_modules_biases_and_embeddings_of_an_encoder(tmp_path: Path) -> None:
-    model_dir = toys.make_encoder("bert", tmp_path / "model")
-    harness = harness_of(model_dir)
-    rows = prompts(4)
-    for index, settings in enumerate(
-        (
-            {"modules_to_save": ["pooler"], "target_modules": ["query", "dense"]},
-            {"target_modules": r"bert\.encoder\.layer\.[02]\..*(query|value)", "bias": "all"},
-            {"target_modules": ["word_embeddings", "key"], "modules_to_save": ["LayerNorm"]},
-            {"target_modules": ["query"], "layers_to_transform": [1]},
-        )
-    ):
-        adapter = toys.make_classifier(model_dir, tmp_path / str(index), labels=2, seed=index, **settings)
-        ref = load(harness, adapter)
-        for row, ids in enumerate(rows):
-            harness.pool(10 * index + row, ids, ref, kind="classify")
-        harness.run()
+def features(architecture: str) -> dict[str, dict[str, Any]]:
+    """LoraConfig settings by the name of what they show."""
+    q, v, dense, norm = "query", "value", "dense", "LayerNorm"
+    if architecture == "distilbert":
+        q, v, dense, norm = "q_lin", "v_lin", "lin1", "sa_layer_norm"
+    before_head = {"bert": ["pooler"], "distilbert": ["pre_classifier"]}.get(architecture, [])
+    return {
+        "rank 512": {"r": 512, "lora_alpha": 512, "target_modules": [v]},
+        "rslora of ranks by pattern": {"target_modules": [q, v], "use_rslora": True, "rank_pattern": {q: 17}},
+        "a regular expression": {"target_modules": rf".*\.[02]\..*({q}|{v})"},
+        "one layer": {"target_modules": [q], "layers_to_transform": [1]},
+        "all biases": {"target_modules": [v], "bias": "all"},
+        "biases of adapted": {"target_modules": [q, dense], "bias": "lora_only"},
+        "lora_bias": {"target_modules": [q, dense], "lora_bias": True},
+        "whole linear layers": {"target_modules": [q], "modules_to_save": [v]},
+        "before the head": {"target_modules": [q, dense], "modules_to_save": [*before_head, norm]},
+        "embedding": {"target_modules": ["word_embeddings", v], "r": 3},
+        "dora of embedding": {"target_modules": ["word_embeddings", dense], "use_dora": True},
+        "whole embedding": {"target_modules": [q], "modules_to_save": ["word_embeddings"]},
+        "tokens": {"target_modules": [q], "trainable_token_indices": {"word_embeddings": [3, 7, 5, 100]}},
+    }
+
+
+def test_every_feature_equals_peft_mixed_alone_and_reloaded(
+    harness: Harness, model_dir: Path, architecture: str, tmp_path: Path
+) -> None:
+    paths = {
+        name: toys.make_classifier(model_dir, tmp_path / name, labels=2, seed=seed, **settings)
+        for seed, (name, settings) in enumerate(features(architecture).items())
+    }
+    refs = {name: load(harness, path, name) for name, path in paths.items()}
+    rows = prompts(3)
+    numbers = {name: range(10_000 + 10 * index, 10_003 + 10 * index) for index, name in enumerate(paths)}
+    for row, ids in enumerate(rows):
+        for name, ref in refs.items():
+            harness.pool(numbers[name][row], ids, ref, kind="classify")
+    harness.run()
+    for name, path in paths.items():
         base = AutoModelForSequenceClassification.from_pretrained(model_dir, dtype=torch.float32, num_labels=2)
-        expected = logits_of(PeftModel.from_pretrained(base, adapter).eval(), rows)
-        served = torch.stack([harness.values(10 * index + row) for row in range(len(rows))])
-        torch.testing.assert_close(served, expected, atol=1e-4, rtol=0, msg=str(settings))
+        expected = logits_of(PeftModel.from_pretrained(base, path).eval(), rows)
+        mixed = torch.stack([harness.values(number) for number in numbers[name]])
+        torch.testing.assert_close(mixed, expected, atol=1e-4, rtol=0, msg=name)
+        harness.engine.adapters.unload(name)
+        harness.pool(numbers[name][0], rows[0], load(harness, path, name), kind="classify")
+        harness.run()
+        torch.testing.assert_close(harness.values(numbers[name][0]), mixed[0], atol=1e-5, rtol=0, msg=name)
+        harness.engine.adapters.unload(name)
 
 
 def test_a_masked_model_has_no_pooler_to_classify_with(tmp_path: Path) -> None:
@@ -214,6 +258,38 @@ def test_what_an_encoder_does_not_take_is_refused(tmp_path: Path) -> None:
     assert error is not None
     assert error.reason == "HEAD_MISSING"
     assert "ForSequenceClassification" in error.message
+
+
+@pytest.mark.parametrize(("architecture", "targets"), [("bert", ["key", "value"]), ("modernbert", ["Wqkv", "Wo"])])
+def test_other_kinds_of_adapters(tmp_path: Path, architecture: str, targets: list[str]) -> None:
+    """IA3 of the model without a task is served; with one it is refused by name, as virtual tokens are."""
+    model_dir = toys.make_encoder(architecture, tmp_path / "model")
+    harness, ids = harness_of(model_dir), prompts(1)[0]
+
+    def saved(task: str | None, config: Any, number: int) -> Path:
+        kind = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModel
+        model = get_peft_model(kind.from_pretrained(model_dir, dtype=torch.float32), config(task))
+        toys._move(model, only_trained=True, seed=number)
+        model.save_pretrained(tmp_path / str(number))
+        return tmp_path / str(number)
+
+    def ia3(task: str | None) -> PeftConfig:
+        return IA3Config(task_type=task, target_modules=targets, feedforward_modules=targets[1:])
+
+    artifact = saved(None, ia3, 0)
+    harness.pool(1, ids, harness.place("ia3", load_any(artifact, harness.base)), pooling="last")
+    harness.pool(2, ids, pooling="last")
+    harness.run()
+    plain = AutoModel.from_pretrained(model_dir, dtype=torch.float32)
+    expected = states_of(PeftModel.from_pretrained(plain, artifact).eval(), ids)[-1]
+    torch.testing.assert_close(harness.values(1), expected, atol=1e-4, rtol=0)
+    assert (harness.values(2) - expected).abs().max() > 0.01
+    refused = [("FEATURE_EXTRACTION", ia3), ("SEQ_CLS", ia3)]
+    refused += [("FEATURE_EXTRACTION", lambda task: PromptTuningConfig(task_type=task, num_virtual_tokens=3))]
+    for number, (task, config) in enumerate(refused, 1):
+        with pytest.raises(ArtifactError, match=f"task_type is '{task}'") as caught:
+            load_any(saved(task, config, number), harness.base)
+        assert caught.value.key == "task_type"
 
 
 def test_a_decoders_classifier_is_no_base(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import toys
-from tests.server.engine.harness import Harness, Reference, deltas_of
+from tests.server.engine.harness import Harness, Reference, StepLoader, deltas_of
 
 from graftwork_server.engine.fairness import Client, FairQueue, Turns
 from graftwork_server.engine.loading import bind
 from graftwork_server.engine.model import BaseModel
 from graftwork_server.engine.sequence import Sequence
-from graftwork_server.engine.slots import LoadedAdapter
 from graftwork_server.messages import Generate, Sampling, SequenceOutput
 from graftwork_server.types import AdapterRef
 
@@ -153,40 +150,6 @@ def test_higher_priorities_begin_first_and_are_preempted_last(
     assert all(len(tokens) == 60 for tokens in tight.tokens.values())
 
 
-class StepLoader:
-    """Loads as the worker does, one after another in the order asked for, but one a step and without a thread."""
-
-    def __init__(self, harness: Harness, paths: dict[str, Path]) -> None:
-        self.harness, self.paths = harness, paths
-        self.queue: list[str] = []
-        self.loads = 0
-        self.fresh: list[LoadedAdapter] = []
-        self._prepared = {digest: bind(harness.base, digest, deltas_of(path)) for digest, path in paths.items()}
-
-    def load(self) -> None:
-        """Before a step: takes in what was asked for and does the load that is next, if there is room."""
-        pool = self.harness.engine.adapters
-        for ref in self.harness.load_requests:
-            if ref.digest not in self.queue:
-                self.queue.append(ref.digest)
-        self.harness.load_requests.clear()
-        if not self.queue:
-            return
-        prepared = self._prepared[self.queue[0]]
-        leased = sum(adapter.report.device_bytes for adapter in pool._loaded.values() if adapter.leases)
-        pool.waits_for_room = leased + prepared.device_bytes > pool.budget_bytes
-        if not pool.waits_for_room:
-            self.fresh.append(pool.place(prepared, time.perf_counter(), threading.Event()))
-            self.queue.pop(0)
-            self.loads += 1
-
-    def release(self) -> None:
-        """After a step: the scheduler has seen the load."""
-        for adapter in self.fresh:
-            self.harness.engine.adapters.release(adapter)
-        self.fresh.clear()
-
-
 @pytest.mark.parametrize("rate", [1, 3])
 def test_more_adapters_than_places_all_get_their_turn(
     llama_dir: Path, llama: BaseModel, adapters: list[Path], rate: int
@@ -195,9 +158,9 @@ def test_more_adapters_than_places_all_get_their_turn(
     at once. They have 5 to 11 tokens, so that those of one adapter do not end together."""
     size = bind(llama, "x", deltas_of(adapters[0])).device_bytes
     harness = Harness(llama_dir, llama, adapter_memory_bytes=2 * size, max_sequences=8)
-    paths = {f"d{index}": path for index, path in enumerate(adapters)}
-    loader, traffic = StepLoader(harness, paths), Traffic(harness)
-    refs = [AdapterRef(digest=digest, path="", strategy="lora") for digest in paths]
+    prepared = {f"d{index}": bind(llama, f"d{index}", deltas_of(path)) for index, path in enumerate(adapters)}
+    loader, traffic = StepLoader(harness, prepared), Traffic(harness)
+    refs = [AdapterRef(digest=digest, path="", strategy="lora") for digest in prepared]
     who = {}
     for index in range(12 * rate):
         (number,) = traffic.plan(0, refs[index % 12], max_tokens=5 + index % 7)

@@ -22,10 +22,14 @@ from graftwork_server.engine.loading import bind
 from graftwork_server.engine.model import BaseModel
 from graftwork_server.errors import GraftworkServerError
 
-LINEARS = {"gpt2": ["c_attn", "c_fc"]}
+LINEARS: dict[str, list[str]] = {
+    "gpt2": ["c_attn", "c_fc"],
+    "phi3": ["qkv_proj", "down_proj"],
+    **{name: ["q_proj", "o_proj"] for name in toys.MIXTURES},
+}
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2", "gemma3"])
+@pytest.fixture(scope="module", params=[*toys.CONFIGS, *toys.MIXTURES])
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -119,17 +123,42 @@ def test_embeddings_equal_transformers(
     torch.testing.assert_close(harness.values(230), cut, atol=1e-6, rtol=0)
 
 
-def test_a_head_goes_with_whole_modules_and_embeddings(llama_dir: Path, llama: BaseModel, tmp_path: Path) -> None:
-    harness = Harness(llama_dir, llama)
-    settings = {"modules_to_save": ["norm"], "target_modules": ["q_proj", "embed_tokens"], "bias": "none"}
-    adapter = toys.make_classifier(llama_dir, tmp_path / "whole", labels=2, **settings)
-    ref = load(harness, adapter)
+OF_TRUNK: dict[str, dict[str, Any]] = {
+    "norms and embedding": {"modules_to_save": ["norm"], "target_modules": ["q_proj", "embed_tokens"]},
+    "whole embedding": {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]},
+    "whole mlp": {"modules_to_save": ["layers.1.mlp"]},
+    "biases": {"bias": "all", "target_modules": ["v_proj"]},
+    "lora_bias": {"lora_bias": True},
+    "dora of ranks by pattern": {"use_dora": True, "rank_pattern": {"q_proj": 2}, "use_rslora": True},
+    "rank 512": {"r": 512, "target_modules": ["q_proj"]},
+    "a regular expression": {"target_modules": r".*layers\.[02]\..*(q_proj|down_proj)"},
+    "tokens": {"trainable_token_indices": [3, 7, 5, 100]},
+}
+
+
+def test_heads_and_vectors_go_with_every_feature(tmp_path: Path) -> None:
+    model_dir = toys.make_model("qwen2", tmp_path / "model")
+    harness = Harness(model_dir, max_step_tokens=48)
     prompts = toys.prompts(3)
-    for index, prompt in enumerate(prompts):
-        harness.pool(index, prompt, ref, kind="classify")
+    adapters = []
+    for seed, (name, settings) in enumerate(OF_TRUNK.items()):
+        classifier = toys.make_classifier(model_dir, tmp_path / name, labels=2, seed=seed, **settings)
+        embedder = toys.make_embedder(model_dir, tmp_path / f"{name} of vectors", seed=seed, **settings)
+        adapters += [(name, path, load(harness, path)) for path in (classifier, embedder)]
+    for number, (_, _, ref) in enumerate(adapters):
+        for index, prompt in enumerate(prompts):
+            harness.pool(10 * number + index, prompt, ref, kind="embed" if number % 2 else "classify")
     harness.run()
-    served = torch.stack([harness.values(index) for index in range(3)])
-    torch.testing.assert_close(served, expected_logits(llama_dir, adapter, prompts, 2), atol=1e-4, rtol=0)
+    for number, (name, path, _) in enumerate(adapters):
+        served = torch.stack([harness.values(10 * number + index) for index in range(len(prompts))])
+        if number % 2:
+            plain = AutoModel.from_pretrained(model_dir, dtype=torch.float32)
+            model = PeftModel.from_pretrained(plain, path).eval()
+            with torch.no_grad():
+                expected = torch.stack([model(input_ids=torch.tensor([ids]))[0][0, -1] for ids in prompts])
+        else:
+            expected = expected_logits(model_dir, path, prompts, 2)
+        torch.testing.assert_close(served, expected, atol=1e-4, rtol=0, msg=name)
 
 
 def test_a_preempted_sequence_gathers_its_state_anew(llama_dir: Path, llama: BaseModel) -> None:

@@ -17,7 +17,7 @@ ADAPTERS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(toys.CONFIGS))
+@pytest.fixture(scope="module", params=[*toys.CONFIGS, *toys.MIXTURES])
 def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toys.make_model(request.param, tmp_path_factory.mktemp(request.param) / "model")
 

@@ -1,16 +1,17 @@
-"""Everything PEFT's LoRA expresses, served from the files PEFT writes: logits within 1e-4 of PEFT and greedy tokens
-equal, in one mixed batch, alone, and after evict and reload."""
+"""Everything of PEFT that is served, from the files PEFT writes, on every architecture of decoders: logits within 1e-4
+of PEFT and greedy tokens equal, in one mixed batch, alone, and after evict and reload; with the kernels and without."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from tests import toys
 from tests.server.engine.harness import CPU, Harness
 from transformers import AutoModelForCausalLM
@@ -20,33 +21,43 @@ from graftwork_plugins.builtin.ia3 import Ia3
 from graftwork_plugins.builtin.lora import Lora
 from graftwork_plugins.builtin.prefix import PrefixStrategy
 from graftwork_server.engine.describe import base_info
+from graftwork_server.engine.kv_cache import BLOCK_TOKENS
 from graftwork_server.engine.model import BaseModel, load_base
+
+Expected = Callable[[str | None, list[int], list[int]], torch.Tensor]
+"""Name, prompt and tokens to PEFT's logits for the tokens, [tokens, vocabulary]."""
 
 
 @pytest.fixture(scope="module", params=[*toys.CONFIGS, *toys.MIXTURES])
-def architecture(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toys.make_model(request.param, tmp_path_factory.mktemp("model") / request.param)
 
 
 @pytest.fixture(scope="module")
-def base(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    directory = toys.make_model(architecture, tmp_path_factory.mktemp(architecture) / "model")
-    return load_base(str(directory), CPU, torch.float32, directory)
-
-
-@pytest.fixture(scope="module")
-def artifacts(architecture: str, base: BaseModel) -> dict[str, Path]:
-    folder = Path(base.info.source).parent
+def artifacts(model_dir: Path) -> dict[str, Path]:
     usual = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     configs: dict[str, PeftConfig] = {
-        name: LoraConfig(**usual | settings) for name, settings in toys.lora_features(architecture).items()
+        name: LoraConfig(**usual | settings) for name, settings in toys.lora_features(model_dir.name).items()
     }
-    configs |= toys.other_peft_configs(architecture)
+    configs |= toys.other_peft_configs(model_dir.name)
     return {
-        name: toys.make_peft(Path(base.info.source), folder / name, config, seed=seed)
+        name: toys.make_peft(model_dir, model_dir.parent / name, config, seed=seed)
         for seed, (name, config) in enumerate(configs.items())
     }
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: Path, artifacts: dict[str, Path]) -> Expected:
+    """Both ways of computing choose the same tokens, so that PEFT is asked once."""
+    known: dict[tuple[str | None, tuple[int, ...]], torch.Tensor] = {}
+
+    def logits(name: str | None, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+        row = [*prompt, *tokens]
+        if (name, tuple(row)) not in known:
+            known[name, tuple(row)] = peft_logits(model_dir, artifacts[name] if name else None, row)
+        return known[name, tuple(row)][len(prompt) - 1 : -1]
+
+    return logits
 
 
 STRATEGIES: dict[str, Strategy] = {"LORA": Lora(), "IA3": Ia3()}
@@ -58,20 +69,24 @@ def load(path: Path, base: BaseModel) -> Sequence[Delta]:
     return strategy.load(Artifact(path), base_info(base.engine_model.model, base.info))
 
 
-def peft_logits(base: BaseModel, artifact: Path | None, rows: list[list[int]]) -> list[torch.Tensor]:
-    """[tokens, vocabulary] of each row, by transformers or PEFT alone on the saved files."""
-    model: Any = AutoModelForCausalLM.from_pretrained(base.info.source, dtype=torch.float32).eval()
+def peft_logits(model_dir: Path, artifact: Path | None, row: list[int]) -> torch.Tensor:
+    """[tokens, vocabulary] of a row, by transformers or PEFT alone on the saved files."""
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     if artifact is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = PeftModel.from_pretrained(model, artifact).eval()
     with torch.no_grad():
-        # PEFT answers for the virtual tokens of prompt tuning too.
-        return [model(input_ids=torch.tensor([row])).logits[0, -len(row) :] for row in rows]
+        logits: torch.Tensor = model(input_ids=torch.tensor([row])).logits[0]
+    return logits[-len(row) :]  # PEFT answers for the virtual tokens of prompt tuning too
 
 
-def test_mixed_equals_peft_equals_alone_equals_reloaded(base: BaseModel, artifacts: dict[str, Path]) -> None:
-    harness = Harness(Path(base.info.source), base, max_step_tokens=200, max_sequences=32)
+@pytest.mark.parametrize("native", [True, False], ids=["kernels", "torch"])
+def test_mixed_equals_peft_equals_alone_equals_reloaded(
+    model_dir: Path, artifacts: dict[str, Path], expected: Expected, native: bool
+) -> None:
+    base = load_base(str(model_dir), CPU, torch.float32, model_dir, native=native)
+    harness = Harness(model_dir, base, max_step_tokens=200, max_sequences=32)
     deltas = {name: load(path, base) for name, path in artifacts.items()}
     refs: dict[str | None, Any] = {name: harness.place(name, made) for name, made in deltas.items()}
     refs[None] = None
@@ -81,12 +96,11 @@ def test_mixed_equals_peft_equals_alone_equals_reloaded(base: BaseModel, artifac
         harness.add(index, prompts[name], refs[name], max_tokens=8)
     harness.run()
     for index, name in enumerate(names):
-        prompt, tokens = prompts[name], harness.tokens[index]
-        expected = peft_logits(base, artifacts[name] if name else None, [prompt + tokens])[0][len(prompt) - 1 : -1]
-        difference = (torch.stack(harness.logits[index]) - expected).abs().max().item()
+        tokens = harness.tokens[index]
+        of_peft = expected(name, prompts[name], tokens)
+        difference = (torch.stack(harness.logits[index]) - of_peft).abs().max().item()
         assert difference < 1e-4, f"{name}: logits differ by {difference}"
-        assert tokens == expected.argmax(-1).tolist(), name
-    base_tokens = harness.tokens[names.index(None)]
+        assert tokens == of_peft.argmax(-1).tolist(), name
 
     for name in artifacts:
         harness.engine.adapters.unload(name)
@@ -97,4 +111,45 @@ def test_mixed_equals_peft_equals_alone_equals_reloaded(base: BaseModel, artifac
         harness.add(100 + index, prompts[name], refs[name], max_tokens=8)
         harness.run()
         assert harness.tokens[100 + index] == harness.tokens[index], name
-    assert harness.tokens[100 + names.index(None)] == base_tokens
+        alone, mixed = (torch.stack(harness.logits[number]) for number in (100 + index, index))
+        torch.testing.assert_close(alone, mixed, atol=1e-4, rtol=0, msg=name)
+
+
+def test_preempted_and_computed_again(model_dir: Path, artifacts: dict[str, Path], expected: Expected) -> None:
+    """In a cache of a quarter of what the sequences need together."""
+    base = load_base(str(model_dir), CPU, torch.float32, model_dir)
+    block_bytes = BLOCK_TOKENS * sum(shape.bytes_per_token(base.dtype) for shape in base.layer_shapes)
+    harness = Harness(model_dir, base, max_step_tokens=64, kv_memory_bytes=6 * block_bytes)
+    names: list[str | None] = ["lora", "dora and biases", "embedding, tied", "tokens", "ia3", "projected prefix", None]
+    refs = {name: harness.place(name, load(artifacts[name], base)) for name in names if name is not None}
+    prompts = dict(zip(names, toys.prompts(len(names), seed=2), strict=True))
+    preempted = set()
+    for index, name in enumerate(names):
+        harness.add(index, prompts[name], refs.get(name) if name else None, max_tokens=20)
+    while harness.engine.active:
+        harness.step()
+        preempted |= {sequence.digest for sequence in harness.engine._scheduler._preempted}  # type: ignore[union-attr]
+    assert len(preempted) > 2
+    for index, name in enumerate(names):
+        tokens = harness.tokens[index]
+        of_peft = expected(name, prompts[name], tokens)
+        torch.testing.assert_close(torch.stack(harness.logits[index]), of_peft, atol=1e-4, rtol=0, msg=name)
+        assert tokens == of_peft.argmax(-1).tolist(), name
+    assert harness.engine.blocks.free_blocks == harness.engine.blocks.num_blocks == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_files_of_other_dtypes(llama_dir: Path, llama: BaseModel, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Of every part that an adapter can have."""
+    config = LoraConfig(
+        target_modules=["q_proj", "down_proj"], modules_to_save=["norm", "embed_tokens"], use_dora=True, r=4
+    )
+    artifact = toys.make_peft(llama_dir, tmp_path, config)
+    file = artifact / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    harness = Harness(llama_dir, llama)
+    prompt = toys.prompts(1)[0]
+    harness.add(1, prompt, harness.place("d", load(artifact, llama)))
+    harness.run()
+    of_peft = peft_logits(llama_dir, artifact, prompt + harness.tokens[1])[len(prompt) - 1 : -1]
+    torch.testing.assert_close(torch.stack(harness.logits[1]), of_peft, atol=1e-4, rtol=0)

@@ -36,7 +36,7 @@ def assert_nothing_is_in_use(blocks: BlockPool) -> None:
     assert {key: block for block, key in blocks._key_of.items()} == blocks._block_of
 
 
-@pytest.fixture(scope="module", params=list(toys.CONFIGS))
+@pytest.fixture(scope="module", params=[*toys.CONFIGS, *toys.MIXTURES])
 def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toys.make_model(request.param, tmp_path_factory.mktemp(request.param) / "model")
 

@@ -25,7 +25,14 @@ from graftwork_server.engine.attention.packed import packed_rows
 from graftwork_server.engine.describe import base_info
 from graftwork_server.engine.loading import bind
 from graftwork_server.engine.model import BaseModel, load_base
-from graftwork_server.engine.quantization import Int8Linear, Nf4Linear, QuantizedLinear, rows_to_int8
+from graftwork_server.engine.quantization import (
+    Int8Linear,
+    Nf4Linear,
+    QuantizedLinear,
+    _int8_product,
+    _product_in_floats,
+    rows_to_int8,
+)
 from graftwork_server.engine.weights import map_base_model
 from graftwork_server.errors import FailedPrecondition
 
@@ -138,6 +145,15 @@ def test_int8_of_a_row_does_not_depend_on_its_neighbours() -> None:
     x = torch.randn(70, 96, generator=generator) * torch.logspace(-3, 3, 70)[:, None]
     alone = torch.cat([layer(row[None]) for row in x])
     assert torch.equal(layer(x), alone)
+
+
+def test_the_product_where_torch_has_none_that_is_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-127, 128, (rows, 2100), generator=generator).to(torch.int8) for rows in (5, 7))
+    x[0], weight[0], weight[1] = 127, 127, -127
+    expected = x.double() @ weight.double().t()
+    for product in (_product_in_floats, _int8_product):
+        assert torch.equal(product(x, weight).double(), expected)
 
 
 @torch.no_grad()
