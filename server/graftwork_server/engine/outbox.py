@@ -12,8 +12,9 @@ from typing import Any
 from graftwork_server.engine.output_stream import merge
 from graftwork_server.messages import SequenceOutput, StepOutputs, encode_frame
 
-_MESSAGES_PER_CORE = 500
-"""One costs front and client together some 100 us, whatever is in it: so many are a twentieth of the machine."""
+_MESSAGES_PER_CORE = 250
+"""One costs front and client together some 100 us, whatever is in it, and as much again of a step on the CPU, whose
+threads wait for the one that lost its core: so many are a twentieth of the machine."""
 _MOST_MESSAGES = 5000
 """About half of what the front's one event loop can send."""
 
