@@ -82,6 +82,9 @@ class ServerConfig(BaseModel):
     """Tuning jobs that run at once; others wait. Default: 1."""
     tuning_yield_ms: int = Field(100, ge=0, le=60_000)
     """Longest wait, in milliseconds, of a tuning job between micro-batches while requests run. Default: 100."""
+    messages_per_second: int = Field(0, ge=0, le=1_000_000)
+    """Messages in a second that all streams together may get of generated tokens, beside the first and the last one of
+    each; a message takes all tokens since the one before. Default: 0, 250 for each CPU core and at most 5000."""
     drain_seconds: float = Field(10.0, ge=0, le=3600)
     """Seconds that running requests get to finish when the server is told to end. Default: 10."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -23,6 +23,7 @@ from graftwork_server.engine.encoder import load_model
 from graftwork_server.engine.engine import EngineLimits
 from graftwork_server.engine.model import BaseModel, choose_device, choose_dtype
 from graftwork_server.engine.model_files import model_dir
+from graftwork_server.engine.outbox import default_messages_per_second
 from graftwork_server.engine.worker import EngineWorker
 from graftwork_server.errors import FailedPrecondition, body_of
 from graftwork_server.logs import set_up
@@ -100,6 +101,7 @@ def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
         connection,
         threads=threads,
         tuning_yield_ms=int(settings.get("tuning_yield_ms", 100)),
+        messages_per_second=int(settings.get("messages_per_second") or 0) or default_messages_per_second(),
     )
     if base.info.generates:
         check_kv_cache(base, worker.engine.kv_tokens)

@@ -45,6 +45,7 @@ ENGINE_FIELDS = (
     "adapter_memory_bytes",
     "host_cache_bytes",
     "tuning_yield_ms",
+    "messages_per_second",
     "log_level",
     "log_format",
 )

@@ -26,7 +26,7 @@ from graftwork_server.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from graftwork_server.messages import Failed, JobEvent, JobSpec, Sampling, SequenceOutput
+from graftwork_server.messages import Failed, JobEvent, JobSpec, Sampling
 from graftwork_server.types import AdapterRef
 
 COMMAND = (sys.executable, script.__file__)
@@ -119,25 +119,6 @@ async def test_a_slow_reader_gets_the_rest_in_one_piece(engine):
     rest = await anext(stream)
     assert first.token_ids + rest.token_ids == list(range(2, 52))
     assert rest.finish == "length"
-
-
-async def test_readers_are_woken_together_and_not_for_every_token(engine, monkeypatch):
-    monkeypatch.setattr(output_stream, "MESSAGES_PER_SECOND", 1e-6)
-    outputs = [output async for output in engine.generate([1], sampling(20))]
-    assert [token for output in outputs for token in output.token_ids] == list(range(2, 22))
-    # The first output and the last wake their reader; what came in between waited for days that did not pass.
-    assert len(outputs) <= 3
-
-
-async def test_what_was_held_back_comes_though_nothing_follows(monkeypatch):
-    monkeypatch.setattr(output_stream, "MESSAGES_PER_SECOND", 20)
-    stream, pace = output_stream.OutputStream(), output_stream.Pace()
-    for token in (5, 6):
-        reader = asyncio.create_task(stream.next())
-        await asyncio.sleep(0)
-        stream.push(SequenceOutput(1, [token]))
-        pace.wake({1: stream})
-        assert (await reader).token_ids == [token]
 
 
 async def test_a_reader_who_never_reads_is_cut_off_and_cancelled(engine, monkeypatch, tmp_path):

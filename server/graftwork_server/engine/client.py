@@ -14,7 +14,7 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 from graftwork_server.engine.engine_process import ENGINE_COMMAND, EngineProcess
-from graftwork_server.engine.output_stream import OutputStream, Pace
+from graftwork_server.engine.output_stream import OutputStream
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, Internal, Unavailable, from_body
 from graftwork_server.messages import (
     Cancel,
@@ -87,7 +87,6 @@ class EngineClient:
         self._stopping = False
         self._next_id = 1
         self._streams: dict[int, OutputStream] = {}
-        self._pace = Pace()
         self._calls: dict[int, asyncio.Future[Result]] = {}
         self.loaded: set[str] = set()
         """Digests on the device now."""
@@ -243,7 +242,6 @@ class EngineClient:
                     stream = self._streams.get(output.id)
                     if stream is not None:
                         stream.push(output)
-                self._pace.wake(self._streams)
             case Reply():
                 call = self._calls.pop(message.call_id, None)
                 if call is not None and not call.done():

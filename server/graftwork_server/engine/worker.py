@@ -1,9 +1,9 @@
 """The engine as a process: takes the front's messages, runs the step loop, sends what it produced.
 
 Threads: the main thread runs the loop and is the only one that touches sequences and the device's step; one reads the
-socket, one writes it, a few load adapters, one compiles grammars, one answers questions (inspect, prepare), and each
-tuner has a reader. They
-meet in the inbox, a queue of messages and callbacks that the loop empties between two steps.
+socket, one writes it (outbox.py), a few load adapters, one compiles grammars, one answers questions (inspect, prepare),
+and each tuner has a reader. They meet in the inbox, a queue of messages and callbacks that the loop empties between two
+steps.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from graftwork_server.engine.helper_threads import compute_alone
 from graftwork_server.engine.loading import bind
 from graftwork_server.engine.loads import Loads
 from graftwork_server.engine.model import BaseModel
+from graftwork_server.engine.outbox import Outbox
 from graftwork_server.engine.slots import LoadedAdapter, PreparedAdapter
 from graftwork_server.engine.tuners import Tuners
 from graftwork_server.errors import ErrorBody, Unavailable, body_of
@@ -73,6 +74,7 @@ class EngineWorker:
         *,
         threads: int,
         tuning_yield_ms: int,
+        messages_per_second: int,
     ) -> None:
         self.engine = Engine(base, limits, self._ensure_loaded)
         self._base_info = base_info
@@ -81,7 +83,7 @@ class EngineWorker:
         self._connection = connection
         self._threads = threads
         self._inbox: queue.SimpleQueue[m.FrontMessage | Callable[[], None] | None] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._outbox = Outbox(connection, messages_per_second)
         self._stop = threading.Event()
         self._loads = Loads(self._prepare_adapter, self.engine.adapters, self._stop)
         self._answers = ThreadPoolExecutor(1, "answer", compute_alone)
@@ -108,7 +110,7 @@ class EngineWorker:
             self._gate_fd,
             threads=threads,
             yield_ms=tuning_yield_ms,
-            send=lambda event: self._send(event),
+            send=self._outbox.send,
         )
 
     def model_info(self) -> Any:
@@ -122,14 +124,14 @@ class EngineWorker:
         threading.Thread(target=self._read, name="read", daemon=True).start()
         writer = threading.Thread(target=self._write, name="write", daemon=True)
         writer.start()
-        self._send(m.Hello(pid=os.getpid(), model=self.model_info(), strategies=self._strategies.infos()))
+        self._outbox.send(m.Hello(pid=os.getpid(), model=self.model_info(), strategies=self._strategies.infos()))
         try:
             self._loop()
         finally:
             self._tell_figures()
             self._stop.set()
             self._tuners.stop_all()
-            self._outbox.put(None)
+            self._outbox.close()
             writer.join(timeout=2)
 
     def _loop(self) -> None:
@@ -142,7 +144,7 @@ class EngineWorker:
                 self.engine.adapters.release(adapter)
             self._load_leases.clear()
             if outputs:
-                self._send(m.StepOutputs(outputs))
+                self._outbox.publish(outputs)
             self._after_step()
             # Where something ended, what waited for its place can run now.
             idle = not self.engine.has_running and not outputs
@@ -171,7 +173,7 @@ class EngineWorker:
         if pool.generation != self._reported:
             self._reported = pool.generation
             digests = pool.digests()
-            self._send(m.LoadedChanged(digests=digests))
+            self._outbox.send(m.LoadedChanged(digests=digests))
             for digest in [digest for digest in self._unloading if digest not in digests]:
                 for call_id in self._unloading.pop(digest):
                     self._reply(call_id, m.Unloaded(was_loaded=True))
@@ -201,6 +203,7 @@ class EngineWorker:
             case m.Cancel():
                 self._compiling.discard(message.id)
                 self.engine.cancel(message.id)
+                self._outbox.forget(message.id)
             case m.Load():
                 self._load_call(message)
             case m.Unload():
@@ -224,7 +227,7 @@ class EngineWorker:
     def _add(self, message: m.Generate, matcher: LLMatcher | None = None) -> None:
         refused = self.engine.add(message, matcher)
         if refused is not None:
-            self._send(m.StepOutputs([refused]))
+            self._outbox.publish([refused])
         elif message.adapter is not None:
             self._load_ahead(message.adapter)
 
@@ -239,7 +242,7 @@ class EngineWorker:
             if error is None:
                 self._add(message, matcher)
             else:
-                self._send(m.StepOutputs([m.SequenceOutput(message.id, [], "error", error=error)]))
+                self._outbox.publish([m.SequenceOutput(message.id, [], "error", error=error)])
 
         def work() -> None:
             matcher, error = None, None
@@ -342,18 +345,15 @@ class EngineWorker:
             self._reply_error(call_id, error)
         failed = self.engine.fail_waiting(digest, error)
         if failed:
-            self._send(m.StepOutputs(failed))
+            self._outbox.publish(failed)
 
     # ------------------------------------------------------------------------------------------ connection
 
     def _reply(self, call_id: int, result: m.Result) -> None:
-        self._send(m.Reply(call_id=call_id, result=result))
+        self._outbox.send(m.Reply(call_id=call_id, result=result))
 
     def _reply_error(self, call_id: int, error: ErrorBody) -> None:
-        self._send(m.Reply(call_id=call_id, error=error))
-
-    def _send(self, message: Any) -> None:
-        self._outbox.put(m.encode_frame(message))
+        self._outbox.send(m.Reply(call_id=call_id, error=error))
 
     def _read(self) -> None:
         try:
@@ -367,9 +367,11 @@ class EngineWorker:
 
     def _write(self) -> None:
         try:
-            while (frame := self._outbox.get()) is not None:
-                self._connection.sendall(frame)
+            self._outbox.run()
         except OSError:
+            self._inbox.put(None)
+        except Exception:
+            log.exception("a message to the front could not be sent")
             self._inbox.put(None)
 
 

@@ -88,21 +88,26 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         request_id = _request_id(handler_call_details)
         if handler.request_streaming:
             behaviour = _reads_the_rest(behaviour)
-        wrapped = self._wrap(behaviour, handler_call_details.method.rsplit("/", 1)[-1], request_id)
+        method = handler_call_details.method.rsplit("/", 1)[-1]
+        wrapped = self._wrap(behaviour, method, request_id, headers=not handler.response_streaming)
         return make(
             wrapped,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
-    def _wrap(self, behaviour: Behaviour, method: str, request_id: str) -> Behaviour:
+    def _wrap(self, behaviour: Behaviour, method: str, request_id: str, *, headers: bool) -> Behaviour:
+        """headers: the request id is in the initial metadata too. A stream's leave with its first message, without it:
+        gRPC would send them by themselves, which makes many short streams wait for each other's."""
+
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             token = current_request_id.set(request_id)
             begun, outcome = time.monotonic(), "OK"
             trailing = ((REQUEST_ID_KEY, request_id),)
             entered = False
             try:
-                await context.send_initial_metadata(trailing)
+                if headers:
+                    await context.send_initial_metadata(trailing)
                 context.set_trailing_metadata(trailing)
                 self._drain.enter()
                 entered = True

@@ -55,6 +55,7 @@ class Samples:
     ) -> None:
         if self._alone is not None:
             await self._alone.aclose()
+            return
         for reader in self._readers:
             reader.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)

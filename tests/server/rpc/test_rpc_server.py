@@ -48,6 +48,13 @@ async def test_a_request_id_comes_back_in_both_metadata(shared):
     assert dict(await call.trailing_metadata())["x-request-id"] == "mine-1"
 
 
+async def test_a_request_id_comes_back_at_the_end_of_a_stream(shared):
+    request = pb.GenerateRequest(model="base", text="a", sampling=pb.SamplingParameters(max_tokens=2))
+    call = shared.generation.Generate(request, metadata=(("x-request-id", "mine-3"),))
+    assert [message async for message in call]
+    assert dict(await call.trailing_metadata())["x-request-id"] == "mine-3"
+
+
 @pytest.mark.parametrize("sent", [None, "", "with space", "x" * 200, "[31m"])
 async def test_a_request_id_is_made_where_there_is_no_usable_one(shared, sent):
     metadata = (("x-request-id", sent),) if sent is not None else ()
