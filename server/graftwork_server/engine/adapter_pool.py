@@ -1,12 +1,15 @@
 """The device pool: places for loaded adapters, sized in bytes, with leases, pins and least-recently-used eviction.
 
-A load that finds no room waits its turn, in the order in which loads came. While it waits, the least recently used of
-the leased adapters gives no new leases, so that its place is free once its running sequences have ended; requests for
-it queue up behind as a load of their own. So adapters that are more than the pool holds take turns, and none starves.
+A load that finds no room waits its turn, in the order in which loads came. While loads wait, as many adapters yield as
+they need, least recently used first: these give no new leases, so that their places are free once their running
+sequences have ended; requests for them queue up behind as loads of their own. So adapters that are more than the pool
+holds take turns, and none starves: the first load that waits has its room when those sequences have ended that ran
+when it became the first.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -25,6 +28,8 @@ from graftwork_server.types import LoadReport
 if TYPE_CHECKING:
     from graftwork_server.engine.adapted_linear import LinearGroup
     from graftwork_server.engine.native import NativeKernels
+
+log = logging.getLogger("graftwork.engine")
 
 _SPARE_BYTES = 32 * 1024 * 1024
 
@@ -67,14 +72,14 @@ class AdapterPool:
         self._draining: set[str] = set()
         """Unloaded: dropped when their leases end."""
         self._yielding: set[str] = set()
-        """To be evicted for a load that waits, when their leases end."""
+        """To be evicted for loads that wait, when their leases end. Renewed whenever something changes."""
+        self._evicting: set[str] = set()
+        """On their way to the host cache."""
         self._pinned: frozenset[str] = frozenset()
         self._spare: SlotBlock | None = None
         """The block that was emptied last, if it is small: who unloads an adapter often loads its successor."""
         self._waiting: list[_Waiting] = []  # in order of arrival
         self._changed = threading.Condition()
-        self.waits_for_room = False
-        """A load waits for leases to end. Read without the lock: a stale answer is put right in the next step."""
 
     # ------------------------------------------------------------------------------------------ the step loop's side
 
@@ -98,10 +103,9 @@ class AdapterPool:
         with self._changed:
             adapter.leases -= 1
             adapter.is_fresh = False
-            if adapter.leases == 0:
-                if adapter.digest in self._draining:
-                    self._drop(adapter)
-                self._changed.notify_all()
+            if adapter.leases == 0 and adapter.digest in self._draining:
+                self._drop(adapter)
+            self._renew_yielding()
 
     def report(self, digest: str) -> LoadReport | None:
         """What the load of `digest` bound; None if it is not loaded or is to go."""
@@ -109,27 +113,28 @@ class AdapterPool:
             adapter = self._loaded.get(digest)
             return adapter.report if adapter is not None and not self._is_leaving(digest) else None
 
-    def unload(self, digest: str) -> bool:
+    def unload(self, digest: str) -> LoadedAdapter | None:
         """Unloads an adapter, at once or when its last lease ends; nobody gets a new lease from now on. The host's copy
-        goes too. False if it is not loaded.
+        goes too. Returns what will be `gone` then, None if it is not loaded.
         """
-        self.host_cache.discard(digest)
         with self._changed:
+            self._evicting.discard(digest)
+            self.host_cache.discard(digest)
             adapter = self._loaded.get(digest)
             if adapter is None:
-                return False
+                return None
             if adapter.leases:
                 self._draining.add(digest)
             else:
                 self._drop(adapter)
-            return True
+            self._renew_yielding()
+            return adapter
 
     def pin(self, digests: Collection[str]) -> None:
         """These, and no others, are never evicted from now on."""
         with self._changed:
             self._pinned = frozenset(digests)
-            self._yielding -= self._pinned
-            self._changed.notify_all()
+            self._renew_yielding()
 
     # ------------------------------------------------------------------------------------------ the loader's side
 
@@ -146,18 +151,20 @@ class AdapterPool:
             victims = self._take_victims(idle, prepared.device_bytes)
         return self._fill(prepared, victims, started)
 
-    def place(self, prepared: PreparedAdapter, started: float, stop: threading.Event) -> LoadedAdapter:
+    def place(self, prepared: PreparedAdapter, started: float, given_up: threading.Event) -> LoadedAdapter | None:
         """Copies an adapter into the pool and returns it with one lease.
 
-        Evicts adapters nobody leases, least recently used first; waits for leases to end while there are not enough.
-        `started` is time.perf_counter() at the request. Raises ResourceExhausted if it does not fit an empty pool
-        (ADAPTER_TOO_LARGE), or not beside what is pinned (ADAPTERS_PINNED).
+        Evicts adapters nobody leases, least recently used first; waits for leases to end while there are not enough,
+        until it is `given_up`: then it returns None. `started` is time.perf_counter() at the request. Raises
+        ResourceExhausted if it does not fit an empty pool (ADAPTER_TOO_LARGE), or not beside what is pinned
+        (ADAPTERS_PINNED).
         """
         self._check_size(prepared)
+        waiting = _Waiting(prepared.digest, prepared.device_bytes)
         with self._changed:
-            waiting = _Waiting(prepared.digest, prepared.device_bytes)
             self._waiting.append(waiting)
             try:
+                self._renew_yielding()
                 while True:
                     if (adapter := self._leased_already(prepared.digest)) is not None:
                         return adapter
@@ -165,41 +172,49 @@ class AdapterPool:
                     if prepared.digest not in self._loaded and self._has_turn(waiting):
                         victims = self._take_victims(self._idle(), prepared.device_bytes)
                         break
-                    if stop.is_set():
-                        raise ResourceExhausted("the server is shutting down", reason="SHUTTING_DOWN")
-                    self.waits_for_room = True
+                    if given_up.is_set():
+                        return None
                     self._changed.wait(timeout=0.1)
             finally:
                 self._waiting.remove(waiting)
-                if not self._waiting:
-                    self.waits_for_room = False
-                    self._yielding.clear()
-                self._changed.notify_all()
+                self._renew_yielding()
         return self._fill(prepared, victims, started)
 
     def _has_turn(self, waiting: _Waiting) -> bool:
-        """Whether there is room now that no load before this one waits for; if not, somebody is made to yield."""
-        # One that waits for its own earlier load to end needs no room beside that.
-        before = [w for w in self._waiting[: self._waiting.index(waiting)] if w.digest not in self._loaded]
+        """Whether there is room now that no load before this one waits for."""
+        before = self._waiting[: self._waiting.index(waiting)]
+        leaving = {*self._draining, *(adapter.digest for adapter in self._to_go(before))}
         room = self.budget_bytes - self.used_bytes + _bytes(self._idle())
-        leaving = _bytes([a for a in self._loaded.values() if a.leases and self._is_leaving(a.digest)])
-        if waiting.needed <= room and waiting.needed + sum(w.needed for w in before) <= room + leaving:
-            return True
-        if not before:
-            self._make_yield(waiting.needed - room - leaving)
-        return False
+        later = _bytes([a for a in self._loaded.values() if a.leases and a.digest in leaving])
+        return waiting.needed <= room and waiting.needed + self._needed(before) <= room + later
 
-    def _make_yield(self, missing: int) -> None:
-        for adapter in self._loaded.values():
+    def _renew_yielding(self) -> None:
+        """Called after every change of what is loaded, leased, pinned or waited for."""
+        self._yielding = {adapter.digest for adapter in self._to_go(self._waiting)}
+        self._changed.notify_all()
+
+    def _to_go(self, loads: Collection[_Waiting]) -> list[LoadedAdapter]:
+        """What `loads` need the places of, beside the room that is free or becomes so by itself: idle adapters first,
+        then leased ones, least recently used first."""
+        if not loads:
+            return []
+        available = self.budget_bytes - self.used_bytes + _bytes([self._loaded[digest] for digest in self._draining])
+        missing = self._needed(loads) - available
+        leased = [a for a in self._loaded.values() if a.leases and not a.is_fresh and a.digest not in self._pinned]
+        to_go: list[LoadedAdapter] = []
+        for adapter in [*self._idle(), *(a for a in leased if a.digest not in self._draining)]:
             if missing <= 0:
-                return
-            may_yield = not adapter.is_fresh and adapter.digest not in self._pinned
-            if adapter.leases and may_yield and not self._is_leaving(adapter.digest):
-                self._yielding.add(adapter.digest)
-                missing -= adapter.bytes
+                break
+            to_go.append(adapter)
+            missing -= adapter.bytes
+        return to_go
+
+    def _needed(self, loads: Collection[_Waiting]) -> int:
+        # One that waits for its own earlier load to end needs no room beside that.
+        return sum(load.needed for load in loads if load.digest not in self._loaded)
 
     def _check_pins(self, prepared: PreparedAdapter) -> None:
-        others = self._pinned - {prepared.digest}
+        others = self._pinned - self._draining - {prepared.digest}
         pinned = _bytes([adapter for digest, adapter in self._loaded.items() if digest in others])
         if pinned + prepared.device_bytes > self.budget_bytes:
             raise ResourceExhausted(
@@ -240,7 +255,7 @@ class AdapterPool:
             victims.append(idle[len(victims)])
         for adapter in victims:
             del self._loaded[adapter.digest]
-            self._yielding.discard(adapter.digest)
+            self._evicting.add(adapter.digest)
         self.used_bytes += needed - _bytes(victims)
         return victims
 
@@ -252,18 +267,14 @@ class AdapterPool:
         with self._changed:
             for adapter in victims:
                 self._free_slot(adapter)
+        try:
             in_slot = bool(prepared.updates) or prepared.packed is not None
-            block, slot = self._take_slot(prepared.ranks) if in_slot else (None, 0)
-        if block is not None:
-            try:
-                with self._beside_the_steps():
-                    block.write(slot, prepared, self._kernels)
-            except BaseException:
-                with self._changed:
-                    self.used_bytes -= prepared.device_bytes
-                    self._give_slot_back(block, slot)
-                    self._changed.notify_all()
-                raise
+            block, slot = self._written_slot(prepared) if in_slot else (None, 0)
+        except BaseException:
+            with self._changed:
+                self.used_bytes -= prepared.device_bytes
+                self._renew_yielding()
+            raise
         report = LoadReport(
             modules_bound=prepared.modules_bound,
             rank=prepared.rank,
@@ -274,8 +285,20 @@ class AdapterPool:
         with self._changed:
             self._loaded[prepared.digest] = adapter
             self.generation += 1
-            self._changed.notify_all()
+            self._renew_yielding()
         return adapter
+
+    def _written_slot(self, prepared: PreparedAdapter) -> tuple[SlotBlock, int]:
+        with self._changed:
+            block, slot = self._take_slot(prepared.ranks)
+        try:
+            with self._beside_the_steps():
+                block.write(slot, prepared, self._kernels)
+        except BaseException:
+            with self._changed:
+                self._give_slot_back(block, slot)
+            raise
+        return block, slot
 
     def keep(self, prepared: PreparedAdapter) -> None:
         """Puts an adapter that found no room into the host cache, unless parts of it lie on a device of their own."""
@@ -283,11 +306,19 @@ class AdapterPool:
             self.host_cache.put(prepared)
 
     def _evict(self, adapter: LoadedAdapter) -> None:
-        """Moves an adapter that nobody can lease any longer to the host cache."""
-        if adapter.bytes <= self.host_cache.budget_bytes:
-            with self._beside_the_steps():
-                packed = adapter.block.read(adapter.slot) if adapter.block is not None else None
-            self.keep(replace(adapter.prepared, packed=packed))
+        """Moves an adapter that nobody can lease any longer to the host cache, if there is memory for it."""
+        packed, is_copied = None, adapter.bytes <= self.host_cache.budget_bytes
+        if is_copied and adapter.block is not None:
+            try:
+                with self._beside_the_steps():
+                    packed = adapter.block.read(adapter.slot)
+            except Exception as error:
+                log.warning("adapter %s is not kept in host memory: %s", adapter.digest[:19], error)
+                is_copied = False
+        with self._changed:
+            if is_copied and adapter.digest in self._evicting:  # not unloaded meanwhile
+                self.keep(replace(adapter.prepared, packed=packed))
+            self._evicting.discard(adapter.digest)
 
     @contextmanager
     def _beside_the_steps(self) -> Iterator[None]:
@@ -321,7 +352,6 @@ class AdapterPool:
         self._draining.discard(adapter.digest)
         self.used_bytes -= adapter.bytes
         self._free_slot(adapter)
-        self._changed.notify_all()
 
     def _free_slot(self, adapter: LoadedAdapter) -> None:
         self.generation += 1
@@ -330,14 +360,13 @@ class AdapterPool:
         adapter.forget()
 
     def _take_slot(self, ranks: Ranks) -> tuple[SlotBlock, int]:
-        blocks = self._blocks.setdefault(ranks, [])
-        block = next((block for block in blocks if block.free), None)
+        block = next((block for block in self._blocks.get(ranks, ()) if block.free), None)
         if block is None:
             spare, self._spare = self._spare, None
             if spare is None or spare.ranks != ranks:
                 spare = SlotBlock(ranks, self._groups, self._dtype, self._device)
             block = spare
-            blocks.append(block)
+            self._blocks.setdefault(ranks, []).append(block)
         # One that was written before has its memory.
         slot = next((slot for slot in block.free if slot not in block.unused), block.free[0])
         block.free.remove(slot)

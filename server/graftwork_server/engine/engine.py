@@ -9,6 +9,7 @@ import torch
 from llguidance import LLMatcher
 
 from graftwork_server.engine.adapter_pool import AdapterPool
+from graftwork_server.engine.admission import Admission
 from graftwork_server.engine.block_cache import kv_cache_for
 from graftwork_server.engine.decode_graphs import decode_steps_for
 from graftwork_server.engine.encoder import EncoderModel, EncoderRunner
@@ -21,6 +22,7 @@ from graftwork_server.engine.runner import ChunkLogits, Runner
 from graftwork_server.engine.sampling import sample, token_logprobs
 from graftwork_server.engine.scheduler import Scheduler
 from graftwork_server.engine.sequence import Sequence
+from graftwork_server.engine.slots import LoadedAdapter
 from graftwork_server.engine.whole_scheduler import WholeScheduler
 from graftwork_server.errors import ErrorBody
 from graftwork_server.messages import Generate, SequenceOutput, TokenLogprobs
@@ -59,19 +61,18 @@ class Engine:
             limits.host_cache_bytes or _default_host_cache_bytes(base.device),
             base.engine_model.kernels,
         )
+        self._admission = Admission(self.adapters, _loading(request_load), limits.max_step_tokens)
         sizes = {"max_sequences": limits.max_sequences, "max_step_tokens": limits.max_step_tokens}
         if isinstance(base.engine_model, EncoderModel):
             self._runner: Runner | EncoderRunner = EncoderRunner(base)
-            self._scheduler: Scheduler | WholeScheduler = WholeScheduler(self.adapters, _loading(request_load), **sizes)
+            self._scheduler: Scheduler | WholeScheduler = WholeScheduler(self._admission, **sizes)
         else:
             model = base.engine_model
             cache = kv_cache_for(base.layer_shapes, num_blocks, base.dtype, base.device, model.kernels, model.triton)
             longest = min(base.info.context_tokens, self.kv_tokens)
             graphs = decode_steps_for(model, cache, base.device, limits.max_sequences, longest, limits.cuda_graphs)
             self._runner = Runner(model, cache, base.device, graphs)
-            self._scheduler = Scheduler(
-                self.blocks, self.adapters, _loading(request_load), prefix_cache=limits.prefix_cache, **sizes
-            )
+            self._scheduler = Scheduler(self._admission, self.blocks, prefix_cache=limits.prefix_cache, **sizes)
         self._sequences: dict[int, Sequence] = {}
         self._masks = Masks()
         self._eos = frozenset(base.info.eos_token_ids)
@@ -84,7 +85,7 @@ class Engine:
     @property
     def cache_figures(self) -> tuple[int, int]:
         """Prompt tokens so far, and how many of them were in the cache."""
-        return self._scheduler.prompt_tokens, self._scheduler.cached_tokens
+        return self._admission.prompt_tokens, self._admission.cached_tokens
 
     @property
     def has_running(self) -> bool:
@@ -104,12 +105,16 @@ class Engine:
         longest = min(self.base.info.context_tokens, self.kv_tokens or self.base.info.context_tokens)
         sequence = Sequence.of(request, self._eos, matcher, longest)
         self._sequences[request.id] = sequence
-        self._scheduler.add(sequence)
+        self._admission.add(sequence)
         return None
+
+    def arrived(self, adapter: LoadedAdapter) -> None:
+        """An adapter was loaded; its load's lease is the engine's from now on."""
+        self._admission.arrived(adapter)
 
     def waited_for(self) -> set[str]:
         """Digests of the adapters of waiting sequences."""
-        return self._scheduler.waited_for()
+        return self._admission.waited_for()
 
     def cancel(self, sequence_id: int) -> None:
         """Ends a sequence without an answer; unknown ids are ignored."""
@@ -119,15 +124,15 @@ class Engine:
 
     def fail_waiting(self, digest: str, error: ErrorBody) -> list[SequenceOutput]:
         """Ends the waiting sequences of an adapter that could not be loaded."""
-        failed = self._scheduler.waiting_for(digest)
+        failed = self._admission.waiting_for(digest)
         return [self._end(sequence, SequenceOutput(sequence.id, [], "error", error=error)) for sequence in failed]
 
     def step(self) -> list[SequenceOutput]:
         """Runs one step; what it produced, empty if nothing could run."""
         chunks = self._scheduler.schedule()
-        wrong = [chunk.sequence for chunk in chunks if chunk.sequence.too_long or chunk.sequence.misdirected]
+        wrong = [chunk.sequence for chunk in chunks if chunk.sequence.is_refused]
         if wrong:
-            chunks = [chunk for chunk in chunks if chunk.sequence not in wrong]
+            chunks = [chunk for chunk in chunks if not chunk.sequence.is_refused]
         refused = [
             self._end(sequence, _misdirected(sequence) if sequence.misdirected else _too_long(sequence))
             for sequence in wrong

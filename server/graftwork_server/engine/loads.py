@@ -1,6 +1,6 @@
 """Loads off the step loop, each adapter once for all that wait for it, in the order in which they were asked for.
 
-A load for sequences that could run now, or for a client's own call, is due: it waits for room, and others make room for
+A load for sequences that come next, or for a client's own call, is due: it waits for room, and others make room for
 it. One for sequences that have to wait anyway runs ahead of time: it takes room that nobody needs, or else the host
 cache. A load that waits for room holds one of a few threads, so that others go on beside it.
 """
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,67 +26,70 @@ _LARGE_BYTES = 256 * 1024 * 1024
 """Files from this size on, whole checkpoints mostly, are read one at a time and keep no other load waiting."""
 
 Done = Callable[[LoadedAdapter | Exception | None], None]
-"""Gets the adapter with one lease, why it could not be loaded, or None if a load ahead of time found no room."""
+"""Gets the adapter with one lease, why it could not be loaded, or None if it found no room and is not due."""
+
+
+@dataclass(frozen=True)
+class _Load:
+    adapter: AdapterRef
+    done: Done
+    not_due: threading.Event = field(default_factory=threading.Event)
+    started: float = field(default_factory=time.perf_counter)
 
 
 class Loads:
-    """The loader threads. Only the step thread calls `start`."""
+    """The loader threads. Only the step thread calls them."""
 
-    def __init__(
-        self, prepare: Callable[[AdapterRef], PreparedAdapter], pool: AdapterPool, stop: threading.Event
-    ) -> None:
-        """`prepare` reads and checks an adapter. Waiting loads are given up when `stop` is set."""
+    def __init__(self, prepare: Callable[[AdapterRef], PreparedAdapter], pool: AdapterPool) -> None:
+        """`prepare` reads and checks an adapter."""
         self._prepare = prepare
         self._pool = pool
-        self._stop = stop
         self._threads = ThreadPoolExecutor(_THREADS, "load", compute_alone)
         self._large = ThreadPoolExecutor(1, "load-large", compute_alone)
         self._reading = threading.Lock()
-        self._due: set[str] = set()
+        self._under_way: dict[str, _Load] = {}
 
-    def start(self, adapter: AdapterRef, done: Done) -> None:
+    def start(self, adapter: AdapterRef, done: Done, *, is_due: bool) -> None:
         """Queues a load; `done` is called in a loader thread. Not twice for one adapter before the first is done."""
-        started = time.perf_counter()
+        load = self._under_way[adapter.digest] = _Load(adapter, done)
+        self.set_due(adapter.digest, is_due)
+        self._threads.submit(self._run, load)
 
-        def load() -> None:
-            try:
-                if _file_bytes(adapter.path) < _LARGE_BYTES:
-                    self._load(adapter, started, self._reading, done)
-                elif adapter.digest in self._due:
-                    self._large.submit(self._load, adapter, started, nullcontext(), done)
-                else:  # read for nothing, it would have cost seconds
-                    done(None)
-            except Exception as error:
-                done(error)
+    def set_due(self, digest: str, is_due: bool) -> None:
+        """Whether a load under way is needed now; if not, it does not wait for room any longer."""
+        load = self._under_way.get(digest)
+        if load is not None:
+            (load.not_due.clear if is_due else load.not_due.set)()
 
-        self._threads.submit(load)
+    def give_up(self) -> None:
+        """Nothing is needed any more."""
+        for load in list(self._under_way.values()):
+            load.not_due.set()
 
-    def is_due(self, digest: str) -> None:
-        """A load that was started, or will be, is needed now."""
-        self._due.add(digest)
-
-    def _load(self, adapter: AdapterRef, started: float, reading: AbstractContextManager[Any], done: Done) -> None:
+    def _run(self, load: _Load, in_own_thread: bool = False) -> None:
+        result: LoadedAdapter | Exception | None = None
         try:
-            placed = self._placed(adapter, started, reading)
+            if in_own_thread or _file_bytes(load.adapter.path) < _LARGE_BYTES:
+                result = self._load(load, nullcontext() if in_own_thread else self._reading)
+            elif not load.not_due.is_set():
+                self._large.submit(self._run, load, True)
+                return
+            # A large one that is not due would be read for nothing, which costs seconds.
         except Exception as error:
-            done(error)
-            return
-        finally:
-            self._due.discard(adapter.digest)
-        done(placed)
-        if placed is not None:
-            self._pool.ready_next_slot(placed)
+            result = error
+        del self._under_way[load.adapter.digest]
+        load.done(result)
+        if isinstance(result, LoadedAdapter):
+            self._pool.ready_next_slot(result)
 
-    def _placed(
-        self, adapter: AdapterRef, started: float, reading: AbstractContextManager[Any]
-    ) -> LoadedAdapter | None:
-        prepared = self._pool.host_cache.take(adapter.digest)
+    def _load(self, load: _Load, reading: AbstractContextManager[Any]) -> LoadedAdapter | None:
+        prepared = self._pool.host_cache.take(load.adapter.digest)
         if prepared is None:
             with reading:
-                prepared = self._prepare(adapter)
-        placed = self._pool.place_now(prepared, started)
-        if placed is None and adapter.digest in self._due:
-            placed = self._pool.place(prepared, started, self._stop)
+                prepared = self._prepare(load.adapter)
+        placed = self._pool.place_now(prepared, load.started)
+        if placed is None and not load.not_due.is_set():
+            placed = self._pool.place(prepared, load.started, load.not_due)
         if placed is None:
             self._pool.keep(prepared)
         return placed

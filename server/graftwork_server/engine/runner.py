@@ -129,8 +129,8 @@ class Runner:
 def _are_finite(logits: torch.Tensor) -> list[bool]:
     """Whether each row of logits [rows, vocabulary] is finite."""
     # A sum costs a fraction of a look at each value; one that is finite had no other terms.
-    finite = torch.isfinite(logits.sum(-1))
-    return (finite if finite.all() else torch.isfinite(logits).all(-1)).tolist()
+    finite: list[bool] = torch.isfinite(logits.sum(-1)).tolist()
+    return finite if all(finite) else torch.isfinite(logits).all(-1).tolist()
 
 
 def packing_order(chunk: ScheduledChunk) -> tuple[int, int, int]:

@@ -47,11 +47,11 @@ class Sequence:
     virtual_tokens: int = 0
     """How many of `tokens` are the adapter's virtual ones; their ids mean nothing."""
     too_long: bool = False
-    """With the adapter's virtual tokens it would be longer than `longest`; it must not be run."""
+    """With the adapter's virtual tokens it would be longer than `longest`."""
     state: torch.Tensor | None = None
     """[hidden] float32: the hidden state that is wanted of it, or the sum of those seen so far (pooling.py)."""
     misdirected: bool = False
-    """It asks its adapter for tokens, which has a head instead, or for labels without a head; it must not be run."""
+    """It asks its adapter for tokens, which has a head instead, or for labels without a head."""
     _adapter: LoadedAdapter | None = None
     _block_keys: list[bytes] = field(default_factory=list)
 
@@ -120,6 +120,11 @@ class Sequence:
             start = len(self._block_keys) * BLOCK_TOKENS
             self._block_keys.append(block_key(parent, self.tokens[start : start + BLOCK_TOKENS]))
         return self._block_keys[index]
+
+    @property
+    def is_refused(self) -> bool:
+        """It must not be run."""
+        return self.too_long or self.misdirected
 
     @property
     def classifies(self) -> bool:

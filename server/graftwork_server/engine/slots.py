@@ -252,6 +252,8 @@ class LoadedAdapter:
     leases: int = 0
     is_fresh: bool = True
     """No lease has ended yet, so sequences that waited for it may not have had their chance: it need not yield."""
+    gone: bool = False
+    """Its place was given to others."""
 
     def __post_init__(self) -> None:
         self.digest = self.prepared.digest
@@ -263,6 +265,7 @@ class LoadedAdapter:
 
     def forget(self) -> None:
         """Lets go of what it holds on the device, whoever may still have this object."""
+        self.gone = True
         self.prepared = replace(self.prepared, model=None, changes={}, prefix=None, head=None)
         self.block = None
         self.model, self.changes, self.prefix, self.head = None, {}, None, None

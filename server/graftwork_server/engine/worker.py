@@ -85,7 +85,7 @@ class EngineWorker:
         self._inbox: queue.SimpleQueue[m.FrontMessage | Callable[[], None] | None] = queue.SimpleQueue()
         self._outbox = Outbox(connection, messages_per_second)
         self._stop = threading.Event()
-        self._loads = Loads(self._prepare_adapter, self.engine.adapters, self._stop)
+        self._loads = Loads(self._prepare_adapter, self.engine.adapters)
         self._answers = ThreadPoolExecutor(1, "answer", compute_alone)
         self._compiler = ThreadPoolExecutor(1, "compile", compute_alone)
         self._grammars = Grammars(base.info)
@@ -93,9 +93,10 @@ class EngineWorker:
         """Sequences whose grammar is being compiled."""
         self._loading: dict[str, list[int]] = {}
         """Loads under way: digest -> calls that wait for them."""
-        self._unloading: dict[str, list[int]] = {}
-        self._load_leases: list[LoadedAdapter] = []
-        """Leases that keep a fresh load on the device until the scheduler has seen it once."""
+        self._unloading: dict[LoadedAdapter, list[int]] = {}
+        """Calls that wait for an adapter's last lease to end."""
+        self._to_unload: dict[str, list[int]] = {}
+        """Calls that wait for a load under way, to unload what it brings."""
         self._reported = 0
         """The pool's generation that the front knows of."""
         self._deadline: float | None = None
@@ -130,6 +131,7 @@ class EngineWorker:
         finally:
             self._tell_figures()
             self._stop.set()
+            self._loads.give_up()
             self._tuners.stop_all()
             self._outbox.close()
             writer.join(timeout=2)
@@ -140,9 +142,6 @@ class EngineWorker:
             # With nothing to run, only a message can change that: a request, or a load that is done.
             self._take_messages(block=idle)
             outputs = self.engine.step()
-            for adapter in self._load_leases:
-                self.engine.adapters.release(adapter)
-            self._load_leases.clear()
             if outputs:
                 self._outbox.publish(outputs)
             self._after_step()
@@ -170,12 +169,17 @@ class EngineWorker:
         pool = self.engine.adapters
         if self._loading:
             pool.wanted = self.engine.waited_for()
+        for digest, calls in self._loading.items():
+            if not calls and digest not in pool.wanted:
+                self._loads.set_due(digest, False)
+        for digest in [digest for digest in self._to_unload if digest not in self._loading]:
+            for call_id in self._to_unload.pop(digest):
+                self._unload(digest, call_id)
         if pool.generation != self._reported:
             self._reported = pool.generation
-            digests = pool.digests()
-            self._outbox.send(m.LoadedChanged(digests=digests))
-            for digest in [digest for digest in self._unloading if digest not in digests]:
-                for call_id in self._unloading.pop(digest):
+            self._outbox.send(m.LoadedChanged(digests=pool.digests()))
+            for adapter in [adapter for adapter in self._unloading if adapter.gone]:
+                for call_id in self._unloading.pop(adapter):
                     self._reply(call_id, m.Unloaded(was_loaded=True))
 
     # ------------------------------------------------------------------------------------------ messages
@@ -302,25 +306,36 @@ class EngineWorker:
         self._loading[message.adapter.digest].append(message.call_id)
 
     def _unload_call(self, message: m.Unload) -> None:
-        if self.engine.adapters.unload(message.digest):
-            self._unloading.setdefault(message.digest, []).append(message.call_id)
+        if message.digest in self._loading:
+            self._to_unload.setdefault(message.digest, []).append(message.call_id)
         else:
-            self._reply(message.call_id, m.Unloaded(was_loaded=False))
+            self._unload(message.digest, message.call_id)
+
+    def _unload(self, digest: str, call_id: int) -> None:
+        adapter = self.engine.adapters.unload(digest)
+        if adapter is None:
+            self._reply(call_id, m.Unloaded(was_loaded=False))
+        else:
+            self._unloading.setdefault(adapter, []).append(call_id)
 
     def _load_ahead(self, adapter: AdapterRef) -> None:
         """Starts a load for a sequence that may have to wait for other reasons too."""
         if adapter.digest not in self._loading and self.engine.adapters.report(adapter.digest) is None:
-            self._start_load(adapter)
+            self._start_load(adapter, is_due=False)
 
     def _ensure_loaded(self, adapter: AdapterRef) -> None:
         """Starts a load unless one is under way; it is needed now. Called in the step thread."""
-        self._loads.is_due(adapter.digest)
-        if adapter.digest not in self._loading:
-            self._start_load(adapter)
+        if adapter.digest in self._loading:
+            self._loads.set_due(adapter.digest, True)
+        else:
+            self._start_load(adapter, is_due=True)
 
-    def _start_load(self, adapter: AdapterRef) -> None:
+    def _start_load(self, adapter: AdapterRef, *, is_due: bool) -> None:
+        def done(result: LoadedAdapter | Exception | None) -> None:
+            self._inbox.put(lambda: self._load_done(adapter, result))
+
         self._loading[adapter.digest] = []
-        self._loads.start(adapter, lambda result: self._inbox.put(lambda: self._load_done(adapter, result)))
+        self._loads.start(adapter, done, is_due=is_due)
 
     def _prepare_adapter(self, adapter: AdapterRef) -> PreparedAdapter:
         deltas = self._strategies.load_deltas(Path(adapter.path), adapter.strategy, self._base_info)
@@ -332,7 +347,7 @@ class EngineWorker:
             return
         calls = self._loading.pop(adapter.digest)
         if result is not None:
-            self._load_leases.append(result)
+            self.engine.arrived(result)
             for call_id in calls:
                 self._reply(call_id, m.LoadReply(report=result.report))
         elif calls:  # they came while it was loaded ahead of time, which found no room

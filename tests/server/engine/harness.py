@@ -8,12 +8,14 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tests.e2e.serving import eventually
 from transformers import AutoModelForCausalLM
 
 from graftwork_plugins import LowRank
@@ -132,37 +134,46 @@ class Harness:
 
 
 class StepLoader:
-    """Loads as the worker does, one after another in the order asked for, but one a step and without a thread."""
+    """Loads as the worker does, in threads that wait for room. Between two steps each load goes as far as it can, so
+    that steps count."""
 
     def __init__(self, harness: Harness, prepared: Mapping[str, PreparedAdapter]) -> None:
         self.harness = harness
-        self.queue: list[str] = []
-        self.loads = 0
-        self.fresh: list[LoadedAdapter] = []
+        self.loads: list[tuple[int, str]] = []
+        """Step and digest of each that is done."""
         self._prepared = prepared
+        self._threads = ThreadPoolExecutor(4)
+        self._under_way: dict[str, Future[LoadedAdapter]] = {}
 
     def load(self) -> None:
-        """Before a step: takes in what was asked for and does the load that is next, if there is room."""
+        """Before a step."""
         pool = self.harness.engine.adapters
         for ref in self.harness.load_requests:
-            if ref.digest not in self.queue:
-                self.queue.append(ref.digest)
+            if ref.digest not in self._under_way:
+                prepared = self._prepared[ref.digest]
+                self._under_way[ref.digest] = self._threads.submit(pool.place, prepared, 0.0, threading.Event())
+                self._settle()
         self.harness.load_requests.clear()
-        if not self.queue:
-            return
-        prepared = self._prepared[self.queue[0]]
-        leased = sum(adapter.report.device_bytes for adapter in pool._loaded.values() if adapter.leases)
-        pool.waits_for_room = leased + prepared.device_bytes > pool.budget_bytes
-        if not pool.waits_for_room:
-            self.fresh.append(pool.place(prepared, time.perf_counter(), threading.Event()))
-            self.queue.pop(0)
-            self.loads += 1
+        self._settle()
+        pool.wanted = self.harness.engine.waited_for()
+        for digest in [digest for digest, load in self._under_way.items() if load.done()]:
+            self.harness.engine.arrived(self._under_way.pop(digest).result())
+            self.loads.append((self.harness.steps, digest))
 
-    def release(self) -> None:
-        """After a step: the scheduler has seen the load."""
-        for adapter in self.fresh:
-            self.harness.engine.adapters.release(adapter)
-        self.fresh.clear()
+    def _settle(self) -> None:
+        """Until each load is done, or waits and cannot go on."""
+        pool = self.harness.engine.adapters
+
+        def settled() -> bool:
+            with pool._changed:
+                waiting = {waiting.digest: waiting for waiting in pool._waiting}
+                return all(
+                    load.done()
+                    or (digest in waiting and (pool._is_leaving(digest) or not pool._has_turn(waiting[digest])))
+                    for digest, load in self._under_way.items()
+                )
+
+        eventually(settled, "the loads to wait", 30)
 
 
 def deltas_of(directory: Path) -> list[LowRank]:

@@ -19,7 +19,7 @@ from graftwork_server.engine.adapter_pool import AdapterPool
 from graftwork_server.engine.host_cache import HostCache
 from graftwork_server.engine.loading import bind
 from graftwork_server.engine.model import BaseModel
-from graftwork_server.engine.slots import LoadedAdapter, PreparedAdapter
+from graftwork_server.engine.slots import SLOTS_PER_BLOCK, LoadedAdapter, PreparedAdapter, SlotBlock
 from graftwork_server.errors import FailedPrecondition, ResourceExhausted
 
 STOP = threading.Event()
@@ -134,6 +134,32 @@ def test_one_that_yields_for_nothing_is_leased_again(pool_of, prepare) -> None:
     assert pool.lease("a") is not None
 
 
+def test_one_that_yielded_for_nothing_is_not_waited_for(pool_of, prepare) -> None:
+    """The load that it yielded for got other room; its own next load need not wait for any."""
+    pool = pool_of(2)
+    a, b = (held(pool, prepare(digest)) for digest in "ab")
+    waiting = Waiting(pool)
+    c = waiting.place(prepare("c"))
+    eventually(lambda: pool.report("a") is None, "the oldest to yield", 30)
+    again = waiting.place(prepare("a"))
+    pool.release(b)
+    assert c.result(30).digest == "c"
+    assert again.result(30) is a
+    assert pool.lease("a") is a
+    assert not pool._waiting
+
+
+def test_a_load_waits_for_a_pinned_adapter_that_is_being_unloaded(pool_of, prepare) -> None:
+    pool = pool_of(1)
+    pool.pin(["a"])
+    a = held(pool, prepare("a"))
+    assert pool.unload("a")
+    b = Waiting(pool).place(prepare("b"))
+    assert not b.done()
+    pool.release(a)
+    assert b.result(30).digest == "b"
+
+
 def test_small_loads_pass_a_waiting_one_only_where_it_does_not_need_the_room(pool_of, prepare) -> None:
     pool = pool_of(2.25)
     a, b = (held(pool, prepare(digest)) for digest in "ab")
@@ -236,3 +262,32 @@ def test_values_that_are_not_finite_leave_nothing_behind(
         pool.place(prepared, 0.0, STOP)
     assert raised.value.violations[0].field == damaged.module
     assert (pool.used_bytes, pool.digests(), dict(pool._blocks)) == (0, [], {})
+
+
+@pytest.mark.parametrize("what", ["read", "write", "new block"])
+def test_a_copy_that_fails_takes_no_room(pool_of, prepare, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Memory that the host or the device does not have, when one is evicted or when the other comes."""
+    pool = pool_of(1, kept=1)
+    a = idle(pool, prepare("a"))
+    size = a.bytes
+
+    def fails(*args: object) -> None:
+        raise MemoryError("no memory left")
+
+    with monkeypatch.context() as patched:
+        if what == "new block":
+            patched.setattr("graftwork_server.engine.adapter_pool.SlotBlock", fails)
+            pool._spare = None
+            prepared = prepare("b", 2)
+        else:
+            patched.setattr(SlotBlock, what, fails)
+            prepared = prepare("b")
+        if what == "read":
+            assert idle(pool, prepared).digest == "b", "only the host's copy of the other one is lost"
+        else:
+            with pytest.raises(MemoryError):
+                pool.place(prepared, 0.0, STOP)
+    assert pool.used_bytes == (size if what == "read" else 0)
+    assert idle(pool, prepare("c")).digest == "c"
+    assert (pool.used_bytes, pool.digests()) == (size, ["c"])
+    assert sum(SLOTS_PER_BLOCK - len(block.free) for blocks in pool._blocks.values() for block in blocks) == 1

@@ -15,7 +15,7 @@ from tests.server.engine.test_heads import load
 from tests.server.engine.test_peft_features import load as load_any
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from graftwork_plugins import ArtifactError, FullWeights, Prefix
+from graftwork_plugins import ArtifactError, FullWeights, LowRank, Prefix
 from graftwork_server.engine.encoder import load_model
 from graftwork_server.engine.loading import bind
 from graftwork_server.errors import FailedPrecondition
@@ -352,3 +352,22 @@ def test_bfloat16_is_close(tmp_path: Path, architecture: str) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(model_dir, dtype=torch.float32).eval()
     expected = torch.nn.functional.normalize(states_of(model.base_model, ids).mean(0), dim=0)
     assert torch.dot(harness.values(1), expected) > 0.99
+
+
+def test_one_that_floods_an_encoder_does_not_hold_up_another(tmp_path: Path) -> None:
+    """Four sequences in a step, one of them the other's, as their counters are equal or its own is smaller."""
+    model_dir = toys.make_encoder("bert", tmp_path / "model")
+    harness = harness_of(model_dir, max_sequences=4)
+    query = "encoder.layer.0.attention.self.query"
+    ref = harness.place("d", [LowRank(module=query, a=torch.zeros(2, 48), b=torch.zeros(48, 2), scaling=1.0)])
+    for number in range(40):
+        harness.pool(number, [2, 5, 6, 7], pooling="mean")
+    harness.pool(100, [2, 5, 6, 8], ref, pooling="mean")
+    harness.step()
+    assert 100 in harness.finished
+    harness.pool(101, [2, 5, 6, 9], ref, pooling="mean")
+    harness.step()
+    harness.step()
+    assert 101 in harness.finished
+    assert len(harness.finished) == 12
+    harness.run()

@@ -169,7 +169,7 @@ def test_a_preempted_sequence_gathers_its_state_anew(llama_dir: Path, llama: Bas
     sequence = harness.engine._scheduler.running[0]
     harness.engine._scheduler._free(sequence)  # as for a victim of preemption
     harness.engine._scheduler.running.remove(sequence)
-    harness.engine._scheduler._preempted.append(sequence)
+    harness.engine._admission.preempt(sequence)
     harness.run()
     harness.pool(2, prompt, pooling="mean")
     harness.run()
@@ -207,6 +207,23 @@ def test_who_cannot_answer_says_so(llama_dir: Path, llama: BaseModel, classifier
     assert len(harness.values(5)) == 48
     assert len(harness.tokens[6]) == 2
     assert harness.engine.blocks.free_blocks == harness.engine.blocks.num_blocks
+
+
+def test_what_was_refused_leaves_nothing_to_be_found(
+    llama_dir: Path, llama: BaseModel, classifier: Path, tmp_path: Path
+) -> None:
+    """A prompt of two full blocks that an adapter without a head was asked to classify was never computed."""
+    path = toys.make_adapter(llama_dir, tmp_path / "plain")
+    harness = Harness(llama_dir, llama)
+    ref = harness.place("plain", deltas_of(path))
+    prompt = [3 + index % 50 for index in range(40)]
+    harness.pool(1, prompt, ref, kind="classify")
+    harness.run()
+    assert harness.finished[1].error is not None
+    harness.add(2, prompt, ref)
+    harness.run()
+    assert harness.cached[2] == 0
+    assert_greedy_matches(harness, Reference(llama_dir, {"plain": path}), 2, prompt, "plain")
 
 
 def edited(classifier: Path, folder: Path, edit: Any, config: dict[str, Any] | None = None) -> Artifact:

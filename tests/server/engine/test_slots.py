@@ -46,9 +46,9 @@ def test_evicts_the_least_recently_used_and_never_a_leased_one(
     )
     waiter.start()
     deadline = time.monotonic() + 30
-    while not pool.waits_for_room and time.monotonic() < deadline:
+    while not pool._waiting and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert pool.waits_for_room, "both places are leased: the third load must wait"
+    assert pool._waiting, "both places are leased: the third load must wait"
     assert not placed
     pool.release(first)
     waiter.join(30)

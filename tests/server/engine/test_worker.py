@@ -86,6 +86,36 @@ async def test_unload_waits_for_the_stream_that_uses_it(engine: EngineClient, ad
     assert "a2" not in engine.loaded
 
 
+async def test_unload_waits_for_the_load_under_way(engine: EngineClient, adapters: list[Path]) -> None:
+    load = asyncio.create_task(engine.load(ref(adapters[2], "brief")))
+    await asyncio.sleep(0)
+    assert await engine.unload("brief")
+    assert (await load).modules_bound == 21
+    again = await engine.load(ref(adapters[2], "brief"))
+    assert not again.already_loaded
+    assert await engine.unload("brief")
+
+
+async def test_a_load_that_nobody_needs_gives_up_its_turn(
+    llama_dir: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    """One place, taken by a long stream; the only request for another adapter is cancelled."""
+    client = EngineClient(settings(llama_dir, tmp_path, adapter_memory_bytes=4 * 8 * 3 * 704))
+    await client.start()
+    try:
+        long = client.generate([5, 6], Sampling(max_tokens=240, ignore_eos=True), ref(adapters[0]))
+        await anext(long)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(tokens(client, ref(adapters[1])), 0.02)
+        again = client.generate([5, 6], Sampling(max_tokens=2, ignore_eos=True), ref(adapters[0]))
+        assert [output async for output in again]
+        async for _ in long:
+            pass
+        assert client.loaded == {"a0"}
+    finally:
+        await client.stop()
+
+
 async def test_closing_a_stream_frees_its_place(engine: EngineClient) -> None:
     """Four places: four closed streams of 200 tokens each must not keep the next four waiting for their ends."""
     for _ in range(3):
