@@ -128,7 +128,7 @@ def test_preempted_and_computed_again(model_dir: Path, artifacts: dict[str, Path
         harness.add(index, prompts[name], refs.get(name) if name else None, max_tokens=20)
     while harness.engine.active:
         harness.step()
-        preempted |= {sequence.digest for sequence in harness.engine._scheduler._preempted}  # type: ignore[union-attr]
+        preempted |= {sequence.digest for sequence in harness.engine._admission._preempted}
     assert len(preempted) > 2
     for index, name in enumerate(names):
         tokens = harness.tokens[index]
