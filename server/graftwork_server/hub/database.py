@@ -31,6 +31,8 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self._engine = create_engine(url)
+        self.writes = 0
+        """Transactions that this process has ended: what it read before the last of them may no longer be true."""
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _configure_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
@@ -68,8 +70,11 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Session]:
         """One transaction, the only one that writes now; committed at the end, rolled back on any error."""
-        with _database_errors(), Session(self._writing) as session, session.begin():
-            yield session
+        try:
+            with _database_errors(), Session(self._writing) as session, session.begin():
+                yield session
+        finally:
+            self.writes += 1
 
 
 def now() -> datetime.datetime:

@@ -44,13 +44,15 @@ class Leases:
         self._claim(digest)
         try:
             # Claimed first, looked up second: a deletion before the look-up is seen, one after it waits for us.
-            if not await asyncio.to_thread(self._registry.is_published, digest):
+            published = self._registry.was_published(digest)
+            if not published and not await asyncio.to_thread(self._registry.is_published, digest):
                 raise NotFound(
                     f"adapter {resolved.model!r} was deleted just now", reason="ADAPTER_NOT_FOUND", field="model"
                 )
             yield resolved
         finally:
-            if self._release(digest):
+            # Whoever deletes it from now on finds no claim, and removes the files.
+            if self._release(digest) and not self._registry.was_published(digest):
                 # Not awaited: whoever used it need not wait, and a cancelled request cannot.
                 asyncio.get_running_loop().run_in_executor(None, self.remove_if_unused, digest)
 

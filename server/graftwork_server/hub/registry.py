@@ -21,6 +21,7 @@ from graftwork_server.hub.records import DatasetRecord, NewVersion, VersionRecor
 from graftwork_server.types import ADAPTER_ID, BASE, DatasetFormat
 
 _VERSION_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+_MOST_REMEMBERED = 10_000
 _REQUEST_ID = re.compile(r"[!-~]{1,64}")
 
 
@@ -62,10 +63,15 @@ def request_key(method: str, request_id: str, content: Any) -> RequestKey | None
 
 
 class Registry:
-    """Adapters, versions, data sets and requests."""
+    """Adapters, versions, data sets and requests.
+
+    Every request of an adapter asks for its version, so the versions read last are remembered until this process writes
+    to the database. No other process does: a data directory belongs to one server.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._remembered = _Remembered(0)
 
     # ------------------------------------------------------------------------------------------ adapters
 
@@ -95,11 +101,12 @@ class Registry:
     def get_version(self, adapter_id: str, number: int | None = None, field: str = "name") -> VersionRecord:
         """A version, the newest by default. Raises NotFound (ADAPTER_NOT_FOUND, VERSION_NOT_FOUND)."""
         check_adapter_id(adapter_id, field)
+        remembered = self._current()
         with self._database.read() as session:
             query = select(Version).where(Version.adapter_id == adapter_id).order_by(Version.number.desc()).limit(1)
             row = session.scalar(query if number is None else query.where(Version.number == number))
             if row is not None:
-                return version_record(row)
+                return remembered.keep(number, version_record(row))
             newest = session.scalar(select(func.max(Version.number)).where(Version.adapter_id == adapter_id))
             if newest is not None:
                 raise NotFound(
@@ -108,6 +115,20 @@ class Registry:
                     field=field,
                 )
             raise adapter_not_found(adapter_id, session.scalars(select(Adapter.id)).all(), field)
+
+    def recent_version(self, adapter_id: str, number: int | None = None) -> VersionRecord | None:
+        """As get_version if it is remembered, else None. Does not block."""
+        return self._current().versions.get((adapter_id, number))
+
+    def was_published(self, digest: str) -> bool:
+        """Whether a version with this digest is remembered. Does not block."""
+        return digest in self._current().digests
+
+    def _current(self) -> _Remembered:
+        writes = self._database.writes
+        if self._remembered.writes != writes:
+            self._remembered = _Remembered(writes)
+        return self._remembered
 
     def list_adapters(self, page_size: int = 0, token: str = "") -> tuple[list[VersionRecord], str]:
         """The newest version of each adapter by id, and the next page's token ("": there is none)."""
@@ -223,6 +244,24 @@ class Registry:
         with self._database.read() as session:
             resource = recall(session, request)
             return None if resource is None else _version_by_name(session, resource)
+
+
+class _Remembered:
+    """Versions read since the last write. What is read while one is made is kept in vain: it is asked for no more."""
+
+    def __init__(self, writes: int) -> None:
+        self.writes = writes
+        self.versions: dict[tuple[str, int | None], VersionRecord] = {}
+        """By adapter id and the number that was asked for, None for the newest."""
+        self.digests: set[str] = set()
+
+    def keep(self, number: int | None, version: VersionRecord) -> VersionRecord:
+        if len(self.versions) >= _MOST_REMEMBERED:
+            self.versions.clear()
+            self.digests.clear()
+        self.versions[version.adapter_id, number] = version
+        self.digests.add(version.digest)
+        return version
 
 
 # What other transactions of the hub are made of.

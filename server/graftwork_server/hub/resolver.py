@@ -44,7 +44,9 @@ class Resolver:
         if model == BASE:
             return Resolved(BASE, 0, None)
         adapter_id, number = parse_model(model, field)
-        version = await asyncio.to_thread(self._registry.get_version, adapter_id, number, field)
+        version = self._registry.recent_version(adapter_id, number)
+        if version is None:
+            version = await asyncio.to_thread(self._registry.get_version, adapter_id, number, field)
         return self.resolved(version)
 
     def resolved(self, version: VersionRecord) -> Resolved:

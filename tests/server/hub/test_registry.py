@@ -64,6 +64,37 @@ def test_versions_count_up_and_the_newest_answers(hub: Hub) -> None:
     assert missing.value.reason == "VERSION_NOT_FOUND"
 
 
+def test_what_is_remembered_is_what_the_database_says(hub: Hub) -> None:
+    registry = hub.registry
+    assert registry.recent_version("a") is None
+    first = publish(hub, "a", "[1]")
+    assert registry.recent_version("a") is None, "only what was read is remembered"
+    assert registry.get_version("a") == registry.recent_version("a") == first
+    assert registry.was_published(first.digest)
+    second = publish(hub, "a", "[2]")
+    assert registry.recent_version("a") is None
+    assert registry.get_version("a") == registry.recent_version("a") == second
+    assert registry.get_version("a", 1) == registry.recent_version("a", 1) == first
+    registry.set_pinned(second, True)
+    assert registry.recent_version("a") is None
+    assert registry.get_version("a").pinned
+    hub.delete_adapter("a")
+    assert registry.recent_version("a") is None
+    assert not registry.was_published(second.digest)
+    with pytest.raises(NotFound):
+        registry.get_version("a")
+
+
+async def test_a_version_deleted_after_it_was_resolved_is_not_leased(hub: Hub) -> None:
+    publish(hub, "a")
+    resolved = await hub.resolver.resolve("a")
+    hub.delete_adapter("a")
+    with pytest.raises(NotFound, match="deleted just now"):
+        async with hub.leases.hold(resolved):
+            pass
+    assert not hub.leases.count
+
+
 def test_a_refused_publication_leaves_no_files(hub: Hub) -> None:
     publish(hub, "a", "[1]")
     with pytest.raises(AlreadyExists):
