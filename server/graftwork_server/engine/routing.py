@@ -8,7 +8,7 @@ not touched.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _LONG_SPAN = 32
 """Rows from which a span is worth its own GEMMs."""
+_PIECE = 64
+"""Rows of a long span that one thread takes at a time in the kernels of whole layers."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class RowSpan:
     adapter: LoadedAdapter
     start: int
     end: int
+
+    def pieces(self, rows: int) -> Iterator[RowSpan]:
+        """The same rows as spans of at most `rows`."""
+        for start in range(self.start, self.end, rows):
+            yield RowSpan(self.adapter, start, min(start + rows, self.end))
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ class Routing:
 
     def layer_spans(self) -> list[NativeSpans]:
         """The spans of low-rank deltas by block of slots, of whatever length, for kernels that compute whole layers."""
-        return _by_block(self._spans)
+        return _by_block(piece for span in self._spans for piece in span.pieces(_PIECE))
 
     @staticmethod
     def _batch(spans: list[RowSpan], device: torch.device) -> _Batch:
