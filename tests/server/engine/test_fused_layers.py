@@ -64,9 +64,9 @@ def answers(base: BaseModel, model_dir: Path, fused: bool, deltas: dict[str, lis
     if not fused:
         base.engine_model.unfuse_layers()
     try:
-        harness = Harness(model_dir, base, max_step_tokens=64)
+        harness = Harness(model_dir, base, max_step_tokens=160)
         refs: list[AdapterRef | None] = [None, *(harness.place(name, delta) for name, delta in deltas.items())]
-        for index, length in enumerate((3, 40, 17, 75, 1, 33, 20, 2)):
+        for index, length in enumerate((3, 40, 17, 75, 1, 33, 150, 2)):
             prompt = torch.randint(3, 128, (length,), generator=torch.Generator().manual_seed(index)).tolist()
             harness.add(index, prompt, refs[index % len(refs)], prompt_logprobs=0, max_tokens=6)
         harness.run()
