@@ -345,7 +345,8 @@ class IncrementalDetokenizer:
 
 
 class StopMatcher:
-    """Finds the first stop text, none of them empty, to be completed in a stream of characters, and holds back what may become one.
+    """Finds the first stop text to be completed in a stream of characters, and holds back what may become one. None of
+    them is empty.
 
     Knuth, Morris and Pratt's automaton, one per stop text, so a character costs the number of stop texts whatever
     their length, and the outcome does not depend on how the stream was cut. Of several that one character completes,
