@@ -105,6 +105,17 @@ def test_json_is_compact_unless_the_schema_says_otherwise(client: Client) -> Non
     assert (text.strip(), finish) == ("{", "length")
 
 
+def test_a_choice_of_as_many_texts_as_there_may_be(client: Client) -> None:
+    texts = [f"{'.*[(' if number % 2 else ''}one of {number:04d}\n|)" for number in range(1000)]
+    several = client.generate("base", PROMPT, choice=texts, max_tokens=60, temperature=2.0, seed=1, n=8).completions
+    assert {one.finish_reason for one in several} == {"stop"}
+    assert len({one.text for one in several} & set(texts)) > 1
+    assert {one.text for one in several} <= set(texts)
+    # One that begins another: where it could go on, an end-of-sequence token ends it.
+    chosen = {client.generate("base", PROMPT, choice=["a", "ab"], logit_bias={2: bias}).text for bias in (100, -100)}
+    assert chosen == {"a", "ab"}
+
+
 def test_max_tokens_cuts_it_and_says_so(client: Client) -> None:
     answer = client.generate("base", PROMPT, regex="[0-9]{50}", max_tokens=5)
     assert (answer.finish_reason, answer.usage.completion_tokens) == ("length", 5)
