@@ -180,7 +180,7 @@ class TextProcessor:
         Raises InvalidArgument (CHAT_TEMPLATE_REJECTED) if the template does not take these messages, and
         FailedPrecondition (NO_CHAT_TEMPLATE, CHAT_TEMPLATE_BROKEN) if there is none to use.
         """
-        template = self._chat_template(messages)
+        template = self._chat_template()
         return template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
     def encode_chat(
@@ -196,7 +196,7 @@ class TextProcessor:
         With `continue_final_message` the text ends where the last message's content does, and nothing follows.
         """
         if continue_final_message:
-            return self.encode_plain(self._chat_template(messages).render_unfinished(messages, tools=tools))
+            return self.encode_plain(self._chat_template().render_unfinished(messages, tools=tools))
         return self.encode_plain(self.render_chat(messages, add_generation_prompt, tools=tools))
 
     def encode_chat_with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
@@ -206,7 +206,7 @@ class TextProcessor:
         prompt of the messages before it; a template in which a turn's text changes with what comes later gives no
         such answer and is refused: InvalidArgument (CHAT_TEMPLATE_NOT_PREFIX_STABLE).
         """
-        template = self._chat_template(messages)
+        template = self._chat_template()
         if template.marks_generation:
             text, spans = template.render_with_spans(messages)
         else:
@@ -221,7 +221,7 @@ class TextProcessor:
         except (UnicodeError, TypeError) as error:  # lone surrogates, as JSON's "\ud800" gives them
             raise InvalidArgument("the text is not valid Unicode", reason="TEXT_INVALID", field="text") from error
 
-    def _chat_template(self, messages: Sequence[Message]) -> Template:
+    def _chat_template(self) -> Template:
         if isinstance(self._template, GraftworkServerError):
             raise self._template
         if self._template is None:
@@ -229,8 +229,6 @@ class TextProcessor:
                 "the base model has no chat template; use Generate with a prompt, or rows of prompt and completion",
                 reason="NO_CHAT_TEMPLATE",
             )
-        if not messages:
-            raise InvalidArgument("give at least one message", reason="MESSAGES_EMPTY", field="messages")
         return self._template
 
     def _spans_by_prefix(self, template: Template, messages: Sequence[Message]) -> tuple[str, list[Span]]:
@@ -347,7 +345,8 @@ class IncrementalDetokenizer:
 
 
 class StopMatcher:
-    """Finds the first stop text to be completed in a stream of characters, and holds back what may become one.
+    """Finds the first stop text to be completed in a stream of characters, and holds back what may become one. None of
+    them is empty.
 
     Knuth, Morris and Pratt's automaton, one per stop text, so a character costs the number of stop texts whatever
     their length, and the outcome does not depend on how the stream was cut. Of several that one character completes,
@@ -356,8 +355,6 @@ class StopMatcher:
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = sorted(set(stops), key=len, reverse=True)
-        if "" in self._stops:
-            raise InvalidArgument("a stop text must not be empty", reason="STOP_EMPTY", field="sampling.stop")
         self._failures = [_failure_table(stop) for stop in self._stops]
         self._matched = [0] * len(self._stops)
         self._held = ""

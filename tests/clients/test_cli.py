@@ -91,6 +91,18 @@ def test_several_completions_are_printed_one_after_the_other(server: ScriptedSer
     assert shown == "--- 0  score -0.5000\none\n--- 1  score -1.5000\ntwo\n"
 
 
+def test_several_completions_have_their_logprobs_in_text(server: ScriptedServer, run: Any) -> None:
+    stop, usage = g.FINISH_REASON_STOP, g.Usage(prompt_tokens=1, completion_tokens=2)
+    second = g.GenerateResponse(index=1, finish_reason=stop)
+    second.MergeFrom(piece("b", 2, logprobs=[-2.5]))
+    first = g.GenerateResponse(finish_reason=stop, usage=usage)
+    first.MergeFrom(piece("a", 1, logprobs=[-0.5]))
+    server.on("Generate", [second, first])
+    lines = run("generate", "base", "x", "--n", "2", "--logprobs", "0").stdout.splitlines()
+    header = "token  text  logprob"
+    assert lines == ["--- 0", "a", header, "1      'a'   -0.500000", "--- 1", "b", header, "2      'b'   -2.500000"]
+
+
 COMPLETION = ("text", "token_ids", "finish_reason", "logprobs")
 
 

@@ -23,7 +23,6 @@ SCHEMA = {
     },
     "required": ["name", "sizes"],
     "additionalProperties": False,
-    "x-guidance": {"whitespace_flexible": False},
 }
 LARK = 'start: "<" pair (";" pair)? ">"\npair: KEY "=" KEY\nKEY: /[a-c]{2,4}/\n'
 LARK_TEXT = r"<[a-c]{2,4}=[a-c]{2,4}(;[a-c]{2,4}=[a-c]{2,4})?>"
@@ -82,6 +81,39 @@ async def test_forms_and_free_requests_share_a_batch(server: Server, client: Cli
         assert all(accepts(completion.text) for completion in answer.completions)
         assert [one.token_ids for one in answer.completions] == [one.token_ids for one in alone[form].completions]
     assert all(answer.token_ids == free for answer in answers[len(FORMS) :])
+
+
+def test_json_is_compact_unless_the_schema_says_otherwise(client: Client) -> None:
+    """For a model that likes nothing so much as a space: where white space is free, it writes nothing else."""
+    (space,) = client.tokenize(" ").token_ids
+    properties = {"name": {"enum": ["fox", "dog"]}, "sizes": {"const": [1, 2]}}
+    schema = SCHEMA | {"properties": properties}
+
+    def written(**guidance: Any) -> tuple[str, str]:
+        asked = schema | ({"x-guidance": guidance} if guidance else {})
+        answer = client.generate("base", PROMPT, json_schema=asked, max_tokens=120, logit_bias={space: 100.0})
+        return answer.text, answer.finish_reason
+
+    for guidance in ({}, {"coerce_one_of": True}):
+        text, finish = written(**guidance)
+        assert finish == "stop"
+        assert text == json.dumps(json.loads(text)), "a space after each comma and colon, and no other"
+    assert " " not in written(whitespace_flexible=False)[0]
+    text, finish = written(whitespace_pattern="[ ]{1,3}")
+    assert ("{   " in text, "    " in text, finish) == (True, False, "stop")
+    text, finish = written(whitespace_flexible=True)
+    assert (text.strip(), finish) == ("{", "length")
+
+
+def test_a_choice_of_as_many_texts_as_there_may_be(client: Client) -> None:
+    texts = [f"{'.*[(' if number % 2 else ''}one of {number:04d}\n|)" for number in range(1000)]
+    several = client.generate("base", PROMPT, choice=texts, max_tokens=60, temperature=2.0, seed=1, n=8).completions
+    assert {one.finish_reason for one in several} == {"stop"}
+    assert len({one.text for one in several} & set(texts)) > 1
+    assert {one.text for one in several} <= set(texts)
+    # One that begins another: where it could go on, an end-of-sequence token ends it.
+    chosen = {client.generate("base", PROMPT, choice=["a", "ab"], logit_bias={2: bias}).text for bias in (100, -100)}
+    assert chosen == {"a", "ab"}
 
 
 def test_max_tokens_cuts_it_and_says_so(client: Client) -> None:

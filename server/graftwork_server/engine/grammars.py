@@ -7,6 +7,7 @@ work and gives up at a limit, in compiling and in each step, so a hostile gramma
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
 from typing import Any, NoReturn
@@ -97,8 +98,9 @@ def _source(grammar: Grammar) -> str:
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
         case "choice":
+            # As one terminal: a parser with a rule for each of a thousand texts would be over its limit.
             texts: list[str] = json.loads(grammar.text)
-            return "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+            return LLMatcher.grammar_from_regex("|".join(re.escape(text) for text in texts))
         case _:
             return LLMatcher.grammar_from_lark(grammar.text)
 

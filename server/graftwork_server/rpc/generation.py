@@ -28,6 +28,7 @@ from graftwork_server.rpc.chat import chat_ids
 from graftwork_server.rpc.completions import BestOf, Completion
 from graftwork_server.rpc.limits import (
     Admission,
+    Wrong,
     check_prompt,
     check_prompt_logprobs,
     check_scheduling,
@@ -104,7 +105,9 @@ class GenerationService(GenerationServiceServicer):
             async with self._held(request.model) as (resolved, text):
                 field = request.WhichOneof("input") or "input"
                 prompt_ids = await _prompt_ids(request, field, text)
-                check_prompt_logprobs(request.top_logprobs, "top_logprobs", len(prompt_ids))
+                wrong = Wrong()
+                check_prompt_logprobs(request.top_logprobs, "top_logprobs", len(prompt_ids), wrong)
+                wrong.raise_if_any()
                 check_prompt(prompt_ids, field, self._engine.model, room_for=0)
                 entries = await self._prompt_logprobs(resolved, prompt_ids, request.top_logprobs)
             return pb.ScoreResponse(
@@ -165,14 +168,15 @@ class GenerationService(GenerationServiceServicer):
         context: Context,
     ) -> None:
         parameters = request.sampling
-        check_scheduling(request.cache_salt, request.priority)
         check_prompt(prompt.ids, prompt.field, self._engine.model, room_for=1)
-        sampling = sampling_of(parameters, len(prompt.ids), self._engine.model, text)
+        wrong = Wrong()
+        check_scheduling(request.cache_salt, request.priority, wrong)
+        counts = sample_counts(parameters, self._admission.limit, wrong)
+        top = prompt_logprobs_of(parameters, len(prompt.ids), wrong)
+        sampling = sampling_of(parameters, len(prompt.ids), self._engine.model, text, wrong)
         own_end = text.eos_token_id if text and text is not self._texts.base else None
         if own_end is not None and own_end not in self._engine.model.eos_token_ids and not sampling.ignore_eos:
             sampling = msgspec.structs.replace(sampling, stop_token_ids=[*sampling.stop_token_ids, own_end])
-        counts = sample_counts(parameters, self._admission.limit)
-        top = prompt_logprobs_of(parameters, len(prompt.ids))
         if parameters.stop or parameters.echo:
             _needed(text)
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
-from graftwork_server.errors import GraftworkServerError, Internal, Unavailable
+from graftwork_server.errors import GraftworkServerError, Internal, InvalidArgument, Unavailable
 from graftwork_server.logs import request_id as current_request_id
 
 log = logging.getLogger("graftwork.rpc")
@@ -92,7 +92,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         wrapped = self._wrap(behaviour, method, request_id, headers=not handler.response_streaming)
         return make(
             wrapped,
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_decoder(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
@@ -111,7 +111,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 context.set_trailing_metadata(trailing)
                 self._drain.enter()
                 entered = True
-                return await behaviour(request, context)
+                return await behaviour(_decoded(request), context)
             except asyncio.CancelledError:
                 outcome = "CANCELLED"
                 raise
@@ -148,7 +148,7 @@ def _reads_the_rest(behaviour: Behaviour) -> Behaviour:
 
     async def call(requests: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
-            return await behaviour(requests, context)
+            return await behaviour(_Decoded(requests), context)
         finally:
             if not context.cancelled():
                 with contextlib.suppress(TimeoutError, grpc.RpcError):
@@ -157,6 +157,39 @@ def _reads_the_rest(behaviour: Behaviour) -> Behaviour:
                             pass
 
     return call
+
+
+def _decoder(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """`deserialize`, which gives an error instead of raising it: gRPC would answer UNKNOWN and log a traceback."""
+
+    def decode(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            what = f"the bytes sent are no request of this method ({error}); its proto file says what is accepted"
+            return InvalidArgument(what, reason="MESSAGE_INVALID")
+
+    return decode
+
+
+def _decoded(request: Any) -> Any:
+    """What a decoder gave, if it is no error."""
+    if isinstance(request, InvalidArgument):
+        raise request
+    return request
+
+
+class _Decoded:
+    """A stream of what a decoder gave; an error is raised where it stands in it."""
+
+    def __init__(self, requests: Any) -> None:
+        self._requests = aiter(requests)
+
+    def __aiter__(self) -> _Decoded:
+        return self
+
+    async def __anext__(self) -> Any:
+        return _decoded(await anext(self._requests))
 
 
 def _request_id(details: grpc.HandlerCallDetails) -> str:

@@ -77,32 +77,28 @@ def check_prompt(prompt_ids: Sequence[int], field: str, model: ModelInfo, *, roo
         )
 
 
-def check_prompt_logprobs(top: int, field: str, prompt_tokens: int) -> None:
-    """Raises InvalidArgument unless `top` is from 0 to 20 and the answer for so many tokens fits a message."""
+def check_prompt_logprobs(top: int, field: str, prompt_tokens: int, wrong: Wrong) -> None:
+    """Notes a `top` that is not from 0 to 20, or whose answer for so many tokens fits no message."""
     if not 0 <= top <= MAX_LOGPROBS:
-        raise invalid([Violation(field, f"is {top}; 0 to {MAX_LOGPROBS} is accepted")])
-    if prompt_tokens * (1 + top) > MAX_PROMPT_LOGPROBS:
+        wrong.note(field, f"is {top}; 0 to {MAX_LOGPROBS} is accepted")
+    elif prompt_tokens * (1 + top) > MAX_PROMPT_LOGPROBS:
         most = MAX_PROMPT_LOGPROBS // prompt_tokens - 1
         accepted = f"at most {most} is accepted" if most >= 0 else f"at most {MAX_PROMPT_LOGPROBS} tokens are accepted"
-        raise invalid([Violation(field, f"is {top} for each of {prompt_tokens} tokens; {accepted}")])
+        wrong.note(field, f"is {top} for each of {prompt_tokens} tokens; {accepted}")
 
 
-def check_scheduling(cache_salt: str, priority: int) -> None:
-    """Raises InvalidArgument unless the salt is short and the priority in its range."""
-    wrong = []
+def check_scheduling(cache_salt: str, priority: int, wrong: Wrong) -> None:
+    """Notes a salt that is too long and a priority out of its range."""
     if len(cache_salt) > MAX_SALT_CHARACTERS:
-        what = f"has {len(cache_salt)} characters; at most {MAX_SALT_CHARACTERS} are accepted"
-        wrong.append(Violation("cache_salt", what))
+        wrong.note("cache_salt", f"has {len(cache_salt)} characters; at most {MAX_SALT_CHARACTERS} are accepted")
     if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
-        wrong.append(Violation("priority", f"is {priority}; {-MAX_PRIORITY} to {MAX_PRIORITY} is accepted"))
-    if wrong:
-        raise invalid(wrong)
+        wrong.note("priority", f"is {priority}; {-MAX_PRIORITY} to {MAX_PRIORITY} is accepted")
 
 
 def check_messages(messages: Sequence[pb.ChatMessage]) -> None:
     """Raises InvalidArgument unless there is a message, not too many, and each has a role."""
     if not messages:
-        raise invalid([Violation("messages", "is empty; give at least one message")])
+        raise InvalidArgument("is empty; give at least one message", reason="MESSAGES_EMPTY", field="messages")
     if len(messages) > MAX_MESSAGES:
         raise invalid([Violation("messages", f"has {len(messages)} messages; at most {MAX_MESSAGES} are accepted")])
     wrong = [
@@ -131,10 +127,14 @@ class Wrong:
     def __init__(self) -> None:
         self._violations: list[Violation] = []
 
+    def note(self, field: str, what: str) -> None:
+        """Notes that `field` is wrong and what would be accepted."""
+        self._violations.append(Violation(field, what))
+
     def unless(self, accepted: bool, name: str, what: str) -> None:
-        """Notes that the field `sampling.{name}` is wrong and what would be accepted."""
+        """Notes it of the field `sampling.{name}` if that is not accepted."""
         if not accepted:
-            self._violations.append(Violation(f"sampling.{name}", what))
+            self.note(f"sampling.{name}", what)
 
     def raise_if_any(self) -> None:
         """Raises InvalidArgument with everything noted."""

@@ -28,14 +28,17 @@ MAX_SAMPLES = 32
 
 
 def sampling_of(
-    parameters: pb.SamplingParameters, prompt_tokens: int, model: ModelInfo, tokenizer: TextProcessor | None
+    parameters: pb.SamplingParameters,
+    prompt_tokens: int,
+    model: ModelInfo,
+    tokenizer: TextProcessor | None,
+    wrong: Wrong,
 ) -> Sampling:
     """The parameters with every default filled in.
 
-    Raises InvalidArgument naming each field that is out of range, FailedPrecondition (TOKENIZER_MISSING) for texts that
-    nothing can make tokens of.
+    Raises InvalidArgument naming each field that is out of range, and what `wrong` has noted before; FailedPrecondition
+    (TOKENIZER_MISSING) for texts that nothing can make tokens of.
     """
-    wrong = Wrong()
     left = context_limit(model) - prompt_tokens
     max_tokens = parameters.max_tokens if parameters.HasField("max_tokens") else min(DEFAULT_MAX_TOKENS, left)
     logprobs = parameters.logprobs if parameters.HasField("logprobs") else None
@@ -89,9 +92,8 @@ class SampleCounts:
     scored: bool
 
 
-def sample_counts(parameters: pb.SamplingParameters, max_queue: int) -> SampleCounts:
-    """n and best_of; no request has more than the whole queue may. Raises InvalidArgument."""
-    wrong = Wrong()
+def sample_counts(parameters: pb.SamplingParameters, max_queue: int, wrong: Wrong) -> SampleCounts:
+    """n and best_of, or a note of what is wrong; no request has more than the whole queue may."""
     most = min(MAX_SAMPLES, max_queue)
     n = parameters.n if parameters.HasField("n") else 1
     best_of = parameters.best_of if parameters.HasField("best_of") else n
@@ -99,15 +101,14 @@ def sample_counts(parameters: pb.SamplingParameters, max_queue: int) -> SampleCo
     if parameters.HasField("best_of"):
         accepted = max(n, 1) <= best_of <= most
         wrong.unless(accepted, "best_of", f"is {best_of}; n ({n}) to {most} is accepted")
-    wrong.raise_if_any()
     return SampleCounts(best_of, n, parameters.HasField("best_of"))
 
 
-def prompt_logprobs_of(parameters: pb.SamplingParameters, prompt_tokens: int) -> int | None:
-    """prompt_logprobs, None if it is not set. Raises InvalidArgument."""
+def prompt_logprobs_of(parameters: pb.SamplingParameters, prompt_tokens: int, wrong: Wrong) -> int | None:
+    """prompt_logprobs, None if it is not set, or a note of what is wrong."""
     if not parameters.HasField("prompt_logprobs"):
         return None
-    check_prompt_logprobs(parameters.prompt_logprobs, "sampling.prompt_logprobs", prompt_tokens)
+    check_prompt_logprobs(parameters.prompt_logprobs, "sampling.prompt_logprobs", prompt_tokens, wrong)
     return parameters.prompt_logprobs
 
 

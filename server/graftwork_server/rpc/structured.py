@@ -13,6 +13,9 @@ MAX_GRAMMAR_BYTES = 64 << 10
 MAX_REGEX_CHARACTERS = 8192
 MAX_CHOICES = 1000
 MAX_CHOICE_CHARACTERS = 1000
+COMPACT_JSON = {"whitespace_flexible": False, "item_separator": ",[ ]?", "key_separator": ":[ ]?"}
+"""One space or none after a comma or colon. Where white space is free, small models write nothing else."""
+WHITESPACE_KEYS = {"whitespace_pattern", *COMPACT_JSON}
 
 
 def grammar_of(output: pb.StructuredOutput, wrong: Wrong) -> Grammar | None:
@@ -41,8 +44,18 @@ def grammar_of(output: pb.StructuredOutput, wrong: Wrong) -> Grammar | None:
     if kind == "json_schema" and size <= MAX_GRAMMAR_BYTES:
         schema = _json(source)
         wrong.unless(isinstance(schema, dict), field, "is no JSON object; a JSON schema as an object is accepted")
-        source = json.dumps(schema, ensure_ascii=False)
+        source = json.dumps(_compact(schema), ensure_ascii=False)
     return Grammar(kind, source)
+
+
+def _compact(schema: Any) -> Any:
+    """`schema` for compact JSON, unless it says itself what white space there may be."""
+    if not isinstance(schema, dict):
+        return schema
+    options = schema.get("x-guidance", {})
+    if not isinstance(options, dict) or WHITESPACE_KEYS & options.keys():
+        return schema
+    return schema | {"x-guidance": COMPACT_JSON | options}
 
 
 def _json(text: str) -> Any:

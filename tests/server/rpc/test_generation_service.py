@@ -143,8 +143,16 @@ async def test_a_parameter_out_of_range_is_named(shared, refused, sampling, fiel
 
 
 async def test_all_wrong_fields_are_named_at_once(shared, refused):
-    error = await refused(shared.generation.Generate(request(temperature=-1, top_p=2, max_tokens=0)))
-    assert set(error.fields) == {"sampling.temperature", "sampling.top_p", "sampling.max_tokens"}
+    fields = {"temperature": -1, "top_p": 2, "max_tokens": 0, "n": 33, "best_of": 40, "prompt_logprobs": 21}
+    sampling = pb.SamplingParameters(**fields, structured_output=pb.StructuredOutput())
+    scheduling = {"cache_salt": "x" * 257, "priority": 101}
+    named = {"cache_salt", "priority", "sampling.structured_output", *(f"sampling.{field}" for field in fields)}
+    messages = [pb.ChatMessage(role="user", content="a")]
+    for call in (
+        shared.generation.Generate(pb.GenerateRequest(model="base", text="a", sampling=sampling, **scheduling)),
+        shared.generation.Chat(pb.ChatRequest(model="base", messages=messages, sampling=sampling, **scheduling)),
+    ):
+        assert set((await refused(call)).fields) == named
 
 
 @pytest.mark.parametrize(
@@ -189,7 +197,7 @@ async def test_wrong_scores_chats_and_tokenizations_are_named(shared, refused):
     error = await refused(shared.generation.Score(pb.ScoreRequest(model="base")))
     assert "input" in error.fields
     error = await refused(shared.generation.Chat(pb.ChatRequest(model="base")))
-    assert "messages" in error.fields
+    assert (error.reason, list(error.fields)) == ("MESSAGES_EMPTY", ["messages"])
     error = await refused(shared.generation.Chat(pb.ChatRequest(model="base", messages=[pb.ChatMessage(content="x")])))
     assert "messages[0].role" in error.fields
     for wrong in (

@@ -85,6 +85,8 @@ def _print_completions(completions: Sequence[Completion]) -> None:
         score = "" if completion.score is None else f"  score {completion.score:.4f}"
         print(f"--- {completion.index}{score}")
         print(output.readable(completion.text))
+        if completion.logprobs is not None:
+            _print_logprobs(completion.logprobs)
 
 
 def _prompt(prompt: str | None, token_ids: str | None, argument: str) -> str | list[int]:

@@ -361,8 +361,9 @@ class StructuredOutput(_message.Message):
     CHOICE_FIELD_NUMBER: _builtins.int
     LARK_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
-    """A JSON schema, an object; at most 64 KiB. White space between tokens of JSON is free unless the schema says
-    {"x-guidance": {"whitespace_flexible": false}}.
+    """A JSON schema, an object; at most 64 KiB. The output is compact: one space or none after commas and colons, no other
+    white space between tokens. The schema can say otherwise: with {"x-guidance": {"whitespace_flexible": true}} it is
+    free, with "whitespace_pattern" it is what a regular expression matches.
     """
     regex: _builtins.str
     """A regular expression that the whole output matches, without look-around and back-references; at most 8192
