@@ -112,7 +112,7 @@ def evicted(server: ServerProcess, large: list[Path], rounds: int) -> float:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """One server; more and more adapters registered."""
     model_dir = make_model(arguments.shape, arguments.work)
-    large = make_adapters(model_dir, LARGE)
+    large = make_adapters(model_dir, [f"r16-{index}" for index in range(LARGE)])
     results = []
     with tempfile.TemporaryDirectory(prefix="graftwork-bench-") as folder:
         options = ["--model", str(model_dir), "--data-dir", f"{folder}/data", "--threads", str(arguments.threads)]

@@ -142,6 +142,22 @@ def front_circumstances(result: Result) -> str:
     )
 
 
+def hot_load_table(result: Result) -> str:
+    """First tokens of adapters that are not loaded, by how many are registered: benchmarks/hot_load.py."""
+    columns = ("warm_first_token_ms", "cold_first_token_ms", "difference_ms")
+    rows = [[f"{row['registered']:,}", *(f"{row[key]:.1f}" for key in columns)] for row in result["results"]]
+    return _markdown(["adapters registered", "first token, loaded, ms", "not loaded, ms", "the load adds, ms"], rows)
+
+
+def hot_load_circumstances(result: Result) -> str:
+    """What the figures of hot_load_table are of, in one sentence."""
+    return (
+        f"Adapters of rank 16 on all linear layers of the {result['shape']} shape (9.8 MB), {result['dtype']}, a "
+        f"prompt of {result['prompt_tokens']} tokens over gRPC, {result['threads']} threads; medians of "
+        f"{result['rounds']} rounds, {result['machine']['date']}."
+    )
+
+
 def readme_block() -> str:
     """What the README says about benchmarks, from benchmarks/results; what was not measured is not there."""
     serving = json.loads((RESULTS / "serving.json").read_text())
@@ -149,6 +165,9 @@ def readme_block() -> str:
     if (RESULTS / "front.json").is_file():
         front = json.loads((RESULTS / "front.json").read_text())
         parts += [front_table(front), front_circumstances(front)]
+    if (RESULTS / "hot_load.json").is_file():
+        hot_load = json.loads((RESULTS / "hot_load.json").read_text())
+        parts += [hot_load_table(hot_load), hot_load_circumstances(hot_load)]
     return "\n\n".join([*parts, END])
 
 

@@ -23,7 +23,8 @@ class Reference:
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """[tokens, vocabulary] of one forward over all of `ids`."""
-        return self._model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+        # Of prompt tuning there are rows for virtual tokens before them.
+        return self._model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, -len(ids) :]
 
     def logprobs(self, ids: Sequence[int]) -> list[float]:
         """Log probability of every token but the first."""

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from tests.e2e.serving import START_SECONDS, Server
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from graftwork import AsyncClient, Client, InvalidArgumentError
 
@@ -132,6 +140,57 @@ async def test_the_same_seed_gives_the_same_tokens_whatever_else_runs(server: Se
 
 
 # ------------------------------------------------------------------------------------------- when it ends
+
+
+WARPERS: dict[str, tuple[dict[str, Any], Any]] = {
+    "cold": ({"temperature": 0.4}, TemperatureLogitsWarper(0.4)),
+    "hot": ({"temperature": 3.0}, TemperatureLogitsWarper(3.0)),
+    "top_k": ({"temperature": 1.0, "top_k": 2}, TopKLogitsWarper(2)),
+    "top_p": ({"temperature": 1.0, "top_p": 0.6}, TopPLogitsWarper(0.6)),
+    "min_p": ({"temperature": 1.0, "min_p": 0.3}, MinPLogitsWarper(0.3)),
+    "typical_p": ({"temperature": 1.0, "typical_p": 0.5}, TypicalLogitsWarper(0.5)),
+}
+
+
+@pytest.mark.parametrize("case", WARPERS)
+def test_tokens_are_drawn_as_often_as_transformers_would(client: Client, model: Any, case: str) -> None:
+    """512 draws of eight tokens, which biases make likely by known amounts."""
+    options, warper = WARPERS[case]
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT])).logits[0, -1]
+    wanted = torch.tensor([20.0, 19.3, 18.6, 18.0, 17.5, 17.0, 16.5, 16.0])
+    tokens = list(range(50, 58))
+    bias = {token: float(goal - logits[token]) for token, goal in zip(tokens, wanted, strict=True)}
+    drawn: list[int] = []
+    for seed in range(16):
+        answer = client.generate("base", PROMPT, max_tokens=1, n=32, seed=seed, logit_bias=bias, **options)
+        drawn += [one.token_ids[0] for one in answer.completions]
+    found = torch.tensor([drawn.count(token) / len(drawn) for token in tokens])
+    expected = warper(torch.tensor([PROMPT]), wanted[None]).softmax(-1)[0]
+    assert (found - expected).abs().sum() / 2 < 0.1
+    assert (found > 0).tolist() == (expected > 1e-3).tolist()
+    assert (found - wanted.softmax(-1)).abs().sum() / 2 > 0.12, "the case changes nothing, so it shows nothing"
+
+
+def test_the_end_of_sequence_token_ends_it_unless_it_is_ignored(client: Client) -> None:
+    for ignore, reason, count in ((False, "stop", 1), (True, "length", 5)):
+        answer = client.generate("base", PROMPT, max_tokens=5, logit_bias={2: 100.0}, ignore_eos=ignore)
+        assert (answer.finish_reason, answer.usage.completion_tokens) == (reason, count)
+
+
+def test_the_most_likely_alternatives_are_the_models(client: Client, model: Any) -> None:
+    answer = client.generate("base", PROMPT, max_tokens=6, ignore_eos=True, logprobs=4, prompt_logprobs=4)
+    ids = [*PROMPT, *answer.token_ids]
+    with torch.no_grad():
+        table = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    entries = [*(answer.prompt_logprobs or ())[1:], *(answer.logprobs or ())]
+    assert len(entries) == len(ids) - 1
+    for entry, token, row in zip(entries, ids[1:], table, strict=False):
+        assert entry.token_id == token
+        assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        values, best = row.topk(4)
+        assert [top.token_id for top in entry.top] == best.tolist()
+        assert [top.logprob for top in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
 def test_a_stop_token_ends_it_and_is_no_text(client: Client, model: Any, tokenizer: Any) -> None:

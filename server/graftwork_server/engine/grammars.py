@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask, fill_next_token_bitmask_par
 
 from graftwork_server.adapter_text import AdapterTexts
-from graftwork_server.errors import ErrorBody, FailedPrecondition, InvalidArgument, Violation
+from graftwork_server.errors import ErrorBody, FailedPrecondition, InvalidArgument, Violation, from_body
 from graftwork_server.messages import Grammar
 from graftwork_server.text import TextProcessor
 from graftwork_server.types import AdapterRef, ModelInfo
@@ -56,6 +56,10 @@ class Grammars:
             matcher = LLMatcher(tokenizer, _source(grammar), limits=limits, log_level=0)
             if matcher.is_error():
                 raise _invalid(grammar, matcher.get_error())
+            # The first mask is the dearest: the copies find here what it took to compute, and no step has to.
+            fill_next_token_bitmask(matcher, allocate_token_bitmask(1, self._info.vocab_size))
+            if matcher.is_error():
+                raise from_body(too_complex(grammar, matcher.get_error()))
             self._compiled[key] = matcher
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)

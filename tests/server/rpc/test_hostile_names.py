@@ -51,6 +51,12 @@ def calls(server):
         "Generate": lambda n: server.generation.Generate(g.GenerateRequest(model=n, text="x")),
         "Chat": lambda n: server.generation.Chat(g.ChatRequest(model=n, messages=[message])),
         "Score": lambda n: server.generation.Score(g.ScoreRequest(model=n, text="x")),
+        "Classify": lambda n: server.generation.Classify(g.ClassifyRequest(model=n, inputs=[g.TextInput(text="x")])),
+        "Embed": lambda n: server.generation.Embed(g.EmbedRequest(model=n, inputs=[g.TextInput(text="x")])),
+        "Tokenize": lambda n: server.generation.Tokenize(
+            g.TokenizeRequest(model=n or "a/", text="x")
+        ),  # "" is the base
+        "ListVersions": lambda n: server.adapters.ListVersions(a.ListVersionsRequest(parent="adapters/" + n)),
         "GetAdapter": lambda n: server.adapters.GetAdapter(a.GetAdapterRequest(name="adapters/" + n)),
         "GetAdapter raw": lambda n: server.adapters.GetAdapter(a.GetAdapterRequest(name=n)),
         "DeleteAdapter": lambda n: server.adapters.DeleteAdapter(a.DeleteAdapterRequest(name="adapters/" + n)),
@@ -72,8 +78,16 @@ def calls(server):
 
 
 METHODS = list(calls(None))
+NAMELESS = {"ListAdapters", "ListStrategies", "ListTuningJobs", "UploadDataset"}
 ALSO_A_GOOD_ID = {"a" + "." * 64, "x" * 65, "adapters"}
 """Longer ids than an adapter's are fine for jobs, data sets and strategies: nobody is there, NOT_FOUND."""
+
+
+def test_every_method_that_takes_a_name_is_here():
+    files = (adapters_pb2, generation_pb2, strategies_pb2, tuning_pb2)
+    services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
+    named = {method.name for service in services for method in service.methods}
+    assert {method.split()[0] for method in METHODS} == named - NAMELESS
 
 
 @pytest.mark.parametrize("method", METHODS)

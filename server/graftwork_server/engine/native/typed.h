@@ -192,7 +192,13 @@ void NAME(transpose)(const int64_t *restrict items, const double *restrict scale
                 bad |= !FINITE(source[c]);
             }
         } else {
-            for (int64_t first = 0; first < rows; first += TILE) {
+            int64_t done = 0;
+#ifdef TRANSPOSE_ROWS
+            for (; done + 16 <= rows; done += 16)
+                for (int64_t c = 0; c < columns; c += 16)
+                    bad |= TRANSPOSE_ROWS(source + done * columns + c, columns - c, columns, target + c * rows + done, rows, scale);
+#endif
+            for (int64_t first = done; first < rows; first += TILE) {
                 const int64_t last = first + TILE < rows ? first + TILE : rows;
                 for (int64_t c = 0; c < columns; c++) {
                     for (int64_t r = first; r < last; r++) {
