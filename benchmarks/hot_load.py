@@ -66,7 +66,9 @@ def register(client: Client, count: int, present: int, large: list[Path], folder
             client.adapters.create(f"large-{index}", large[index])
         else:
             client.adapters.create(f"small-{index}", small_adapter(large[0], folder / str(index), index))
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    os.sync()  # else the system still writes uploads to disk while loads are measured
+    return seconds
 
 
 def compare(client: Client, adapters: list[str], rounds: int) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     results = []
     with tempfile.TemporaryDirectory(prefix="graftwork-bench-") as folder:
         options = ["--model", str(model_dir), "--data-dir", f"{folder}/data", "--threads", str(arguments.threads)]
-        options += ["--dtype", arguments.dtype, "--log-level", "warning"]
+        options += ["--dtype", arguments.dtype, "--log-level", "warning", "--no-prefix-cache"]
         with ServerProcess(options) as server, Client(address=server.address) as client:
             present = 0
             for count in sorted(arguments.registered):

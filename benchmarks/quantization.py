@@ -157,7 +157,7 @@ def _readme_loss(info: Any) -> float:
 
 def servers(arguments: argparse.Namespace, model_dir: Path) -> dict[str, dict[str, list[float]]]:
     """By kind and case: tokens per second of each round."""
-    adapters = make_adapters(model_dir, 16)
+    adapters = make_adapters(model_dir, [f"r16-{index}" for index in range(16)])
     measured: dict[str, dict[str, list[float]]] = {kind: {case: [] for case, _, _ in CASES} for kind in KINDS}
     with contextlib.ExitStack() as stack:
         addresses = {}

@@ -22,6 +22,7 @@ from graftwork_server.engine.slots import LoadedAdapter, PreparedAdapter
 from graftwork_server.types import AdapterRef
 
 _THREADS = 4
+_FIRST_TOKEN_SECONDS = 0.05
 _LARGE_BYTES = 256 * 1024 * 1024
 """Files from this size on, whole checkpoints mostly, are read one at a time and keep no other load waiting."""
 
@@ -80,6 +81,8 @@ class Loads:
         del self._under_way[load.adapter.digest]
         load.done(result)
         if isinstance(result, LoadedAdapter):
+            # Who waited for the load has its first token first: memory that is touched for the first time slows a step.
+            time.sleep(_FIRST_TOKEN_SECONDS)
             self._pool.ready_next_slot(result)
 
     def _load(self, load: _Load, reading: AbstractContextManager[Any]) -> LoadedAdapter | None:
