@@ -56,15 +56,25 @@ class Grammars:
             matcher = LLMatcher(tokenizer, _source(grammar), limits=limits, log_level=0)
             if matcher.is_error():
                 raise _invalid(grammar, matcher.get_error())
-            # The first mask is the dearest: the copies find here what it took to compute, and no step has to.
-            fill_next_token_bitmask(matcher, allocate_token_bitmask(1, self._info.vocab_size))
-            if matcher.is_error():
-                raise from_body(too_complex(grammar, matcher.get_error()))
+            self._try(matcher, grammar)
             self._compiled[key] = matcher
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
         return self._compiled[key].deep_copy()
+
+    def _try(self, matcher: LLMatcher, grammar: Grammar) -> None:
+        """The first mask, which is the dearest, and a token that it allows, on a copy. Copies of `matcher` find what it
+        took to compute; a bomb goes off here and in no step. Raises InvalidArgument (GRAMMAR_TOO_COMPLEX)."""
+        bits = allocate_token_bitmask(1, self._info.vocab_size)
+        fill_next_token_bitmask(matcher, bits)
+        trial = matcher.deep_copy()
+        allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
+        if len(allowed) and not matcher.is_error():
+            trial.consume_token(int(allowed[0]))
+        for tried in (matcher, trial):
+            if tried.is_error():
+                raise from_body(too_complex(grammar, tried.get_error()))
 
     def _tokenizer(self, adapter: AdapterRef | None) -> tuple[TextProcessor, LLTokenizer]:
         if self._texts is None:

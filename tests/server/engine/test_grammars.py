@@ -78,3 +78,11 @@ def test_without_a_tokenizer_there_is_none(llama_dir: Path) -> None:
     with pytest.raises(FailedPrecondition) as caught:
         Grammars(info).matcher(Grammar("regex", "a"), None)
     assert caught.value.reason == "TOKENIZER_MISSING"
+
+
+def test_what_takes_too_much_for_a_first_mask_is_refused_before_any_step(info: ModelInfo) -> None:
+    grammars = Grammars(info)
+    with pytest.raises(InvalidArgument) as caught:
+        grammars.matcher(Grammar("regex", "(abcdefghijklmnopqrstuvwxyz){60000}"), None)
+    assert caught.value.reason == "GRAMMAR_TOO_COMPLEX"
+    assert not grammars._compiled
