@@ -217,7 +217,7 @@ async def test_prepare_fills_defaults_and_names_wrong_keys(engine: EngineClient)
     [
         ({"model": "does/not/exist"}, "it is not a directory"),
         ({"model": "/"}, "it has no config.json"),
-        ({"model": "nobody/nothing"}, "cannot load the model"),
+        ({"model": "nobody/nothing"}, "its files are not in the local cache"),
         ({"device": "cuda"}, "no CUDA device"),
     ],
 )
