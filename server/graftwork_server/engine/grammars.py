@@ -29,7 +29,7 @@ KEPT_TOKENIZERS = 8
 """Tokenizers in memory, the base's among them; those of adapters without files of their own are the base's."""
 _LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 500_000,  # about half a second
-    "step_lexer_fuel": 100_000,  # about 10 ms
+    "step_lexer_fuel": 50_000,  # about 15 ms
     "step_max_items": 10_000,  # about 10 ms
     "max_items_in_row": 1_000,
     "max_lexer_states": 50_000,
