@@ -301,7 +301,7 @@ class StartFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class LoadedChanged(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Digests on the device now; sent after each change."""
+    """Digests on the device now; sent after each change, and before the answer to the Load or Unload that made it."""
 
     digests: list[str]
 

@@ -169,11 +169,11 @@ class ScriptedEngine:
     def answer(self, message) -> None:
         try:
             result = getattr(self, f"on_{type(message).__name__.lower()}")(message)
+            if isinstance(message, m.Load | m.Unload):
+                self.send(m.LoadedChanged(digests=sorted(self.loaded)))
             self.send(m.Reply(call_id=message.call_id, result=result))
         except Refusal as refusal:
             self.send(m.Reply(call_id=message.call_id, error=refusal.body))
-        if isinstance(message, m.Load | m.Unload):
-            self.send(m.LoadedChanged(digests=sorted(self.loaded)))
 
     def on_load(self, message: m.Load) -> m.LoadReply:
         known = message.adapter.digest in self.loaded

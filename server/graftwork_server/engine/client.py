@@ -349,8 +349,6 @@ class EngineClient:
     async def load(self, adapter: AdapterRef) -> LoadReport:
         """Loads an adapter beside the base, if it is not there yet."""
         result: LoadReply = await self._call(Load, LoadReply, adapter=adapter)
-        # The engine's own list follows its answer; whoever asked must not find the adapter missing in between.
-        self.loaded.add(adapter.digest)
         return result.report
 
     async def unload(self, digest: str) -> bool:

@@ -175,12 +175,17 @@ class EngineWorker:
         for digest in [digest for digest in self._to_unload if digest not in self._loading]:
             for call_id in self._to_unload.pop(digest):
                 self._unload(digest, call_id)
+        self._tell_loaded()
+        for adapter in [adapter for adapter in self._unloading if adapter.gone]:
+            for call_id in self._unloading.pop(adapter):
+                self._reply(call_id, m.Unloaded(was_loaded=True))
+
+    def _tell_loaded(self) -> None:
+        """Before any answer that depends on it: whoever asked finds the list as the answer says."""
+        pool = self.engine.adapters
         if pool.generation != self._reported:
             self._reported = pool.generation
             self._outbox.send(m.LoadedChanged(digests=pool.digests()))
-            for adapter in [adapter for adapter in self._unloading if adapter.gone]:
-                for call_id in self._unloading.pop(adapter):
-                    self._reply(call_id, m.Unloaded(was_loaded=True))
 
     # ------------------------------------------------------------------------------------------ messages
 
@@ -298,6 +303,7 @@ class EngineWorker:
     def _load_call(self, message: m.Load) -> None:
         report = self.engine.adapters.report(message.adapter.digest)
         if report is not None:
+            self._tell_loaded()
             self._reply(
                 message.call_id, m.LoadReply(report=msgspec.structs.replace(report, load_ms=0.0, already_loaded=True))
             )
@@ -314,6 +320,7 @@ class EngineWorker:
     def _unload(self, digest: str, call_id: int) -> None:
         adapter = self.engine.adapters.unload(digest)
         if adapter is None:
+            self._tell_loaded()
             self._reply(call_id, m.Unloaded(was_loaded=False))
         else:
             self._unloading.setdefault(adapter, []).append(call_id)
@@ -348,6 +355,7 @@ class EngineWorker:
         calls = self._loading.pop(adapter.digest)
         if result is not None:
             self.engine.arrived(result)
+            self._tell_loaded()
             for call_id in calls:
                 self._reply(call_id, m.LoadReply(report=result.report))
         elif calls:  # they came while it was loaded ahead of time, which found no room

@@ -15,7 +15,7 @@ from tests import toys
 
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument
-from graftwork_server.messages import Sampling
+from graftwork_server.messages import EngineMessage, Reply, Sampling
 from graftwork_server.types import AdapterRef
 
 GREEDY = Sampling(max_tokens=8, ignore_eos=True)
@@ -73,6 +73,29 @@ async def test_load_unload_load_gives_the_same_answers(engine: EngineClient, ada
     assert "a1" not in engine.loaded
     assert not await engine.unload("a1")
     assert await tokens(engine, ref(adapters[1])) == first
+
+
+async def test_what_is_loaded_is_told_before_the_answer(
+    engine: EngineClient, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever awaits the answer may look at the list a frame later or several: its frame must be first."""
+    seen: list[bool] = []
+    dispatch = engine._dispatch
+
+    def spy(message: EngineMessage) -> None:
+        dispatch(message)
+        if isinstance(message, Reply):
+            seen.append("told" in engine.loaded)
+
+    monkeypatch.setattr(engine, "_dispatch", spy)
+    adapter = ref(adapters[1], "told")
+    await engine.load(adapter)
+    await engine.load(adapter)
+    await engine.unload("told")
+    await engine.unload("told")
+    await asyncio.gather(engine.load(adapter), engine.unload("told"))
+    assert seen == [True, True, False, False, True, False]
+    assert "told" not in engine.loaded
 
 
 async def test_unload_waits_for_the_stream_that_uses_it(engine: EngineClient, adapters: list[Path]) -> None:
