@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask, fill_next_token_bitmask_par
 
 from graftwork_server.adapter_text import AdapterTexts
 from graftwork_server.errors import ErrorBody, FailedPrecondition, InvalidArgument, Violation, from_body
@@ -43,7 +43,6 @@ class Grammars:
 
     def __init__(self, info: ModelInfo) -> None:
         self._info = info
-        self._executor = LLExecutor(1)
         self._texts: AdapterTexts | None = None
         self._tokenizers: OrderedDict[int, tuple[TextProcessor, LLTokenizer]] = OrderedDict()
         self._compiled: OrderedDict[tuple[int, str, str], LLMatcher] = OrderedDict()
@@ -68,7 +67,7 @@ class Grammars:
         """The first mask, which is the dearest, and a token that it allows, on a copy. Copies of `matcher` find what it
         took to compute; a bomb goes off here and in no step. Raises InvalidArgument (GRAMMAR_TOO_COMPLEX)."""
         bits = allocate_token_bitmask(1, self._info.vocab_size)
-        fill_next_token_bitmask_par(self._executor, [(matcher, 0)], bits)  # the other one holds the interpreter
+        fill_next_token_bitmask(matcher, bits)
         trial = matcher.deep_copy()
         allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
         if len(allowed) and not matcher.is_error():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import threading
 
 import torch
 
@@ -19,3 +21,11 @@ def compute_alone() -> None:
     torch.get_num_threads()  # torch sets a thread's number when it first asks for it, and would do so after us
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libgomp.so.1").omp_set_num_threads(1)
+
+
+def compute_behind() -> None:
+    """As compute_alone, and only in time that the step loop leaves. The threads of a step wait for each other hundreds
+    of times; one that shares its core with another for a time slice holds up all."""
+    compute_alone()
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux, a thread has a priority of its own

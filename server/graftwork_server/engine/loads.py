@@ -23,6 +23,7 @@ from graftwork_server.types import AdapterRef
 
 _THREADS = 4
 _FIRST_TOKEN_SECONDS = 0.05
+"""What a step or two take: who waited for a load begins before memory for the next one is made ready."""
 _LARGE_BYTES = 256 * 1024 * 1024
 """Files from this size on, whole checkpoints mostly, are read one at a time and keep no other load waiting."""
 
@@ -80,8 +81,8 @@ class Loads:
             result = error
         del self._under_way[load.adapter.digest]
         load.done(result)
-        if isinstance(result, LoadedAdapter):
-            # Who waited for the load has its first token first: memory that is touched for the first time slows a step.
+        # Where other loads wait for this thread, each touches its memory itself.
+        if isinstance(result, LoadedAdapter) and not self._under_way:
             time.sleep(_FIRST_TOKEN_SECONDS)
             self._pool.ready_next_slot(result)
 

@@ -28,7 +28,7 @@ from graftwork_plugins import BaseInfo, Delta, DeviceInfo
 from graftwork_server import messages as m
 from graftwork_server.engine.engine import Engine, EngineLimits
 from graftwork_server.engine.grammars import Grammars
-from graftwork_server.engine.helper_threads import compute_alone
+from graftwork_server.engine.helper_threads import compute_alone, compute_behind
 from graftwork_server.engine.loading import bind
 from graftwork_server.engine.loads import Loads
 from graftwork_server.engine.model import BaseModel
@@ -87,7 +87,7 @@ class EngineWorker:
         self._stop = threading.Event()
         self._loads = Loads(self._prepare_adapter, self.engine.adapters)
         self._answers = ThreadPoolExecutor(1, "answer", compute_alone)
-        self._compiler = ThreadPoolExecutor(1, "compile", compute_alone)
+        self._compiler = ThreadPoolExecutor(1, "compile", compute_behind)
         self._grammars = Grammars(base.info)
         self._compiling: set[int] = set()
         """Sequences whose grammar is being compiled."""

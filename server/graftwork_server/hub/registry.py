@@ -20,7 +20,7 @@ from graftwork_server.hub.pages import check_page_size, page_after, page_token
 from graftwork_server.hub.records import DatasetRecord, NewVersion, VersionRecord
 from graftwork_server.types import ADAPTER_ID, BASE, DatasetFormat
 
-_VERSION_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+VERSION_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 _MOST_REMEMBERED = 10_000
 _REQUEST_ID = re.compile(r"[!-~]{1,64}")
 
@@ -150,7 +150,7 @@ class Registry:
     def list_versions(self, adapter_id: str, page_size: int = 0, token: str = "") -> tuple[list[VersionRecord], str]:
         """An adapter's versions, newest first, and the next page's token. Raises NotFound (ADAPTER_NOT_FOUND)."""
         collection = f"adapters/{adapter_id}/versions"
-        size, before = check_page_size(page_size), page_after(collection, token, _VERSION_NUMBER)
+        size, before = check_page_size(page_size), page_after(collection, token, VERSION_NUMBER)
         query = select(Version).where(Version.adapter_id == adapter_id).order_by(Version.number.desc()).limit(size + 1)
         if before is not None:
             query = query.where(Version.number < int(before))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import re
 
 import msgspec
 
 from graftwork_server.errors import FailedPrecondition, InvalidArgument
 from graftwork_server.hub.records import VersionRecord
-from graftwork_server.hub.registry import Registry, check_adapter_id
+from graftwork_server.hub.registry import VERSION_NUMBER, Registry, check_adapter_id
 from graftwork_server.hub.store import Store
 from graftwork_server.types import BASE, AdapterRef
-
-_VERSION_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 
 class Resolved(msgspec.Struct, frozen=True):
@@ -72,7 +69,7 @@ def parse_model(model: str, field: str = "model") -> tuple[str, int | None]:
     if not model:
         raise InvalidArgument(f'give "{BASE}", an adapter id or "id@version"', reason="ADAPTER_ID_INVALID", field=field)
     check_adapter_id(adapter_id, field)
-    if at and not _VERSION_NUMBER.fullmatch(number):
+    if at and not VERSION_NUMBER.fullmatch(number):
         raise InvalidArgument(
             f"{number[:20]!r} is no version number; versions count from 1", reason="VERSION_INVALID", field=field
         )
