@@ -24,6 +24,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from benchmarks.machine import describe_machine
+from benchmarks.report import hot_load_circumstances, hot_load_table
 from benchmarks.server_process import ServerProcess
 from benchmarks.shapes import make_adapters, make_model
 from graftwork import Client
@@ -127,7 +128,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 turns = [f"large-{index}" for index in range(min(count, LARGE))]
                 row = {"registered": count, "upload_seconds": seconds} | compare(client, turns, arguments.rounds)
                 results.append(row)
-                print(line(row), flush=True)
+                print(f"{count} registered: the load adds {row['difference_ms']:.1f} ms", flush=True)
             dtype = server.dtype
         pool = ["--adapter-memory-bytes", str(results[0]["adapter_bytes"] * 3 // 2)]
         came_back = {}
@@ -149,34 +150,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def line(row: dict[str, Any]) -> str:
-    """One result as a row of a Markdown table."""
-    return (
-        f"| {row['registered']} | {row['warm_first_token_ms']:.1f} ms | {row['cold_first_token_ms']:.1f} ms "
-        f"| {row['difference_ms']:.1f} ms | {row['load_call_ms']:.1f} ms |"
-    )
-
-
-def table(measured: dict[str, Any]) -> str:
-    """The result as a Markdown table."""
-    machine = measured["machine"]
-    size = measured["results"][0]["adapter_bytes"] / 1e6
-    return "\n".join(
-        [
-            f"{measured['shape']} Llama shape, {measured['dtype']}, adapters of {size:.1f} MB, prompts of "
-            f"{measured['prompt_tokens']} tokens, {measured['threads']} threads; {machine['processor']}, "
-            f"{machine['cores']} cores; torch {machine['torch']}; medians of {measured['rounds']} rounds.",
-            "",
-            "| registered | warm first token | cold first token | difference | LoadAdapter call |",
-            "|---|---|---|---|---|",
-            *map(line, measured["results"]),
-            "",
-            "Where two adapters evict each other, the difference is "
-            + ", ".join(f"{value:.1f} ms from {name}" for name, value in measured["evicted_difference_ms"].items()),
-        ]
-    )
-
-
 def main() -> None:
     """Measures, prints and stores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,7 +162,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     measured = measure(arguments)
-    print("\n" + table(measured))
+    print(f"\n{hot_load_circumstances(measured)}\n\n{hot_load_table(measured)}")
     if arguments.output:
         arguments.output.write_text(json.dumps(measured, indent=1) + "\n")
 

@@ -144,17 +144,45 @@ def front_circumstances(result: Result) -> str:
 
 def hot_load_table(result: Result) -> str:
     """First tokens of adapters that are not loaded, by how many are registered: benchmarks/hot_load.py."""
-    columns = ("warm_first_token_ms", "cold_first_token_ms", "difference_ms")
+    columns = ("warm_first_token_ms", "cold_first_token_ms", "difference_ms", "load_call_ms")
     rows = [[f"{row['registered']:,}", *(f"{row[key]:.1f}" for key in columns)] for row in result["results"]]
-    return _markdown(["adapters registered", "first token, loaded, ms", "not loaded, ms", "the load adds, ms"], rows)
+    head = ["adapters registered", "first token, loaded, ms", "not loaded, ms", "the load adds, ms", "LoadAdapter, ms"]
+    return _markdown(head, rows)
 
 
 def hot_load_circumstances(result: Result) -> str:
     """What the figures of hot_load_table are of, in one sentence."""
+    size = result["results"][0]["adapter_bytes"] / 1e6
     return (
-        f"Adapters of rank 16 on all linear layers of the {result['shape']} shape (9.8 MB), {result['dtype']}, a "
-        f"prompt of {result['prompt_tokens']} tokens over gRPC, {result['threads']} threads; medians of "
-        f"{result['rounds']} rounds, {result['machine']['date']}."
+        f"Adapters of rank 16 on all linear layers of the {result['shape']} shape ({size:.1f} MB), {result['dtype']}, "
+        f"a prompt of {result['prompt_tokens']} tokens over gRPC, {result['threads']} threads; medians of "
+        f"{result['rounds']} rounds, {result['machine']['date']}. Where two adapters evict each other, a load adds "
+        + " and ".join(f"{value:.1f} ms from {name}" for name, value in result["evicted_difference_ms"].items())
+        + "."
+    )
+
+
+def hostile_table(result: Result) -> str:
+    """Times between a stream's tokens, beside others; each hostile row also over the ordinary one before it."""
+    rows = []
+    ordinary = 0.0
+    for row in result["results"]:
+        is_hostile = row["case"].endswith("hostile")
+        ratio = f" ({row['p99_ms'] / ordinary:.2f})" if is_hostile else ""
+        ordinary = ordinary if is_hostile else row["p99_ms"]
+        figures = [f"{row['p50_ms']:.1f}", f"{row['p99_ms']:.1f}{ratio}", f"{row['most_ms']:.1f}"]
+        rows.append([row["case"], *figures, f"{row['answered']:.0f}", f"{row['refused']:.0f}"])
+    return _markdown(["beside", "p50, ms", "p99, ms (hostile / ordinary)", "most, ms", "answered", "refused"], rows)
+
+
+def hostile_circumstances(result: Result) -> str:
+    """What the figures of hostile_table are of, in one sentence."""
+    machine = result["machine"]
+    return (
+        f"Between tokens of a stream of {result['new_tokens']} on the {result['shape']} shape, {result['dtype']}, "
+        f"beside clients that send requests with ordinary schemas or hostile grammars without pause, "
+        f"{result['threads']} threads, {machine['cores']} cores; medians of {result['rounds']} rounds, "
+        f"{machine['date']}."
     )
 
 
@@ -168,6 +196,9 @@ def readme_block() -> str:
     if (RESULTS / "hot_load.json").is_file():
         hot_load = json.loads((RESULTS / "hot_load.json").read_text())
         parts += [hot_load_table(hot_load), hot_load_circumstances(hot_load)]
+    if (RESULTS / "hostile_grammars.json").is_file():
+        hostile = json.loads((RESULTS / "hostile_grammars.json").read_text())
+        parts += [hostile_table(hostile), hostile_circumstances(hostile)]
     return "\n\n".join([*parts, END])
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.cases import NEW_TOKENS, PROMPT_TOKENS, Case, adapters_of, chosen
 from benchmarks.machine import describe_machine
-from benchmarks.pausing import paused
+from benchmarks.peers.pausing import paused
 from benchmarks.report import circumstances, latency_tables, rate_table, summary
 from benchmarks.server_process import end_on_sigterm
 from benchmarks.shapes import make_adapters, make_model
@@ -79,7 +79,7 @@ def run_rounds(cases: list[Case], sides: dict[str, Side], rounds: int) -> list[d
             for name, side in sides.items():
                 if name == "peft" and case.adapters > MOST_PEFT_ADAPTERS:
                     continue
-                with paused(other.process_id for other in sides.values() if other is not side):
+                with paused([other.process_id for other in sides.values() if other is not side]):
                     result = side.measure(case.job())
                 measured.setdefault((case.name, name), []).append(result)
                 rate = rate_tokens(case) / result["seconds"]

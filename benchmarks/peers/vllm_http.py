@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 
 import aiohttp
-import psutil
 from line_worker import Job, Measured, answer_lines, gaps_ms, with_new_tokens
+from pausing import pause
 
 START_SECONDS = 300
 KV_GIB = "2"
@@ -83,8 +83,7 @@ class VllmServer:
 
     def pause(self, still: bool) -> None:
         """Makes the server and its engine stand still, or go on."""
-        for process in [own := psutil.Process(self._process.pid), *own.children(recursive=True)]:
-            process.send_signal(signal.SIGSTOP if still else signal.SIGCONT)
+        pause([self._process.pid], still)
 
     def close(self) -> None:
         """Ends the server and its engine."""

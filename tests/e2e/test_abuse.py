@@ -166,6 +166,7 @@ async def test_unknown_names_under_load_are_not_found_and_nobody_notices(server:
 
 BOMBS = [
     {"regex": "(abcdefghijklmnopqrstuvwxyz){60000}"},
+    {"regex": "[a-z]{20}(abcdefghijklmnopqrstuvwxyz){60000}"},
     {"regex": "(a|b|[c-z]{0,9})" * 500},
     {"lark": "start: " + "|".join(f"T{i}" for i in range(900)) + "".join(f"\nT{i}: /[a-z]+{i}/" for i in range(900))},
 ]

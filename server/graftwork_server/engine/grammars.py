@@ -28,8 +28,8 @@ KEPT = 64
 KEPT_TOKENIZERS = 8
 """Tokenizers in memory, the base's among them; those of adapters without files of their own are the base's."""
 _LIMITS: dict[str, Any] = {
-    "initial_lexer_fuel": 500_000,  # about half a second
-    "step_lexer_fuel": 50_000,  # about 15 ms
+    "initial_lexer_fuel": 50_000,  # about 15 ms; a schema of 300 properties or 1,000 choices take less than half
+    "step_lexer_fuel": 30_000,  # about 8 ms; a token of rare letters in \w takes nearly 20,000, and much less time
     "step_max_items": 10_000,  # about 10 ms
     "max_items_in_row": 1_000,
     "max_lexer_states": 50_000,

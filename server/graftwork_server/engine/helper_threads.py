@@ -28,4 +28,4 @@ def compute_behind() -> None:
     of times; one that shares its core with another for a time slice holds up all."""
     compute_alone()
     if hasattr(os, "setpriority"):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux, a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # on Linux, a thread has a priority of its own

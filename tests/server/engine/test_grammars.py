@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,52 @@ def test_what_takes_too_much_for_a_first_mask_is_refused_before_any_step(info: M
         grammars.matcher(Grammar("regex", "(abcdefghijklmnopqrstuvwxyz){60000}"), None)
     assert caught.value.reason == "GRAMMAR_TOO_COMPLEX"
     assert not grammars._compiled
+
+
+def test_what_takes_too_much_in_a_later_step_is_given_up(info: ModelInfo) -> None:
+    """Its first mask is cheap; after twenty letters, none of its masks is."""
+    matcher = Grammars(info).matcher(Grammar("regex", "[a-z]{20}(abcdefghijklmnopqrstuvwxyz){60000}"), None)
+    masks = Masks()
+    for _ in range(60):
+        logits = torch.zeros(1, info.vocab_size)
+        masks.apply(logits, [0], [matcher])
+        if not logits.isfinite().any():
+            break
+        matcher.consume_token(int(logits[0].argmax()))
+    assert matcher.is_error()
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("choice", json.dumps([f"choice number {index * 7919 % 10007}" for index in range(1000)])),
+        Grammar("regex", r"(\w+ ){1,200}\."),
+        Grammar("regex", r"([^\n]{1,100}\n){1,50}"),
+        Grammar("json_schema", json.dumps({"type": "string", "maxLength": 20_000})),
+        Grammar(
+            "json_schema",
+            json.dumps(
+                {
+                    "type": "object",
+                    "properties": {
+                        f"field_{index}": {"type": "string", "pattern": f"^[A-Z]{{2,3}}-{index}[0-9]{{4}}$"}
+                        for index in range(300)
+                    },
+                    "required": [f"field_{index}" for index in range(300)],
+                }
+            ),
+        ),
+    ],
+    ids=["choices", "words", "lines", "string", "schema"],
+)
+def test_the_limits_leave_room_for_large_grammars(info: ModelInfo, grammar: Grammar) -> None:
+    """Sixty random tokens of each: no mask takes too much."""
+    matcher = Grammars(info).matcher(grammar, None)
+    masks, chance = Masks(), torch.Generator().manual_seed(0)
+    for _ in range(60):
+        logits = torch.zeros(1, info.vocab_size)
+        masks.apply(logits, [0], [matcher])
+        assert not matcher.is_error(), matcher.get_error()
+        matcher.consume_token(int(torch.multinomial(logits[0].softmax(0), 1, generator=chance)))
+        if matcher.is_stopped():
+            break
