@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import string
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,22 @@ def _mixture_features() -> dict[str, dict[str, Any]]:
         },
         "experts alone": {"target_modules": [], "target_parameters": ["layers.1.mlp.experts.down_proj"]},
         "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
+    }
+
+
+def peft_configs(architecture: str) -> dict[str, PeftConfig]:
+    """Of everything that is served, by the name of what it shows: lora_features, then other_peft_configs."""
+    usual = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    lora = {name: LoraConfig(**usual | settings) for name, settings in lora_features(architecture).items()}
+    return lora | other_peft_configs(architecture)
+
+
+def make_all(model_dir: Path, directory: Path, configs: Mapping[str, PeftConfig]) -> dict[str, Path]:
+    """An adapter of each configuration, with weights of its own, in folders of `directory`; by the same names."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return {
+        name: make_peft(model_dir, directory / str(seed), config, seed=seed)
+        for seed, (name, config) in enumerate(configs.items())
     }
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig
 from tests import toys
 from tests.e2e.reference import Reference
 from tests.e2e.serving import START_SECONDS, Server
@@ -46,19 +45,10 @@ def served(
 
 def made(architecture: str, model_dir: Path, folder: Path) -> dict[str, Path]:
     """A directory of each kind of adapter; of a mixture of experts, only what others do not have."""
-    features = toys.lora_features(architecture)
+    configs = toys.peft_configs(architecture)
     if architecture in toys.MIXTURES:
-        features = {name: features[name] for name in ("gates of experts", "experts", "experts alone", "router")}
-    configs: dict[str, Any] = {}
-    for name, settings in features.items():
-        targets = {} if "target_modules" in settings else {"target_modules": "all-linear"}
-        configs[name] = LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8} | targets | settings)
-    if architecture not in toys.MIXTURES:
-        configs |= toys.other_peft_configs(architecture)
-    return {
-        name: toys.make_peft(model_dir, folder / str(number), config, seed=number)
-        for number, (name, config) in enumerate(configs.items())
-    }
+        configs = {name: configs[name] for name in ("gates of experts", "experts", "experts alone", "router")}
+    return toys.make_all(model_dir, folder / "adapters", configs)
 
 
 async def test_every_kind_is_served_as_peft_answers(served: tuple[str, Path, Server], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftModel
 from tests import toys
 from tests.server.engine.harness import CPU, Harness
 from tests.server.engine.test_fused_layers import MODELS
@@ -53,14 +53,9 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def artifacts(model_dir: Path) -> dict[str, Path]:
-    usual = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    features, others = toys.lora_features(model_dir.name), toys.other_peft_configs(model_dir.name)
-    configs: dict[str, PeftConfig] = {name: LoraConfig(**usual | features[name]) for name in (*PLAIN, *CHANGED)}
-    configs |= {name: others[name] for name in (*VIRTUAL, "ia3")}
-    return {
-        name: toys.make_peft(model_dir, model_dir.parent / name, config, seed=seed)
-        for seed, (name, config) in enumerate(configs.items())
-    }
+    configs = toys.peft_configs(model_dir.name)
+    chosen = {name: configs[name] for name in (*PLAIN, *CHANGED, *VIRTUAL, "ia3")}
+    return toys.make_all(model_dir, model_dir.parent / "adapters", chosen)
 
 
 Peft = Callable[[str | None, list[int], torch.dtype], torch.Tensor]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tests import toys
 from tests.server.engine.harness import CPU, Harness
@@ -35,15 +35,7 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def artifacts(model_dir: Path) -> dict[str, Path]:
-    usual = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    configs: dict[str, PeftConfig] = {
-        name: LoraConfig(**usual | settings) for name, settings in toys.lora_features(model_dir.name).items()
-    }
-    configs |= toys.other_peft_configs(model_dir.name)
-    return {
-        name: toys.make_peft(model_dir, model_dir.parent / name, config, seed=seed)
-        for seed, (name, config) in enumerate(configs.items())
-    }
+    return toys.make_all(model_dir, model_dir.parent / "adapters", toys.peft_configs(model_dir.name))
 
 
 @pytest.fixture(scope="module")
