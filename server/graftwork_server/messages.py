@@ -116,7 +116,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Unload(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Unload once no sequence uses it; Reply(result=Unloaded) comes then. Unknown digests answer at once."""
+    """Unload once no sequence uses it; Reply(result=Unloaded) comes then. Unknown digests answer at once;
+    pinned ones are refused (ADAPTER_PINNED)."""
 
     call_id: int
     digest: str

@@ -19,12 +19,14 @@ class Pins:
     def __init__(self, engine: EngineClient, hub: Hub) -> None:
         self._engine = engine
         self._hub = hub
+        self._telling = asyncio.Lock()
         self._loading: asyncio.Task[None] | None = None
 
     async def tell(self) -> None:
         """Tells the engine what is pinned now; after every change."""
-        pinned = await asyncio.to_thread(self._hub.registry.pinned_versions)
-        await self._engine.pin({version.digest for version in pinned})
+        async with self._telling:  # what was read first must not be said last
+            pinned = await asyncio.to_thread(self._hub.registry.pinned_versions)
+            await self._engine.pin({version.digest for version in pinned})
 
     def on_engine_ready(self) -> None:
         """A new engine has nothing loaded. It serves while the pinned ones are loaded one after another."""

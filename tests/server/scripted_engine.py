@@ -77,6 +77,8 @@ class ScriptedEngine:
                     entry["pool"] = message.pool and [message.pool.kind, message.pool.pooling, message.pool.normalize]
                     entry["types"] = message.pool and message.pool.token_type_ids
                     entry |= {"seed": message.sampling.seed, "max_tokens": message.sampling.max_tokens}
+                if isinstance(message, m.Pin):
+                    entry["digests"] = message.digests
                 if isinstance(message, m.Unload):
                     entry["digest"] = message.digest
                 file.write(json.dumps(entry) + "\n")

@@ -136,6 +136,10 @@ class AdapterPool:
             self._pinned = frozenset(digests)
             self._renew_yielding()
 
+    def is_pinned(self, digest: str) -> bool:
+        """Loaded or not."""
+        return digest in self._pinned
+
     # ------------------------------------------------------------------------------------------ the loader's side
 
     def place_now(self, prepared: PreparedAdapter, started: float) -> LoadedAdapter | None:

@@ -35,7 +35,7 @@ from graftwork_server.engine.model import BaseModel
 from graftwork_server.engine.outbox import Outbox
 from graftwork_server.engine.slots import LoadedAdapter, PreparedAdapter
 from graftwork_server.engine.tuners import Tuners
-from graftwork_server.errors import ErrorBody, Unavailable, body_of
+from graftwork_server.errors import ErrorBody, FailedPrecondition, Unavailable, body_of
 from graftwork_server.types import AdapterRef, ArtifactInfo, StrategyInfo
 
 log = logging.getLogger("graftwork.engine")
@@ -318,6 +318,10 @@ class EngineWorker:
             self._unload(message.digest, message.call_id)
 
     def _unload(self, digest: str, call_id: int) -> None:
+        if self.engine.adapters.is_pinned(digest):
+            pinned = FailedPrecondition("the adapter is pinned; unpin it first", reason="ADAPTER_PINNED", field="name")
+            self._reply_error(call_id, body_of(pinned))
+            return
         adapter = self.engine.adapters.unload(digest)
         if adapter is None:
             self._tell_loaded()

@@ -98,6 +98,17 @@ async def test_what_is_loaded_is_told_before_the_answer(
     assert "told" not in engine.loaded
 
 
+async def test_what_is_pinned_is_not_unloaded(engine: EngineClient, adapters: list[Path]) -> None:
+    """Whoever unloads looked at the pins before; one may have come since."""
+    await engine.load(ref(adapters[1], "kept"))
+    await engine.pin(["kept"])
+    with pytest.raises(FailedPrecondition) as raised:
+        await engine.unload("kept")
+    assert (raised.value.reason, "kept" in engine.loaded) == ("ADAPTER_PINNED", True)
+    await engine.pin([])
+    assert await engine.unload("kept")
+
+
 async def test_unload_waits_for_the_stream_that_uses_it(engine: EngineClient, adapters: list[Path]) -> None:
     stream = engine.generate([5, 6, 7], Sampling(max_tokens=200, ignore_eos=True), ref(adapters[2]))
     received = len((await anext(stream)).token_ids)

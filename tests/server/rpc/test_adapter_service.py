@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import time
 
 import grpc
 import pytest
@@ -47,6 +48,10 @@ def create(server, adapter_id, files=None, **fields):
 
 def get(server, name):
     return server.adapters.GetAdapter(pb.GetAdapterRequest(name=name))
+
+
+async def pin(server, adapter_id):
+    return await server.adapters.PinAdapter(pb.PinAdapterRequest(name=f"adapters/{adapter_id}"))
 
 
 def staged(server) -> list:
@@ -157,6 +162,26 @@ async def test_files_that_another_version_pins_are_not_unloaded(server, refused)
     await server.adapters.UnpinAdapter(pb.UnpinAdapterRequest(name="adapters/a"))
     unloaded = await server.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="adapters/b"))
     assert not unloaded.adapter.loaded
+
+
+async def test_the_engine_hears_of_pins_in_their_order(server, monkeypatch):
+    """The first pin reads what is pinned, and is slow to come back with it; a second one must not be undone by it."""
+    for name in ("a", "b"):
+        await create(server, name)
+    registry, delays = server.front._hub.registry, [0.3]
+    pinned_versions = registry.pinned_versions
+
+    def slow_at_first():
+        found = pinned_versions()
+        time.sleep(delays.pop() if delays else 0)
+        return found
+
+    monkeypatch.setattr(registry, "pinned_versions", slow_at_first)
+    first = asyncio.create_task(pin(server, "a"))
+    await until(lambda: not delays)
+    second = await pin(server, "b")
+    digests = sorted(answer.adapter.digest for answer in (await first, second))
+    assert server.heard("Pin")[-1]["digests"] == digests
 
 
 async def test_load_unload_delete(server, refused):
