@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -217,15 +216,15 @@ def test_nothing_ends_it_before_min_tokens(client: Client, model: Any) -> None:
     assert list(answer.token_ids) == eos
 
 
-def test_stop_texts_count_after_min_tokens_and_never_leak(client: Client, server: Server) -> None:
-    with client.generate("base", PROMPT, max_tokens=COUNT, ignore_eos=True, stream=True) as stream:
-        spoken = [chunk.text for chunk in stream]
-    text = "".join(spoken)
-    # A text across the border of two tokens: the end of what one message brings and the start of the next.
+def test_stop_texts_count_after_min_tokens_and_never_leak(client: Client, tokenizer: Any) -> None:
+    free = client.generate("base", PROMPT, max_tokens=COUNT, ignore_eos=True)
+    text, ids = free.text, list(free.token_ids)
+    # A text across the border of two tokens, and in none of them.
+    said = [tokenizer.decode(ids[:count]) for count in range(COUNT)]
+    borders = [len(start) for start in said if start and text.startswith(start)]
+    pieces = [tokenizer.decode([id]) for id in ids]
     stop = next(
-        stop
-        for before, after in itertools.pairwise(spoken[2:])
-        if len(stop := before[-1:] + after[:1]) == 2 and not any(stop in piece for piece in spoken)
+        pair for at in borders if len(pair := text[at - 1 : at + 1]) == 2 and not any(pair in piece for piece in pieces)
     )
     first = text.index(stop)
     with client.generate("base", PROMPT, max_tokens=COUNT, ignore_eos=True, stop=[stop], stream=True) as stream:
