@@ -188,12 +188,15 @@ def test_a_bomb_does_not_stop_its_neighbours(server: Server, client: Client) -> 
     with server.client() as connected, ThreadPoolExecutor(1) as threads:
         neighbour = threads.submit(stream)
         eventually(lambda: tokens > 10, "the stream")
-        during = []
-        for bomb in BOMBS:
-            before = tokens
-            with contextlib.suppress(InvalidArgumentError):
-                connected.generate("base", PROMPT, max_tokens=1, **bomb)
-            during.append(tokens - before)
+        during = [0] * len(BOMBS)
+        for number, bomb in enumerate(BOMBS):
+            for _ in range(50):  # some are refused within milliseconds
+                before = tokens
+                with contextlib.suppress(InvalidArgumentError):
+                    connected.generate("base", PROMPT, max_tokens=1, **bomb)
+                during[number] += tokens - before
+                if during[number] >= 5:
+                    break
         done.set()
         neighbour.result(START_SECONDS)
     assert min(during) >= 5, during
