@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import sys
@@ -25,6 +24,7 @@ import grpc.aio
 
 from benchmarks.cases import PROMPT_TOKENS, Case
 from benchmarks.machine import describe_machine
+from benchmarks.options import store
 from benchmarks.report import front_circumstances, front_table
 from benchmarks.server_process import ServerProcess, end_on_sigterm
 from benchmarks.sides import PeerSide
@@ -116,8 +116,7 @@ def main() -> None:
     end_on_sigterm()
     measured = measure(arguments)
     print(f"\n{front_circumstances(measured)}\n\n{front_table(measured)}")
-    if arguments.output:
-        arguments.output.write_text(json.dumps(measured, indent=1) + "\n")
+    store(measured, arguments.output)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine
+from benchmarks.options import parser_of, store
 from benchmarks.report import hostile_circumstances, hostile_table, percentile
 from benchmarks.server_process import ServerProcess
 from benchmarks.shapes import make_model
@@ -139,18 +137,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints and stores."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="135m")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--work", type=Path, default=Path(".bench"))
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, rounds=3).parse_args()
     measured = measure(arguments)
     print(f"\n{hostile_circumstances(measured)}\n\n{hostile_table(measured)}")
-    if arguments.output:
-        arguments.output.write_text(json.dumps(measured, indent=1) + "\n")
+    store(measured, arguments.output)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from benchmarks.machine import describe_machine
+from benchmarks.options import parser_of, store
 from benchmarks.report import hot_load_circumstances, hot_load_table
 from benchmarks.server_process import ServerProcess
 from benchmarks.shapes import make_adapters, make_model
@@ -152,19 +153,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints and stores."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="135m")
-    parser.add_argument("--rounds", type=int, default=40)
+    parser = parser_of(__doc__, rounds=40)
     parser.add_argument("--registered", type=int, nargs="+", default=[1, 100, 1000])
-    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--work", type=Path, default=Path(".bench"))
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     measured = measure(arguments)
     print(f"\n{hot_load_circumstances(measured)}\n\n{hot_load_table(measured)}")
-    if arguments.output:
-        arguments.output.write_text(json.dumps(measured, indent=1) + "\n")
+    store(measured, arguments.output)
 
 
 if __name__ == "__main__":

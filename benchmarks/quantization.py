@@ -14,9 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import copy
-import json
 import logging
-import os
 import statistics
 import tempfile
 import time
@@ -28,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine
+from benchmarks.options import parser_of, store
 from benchmarks.server_process import ServerProcess
 from benchmarks.serving import NEW_TOKENS, PROMPT_TOKENS, our_round, upload
 from benchmarks.shapes import make_adapters, make_model
@@ -202,14 +201,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measures, prints and stores."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="135m")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--work", type=Path, default=Path(".bench"))
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, rounds=3).parse_args()
     logging.disable(logging.WARNING)  # bitsandbytes tells of every cast
     torch.set_num_threads(arguments.threads)
     dtype = choose_dtype(arguments.dtype, CPU)
@@ -226,8 +218,7 @@ def main() -> None:
         "products": products(dtype),
     }
     print("\n" + table(result))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    store(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 from benchmarks.cases import NEW_TOKENS, PROMPT_TOKENS, Case, adapters_of, chosen
 from benchmarks.machine import describe_machine
+from benchmarks.options import store
 from benchmarks.peers.pausing import paused
 from benchmarks.report import circumstances, latency_tables, rate_table, summary
 from benchmarks.server_process import end_on_sigterm
@@ -118,8 +118,7 @@ def main() -> None:
     end_on_sigterm()
     measured = measure(arguments)
     print(f"\n{circumstances(measured)}\n\nTokens per second:\n\n{rate_table(measured)}\n\n{latency_tables(measured)}")
-    if arguments.output:
-        arguments.output.write_text(json.dumps(measured, indent=1) + "\n")
+    store(measured, arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,27 @@
+"""What the benchmarks' command lines share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def parser_of(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """Options for a benchmark that makes a model of a shape; `rounds` is the default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="135m")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--work", type=Path, default=Path(".bench"))
+    parser.add_argument("--output", type=Path)
+    return parser
+
+
+def store(measured: dict[str, Any], output: Path | None) -> None:
+    """Writes the result, if a file was named."""
+    if output:
+        output.write_text(json.dumps(measured, indent=1) + "\n")
