@@ -11,12 +11,10 @@ the on-board model's mean loss over this repository's README, in pieces of 512 t
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import copy
 import logging
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,11 +23,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.cases import NEW_TOKENS, PROMPT_TOKENS, Case, adapters_of
 from benchmarks.machine import describe_machine
 from benchmarks.options import parser_of, store
-from benchmarks.server_process import ServerProcess
-from benchmarks.serving import NEW_TOKENS, PROMPT_TOKENS, our_round, upload
 from benchmarks.shapes import make_adapters, make_model
+from benchmarks.sides import OurSide
 from graftwork_server.engine.model import choose_dtype, load_base
 from graftwork_server.engine.native import native_kernels
 from graftwork_server.engine.quantization import Int8Linear, Nf4Linear, bitsandbytes, rows_to_int8
@@ -42,9 +40,9 @@ KINDS = ("none", "int8", "nf4")
 LAYERS = ((576, 1536), (1536, 576), (576, 49152))
 ROWS = (1, 16, 64, 1024)
 CASES = (
-    ("1 request", "base only", 1),
-    ("16 requests", "base only", 16),
-    ("16 requests, 16 adapters", "all adapters", 16),
+    Case("single", "1 request", 1, 0),
+    Case("base-16", "16 requests", 16, 0),
+    Case("16-16", "16 requests, 16 adapters", 16, 16),
 )
 COLD_BYTES = 64 << 20
 
@@ -156,26 +154,21 @@ def _readme_loss(info: Any) -> float:
 
 def servers(arguments: argparse.Namespace, model_dir: Path) -> dict[str, dict[str, list[float]]]:
     """By kind and case: tokens per second of each round."""
-    adapters = make_adapters(model_dir, [f"r16-{index}" for index in range(16)])
-    measured: dict[str, dict[str, list[float]]] = {kind: {case: [] for case, _, _ in CASES} for kind in KINDS}
+    adapters = make_adapters(model_dir, adapters_of(CASES))
+    measured: dict[str, dict[str, list[float]]] = {kind: {case.title: [] for case in CASES} for kind in KINDS}
     with contextlib.ExitStack() as stack:
-        addresses = {}
+        sides = {}
         for kind in KINDS:
-            data_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="graftwork-bench-"))
-            options = ["--model", str(model_dir), "--data-dir", data_dir, "--threads", str(arguments.threads)]
-            options += ["--dtype", arguments.dtype, "--log-level", "warning", "--quantization", kind]
-            addresses[kind] = stack.enter_context(ServerProcess(options)).address
-            asyncio.run(upload(addresses[kind], adapters))
+            options = ("--quantization", kind)
+            side = OurSide(model_dir, adapters, arguments.dtype, arguments.threads, *options)
+            sides[kind] = stack.enter_context(side)
         for round_number in range(arguments.rounds):
-            for case, adapter, requests in CASES:
-                for kind, address in addresses.items():
-                    seconds, _ = asyncio.run(our_round(address, adapter, requests))
-                    measured[kind][case].append(requests * NEW_TOKENS / seconds)
-                print(
-                    f"round {round_number + 1}, {case}:",
-                    {k: round(measured[k][case][-1], 1) for k in KINDS},
-                    flush=True,
-                )
+            for case in CASES:
+                for kind, side in sides.items():
+                    seconds = side.measure(case.job())["seconds"]
+                    measured[kind][case.title].append(case.requests * case.new_tokens / seconds)
+                rates = {kind: round(measured[kind][case.title][-1], 1) for kind in KINDS}
+                print(f"round {round_number + 1}, {case.title}: {rates}", flush=True)
     return measured
 
 
@@ -192,7 +185,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     for case, _, _ in CASES:
         rates = [f"{statistics.median(kinds[kind][case]):.1f} tok/s" for kind in KINDS]
-        lines.append(f"| {case} | {' | '.join(rates)} |")
+    for case in (case.title for case in CASES):
     sizes = [f"{result['bases'][kind]['weight_bytes'] / 1e6:.0f} MB" for kind in KINDS]
     losses = [f"{result['bases'][kind]['on_board_readme_loss']:.4f}" for kind in KINDS]
     lines += [f"| weights | {' | '.join(sizes)} |", f"| loss of the on-board model | {' | '.join(losses)} |"]

@@ -39,10 +39,10 @@ class Side(Protocol):
 class OurSide:
     """`graftwork serve` in its own processes, and a client in this one; every token is streamed over gRPC."""
 
-    def __init__(self, model_dir: Path, adapters: Sequence[Path], dtype: str, threads: int) -> None:
+    def __init__(self, model_dir: Path, adapters: Sequence[Path], dtype: str, threads: int, *options: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="graftwork-bench-")
-        options = ["--model", str(model_dir), "--data-dir", self._folder.name, "--threads", str(threads)]
-        self._server = ServerProcess([*options, "--dtype", dtype, "--log-level", "warning"])
+        usual = ["--model", str(model_dir), "--data-dir", self._folder.name, "--threads", str(threads)]
+        self._server = ServerProcess([*usual, "--dtype", dtype, "--log-level", "warning", *options])
         self._adapters = adapters
         self.versions: dict[str, str] = {}
         self.load_ms: list[float] = []
