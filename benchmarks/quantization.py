@@ -183,9 +183,9 @@ def table(result: dict[str, Any]) -> str:
         f"| | {' | '.join(KINDS)} |",
         f"|---|{'---|' * len(KINDS)}",
     ]
-    for case, _, _ in CASES:
-        rates = [f"{statistics.median(kinds[kind][case]):.1f} tok/s" for kind in KINDS]
     for case in (case.title for case in CASES):
+        rates = [f"{statistics.median(kinds[kind][case]):.1f} tok/s" for kind in KINDS]
+        lines.append(f"| {case} | {' | '.join(rates)} |")
     sizes = [f"{result['bases'][kind]['weight_bytes'] / 1e6:.0f} MB" for kind in KINDS]
     losses = [f"{result['bases'][kind]['on_board_readme_loss']:.4f}" for kind in KINDS]
     lines += [f"| weights | {' | '.join(sizes)} |", f"| loss of the on-board model | {' | '.join(losses)} |"]
