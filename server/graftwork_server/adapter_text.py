@@ -36,11 +36,14 @@ class AdapterTexts:
         base_dir: str | None,
         vocab_size: int,
         compile_template: CompileTemplate | None = None,
+        source_dir: str | None = None,
     ) -> None:
         """`vocab_size`: rows of the base model's embeddings; a tokenizer may use no id beyond them.
-        `compile_template`: for templates of adapters; by default they get a process of their own."""
+        `compile_template`: for templates of adapters; by default they get a process of their own.
+        `source_dir`: the checkpoint that `base_dir` was resolved from; an adapter's files may be copies of either."""
         self.base = base
         self._base_files = TokenizerFiles.of(Path(base_dir)) if base_dir else TokenizerFiles(None, None, None)
+        self._source_files = TokenizerFiles.of(Path(source_dir)) if source_dir else self._base_files
         self._vocab_size = vocab_size
         self._templates = TemplateProcess()
         self._compile_strange = compile_template or self._templates.compile
@@ -66,22 +69,24 @@ class AdapterTexts:
 
     def read(self, folder: str | Path) -> TextProcessor | None:
         """As `of`, for files that have no digest yet."""
-        own = TokenizerFiles.of(Path(folder))
-        changed = [
-            mine is not None and (base is None or not _same(mine, base))
-            for mine, base in zip(_three(own), _three(self._base_files), strict=True)
-        ]
-        if not any(changed):
+        own = self._without_copies(TokenizerFiles.of(Path(folder)))
+        if not any(_plain(own)):
             return self.base
-        for mine, base in zip(_three(own), _three(self._base_files), strict=True):
-            _check_size(mine, base)
+        for mine, source in zip(_plain(own), _plain(self._source_files), strict=True):
+            _check_size(mine, source)
         files = TokenizerFiles(
             own.tokenizer or self._base_files.tokenizer,
             own.config or self._base_files.config,
             own.template or (None if own.config else self._base_files.template),
+            own.special_tokens_map,
         )
         self._check_rules(own.tokenizer)
-        text = TextProcessor.from_files(files, self._compile, self.base.chat_template_source if self.base else None)
+        text = TextProcessor.from_files(
+            files,
+            self._compile,
+            self.base.chat_templates if self.base else None,
+            base=self.base,
+        )
         if text.greatest_id >= self._vocab_size:
             raise _mismatch(
                 f"the tokenizer has token id {text.greatest_id}; the base model's vocabulary ends at "
@@ -89,12 +94,21 @@ class AdapterTexts:
             )
         return text
 
+    def _without_copies(self, own: TokenizerFiles) -> TokenizerFiles:
+        """The files of `own` that say something else than the base's."""
+        bases = (_plain(self._source_files), _plain(self._base_files))
+        kept = (
+            mine if mine is not None and not any(base is not None and _same(mine, base) for base in same_name) else None
+            for mine, *same_name in zip(_plain(own), *bases, strict=True)
+        )
+        return TokenizerFiles(*kept)
+
     def close(self) -> None:
         """Ends the process that renders templates."""
         self._templates.close()
 
     def _compile(self, source: str, variables: Mapping[str, str]) -> Template:
-        trusted = self.base is not None and source == self.base.chat_template_source
+        trusted = self.base is not None and source in self.base.chat_templates.values()
         return ChatTemplate(source, variables) if trusted else self._compile_strange(source, variables)
 
     def _check_rules(self, tokenizer: Path | None) -> None:
@@ -104,7 +118,9 @@ class AdapterTexts:
         if tokenizer is None:
             return
         mine, base = _rules(tokenizer), _rules(self._base_files.tokenizer)
-        differing = [rule for rule in mine if mine[rule] != base[rule]]
+        # What the checkpoint's file says may not be what transformers makes of it: a copy may have either.
+        source = _rules(self._source_files.tokenizer) if self._source_files.tokenizer else base
+        differing = [rule for rule in mine if mine[rule] not in (base[rule], source[rule])]
         if differing:
             raise _mismatch(
                 f"{', '.join(differing)} must be as in the base model's tokenizer; tokens, merges and special tokens "
@@ -130,8 +146,9 @@ def _mismatch(what: str) -> FailedPrecondition:
     return FailedPrecondition(f"tokenizer.json: {what}", reason="TOKENIZER_MISMATCH", field="tokenizer.json")
 
 
-def _three(files: TokenizerFiles) -> tuple[Path | None, Path | None, Path | None]:
-    return files.tokenizer, files.config, files.template
+def _plain(files: TokenizerFiles) -> tuple[Path | None, Path | None, Path | None, Path | None]:
+    """The files that an adapter may bring."""
+    return files.tokenizer, files.config, files.template, files.special_tokens_map
 
 
 def _same(mine: Path, base: Path) -> bool:

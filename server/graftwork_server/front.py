@@ -78,7 +78,7 @@ class Front:
         model = (await self.engine.start()).model
         hub.resolver.base_fingerprint = model.fingerprint
         text = await asyncio.to_thread(_tokenizer, model)
-        self._texts = texts = AdapterTexts(text, model.tokenizer_dir, model.vocab_size)
+        self._texts = texts = AdapterTexts(text, model.tokenizer_dir, model.vocab_size, source_dir=model.source)
         checker = DatasetChecker(text, model.tokenizer_dir, model.context_tokens)
         self._jobs = jobs = JobManager(
             hub,

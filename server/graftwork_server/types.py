@@ -66,6 +66,8 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     path: str
     strategy: str
+    end_token_ids: list[int] = []
+    """Tokens that end its texts beside those of the base model."""
 
 
 class ArtifactInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,3 +143,5 @@ class TuningResult(msgspec.Struct, frozen=True, kw_only=True):
     train_ms: int
     final_loss: float
     validation_loss: float | None = None
+    end_token_ids: list[int] = []
+    """Tokens that end the rows it learned; none where no row has such an end."""

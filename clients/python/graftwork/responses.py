@@ -296,6 +296,7 @@ def dataset_report(message: tuning_pb2.ValidateDatasetResponse) -> types.Dataset
         loss_tokens=message.loss_tokens,
         longest_row_tokens=message.longest_row_tokens,
         cut_rows=message.cut_rows,
+        warnings=tuple(message.warnings),
     )
 
 

@@ -274,7 +274,7 @@ class DatasetReport:
     """What a check of a data set found.
 
     errors holds the first 100 bad lines, error_count counts them all. total_tokens and loss_tokens count after rows
-    were cut to the sequence length, longest_row_tokens before.
+    were cut to the sequence length, longest_row_tokens before. warnings: what a job would do, but hardly as meant.
     """
 
     valid: bool
@@ -286,6 +286,7 @@ class DatasetReport:
     loss_tokens: int
     longest_row_tokens: int
     cut_rows: int
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

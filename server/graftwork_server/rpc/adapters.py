@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 
@@ -18,6 +19,7 @@ from graftwork_server.errors import FailedPrecondition, GraftworkServerError, In
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import VersionRecord
 from graftwork_server.hub.registry import RequestKey, check_adapter_id, request_key
+from graftwork_server.hub.store import manifest_end_tokens
 from graftwork_server.hub.uploads import ArtifactUpload, UploadFile
 from graftwork_server.pins import Pins
 from graftwork_server.rpc.convert import adapter_message, load_report_message
@@ -165,7 +167,7 @@ class AdapterService(AdapterServiceServicer):
                 check_chunk(request.chunk.data, "chunk.data")
                 await to_its_end(received.write, request.chunk.name, request.chunk.data)
             folder = await to_its_end(received.finish)
-            await to_its_end(self._texts.read, folder)
+            ends = await to_its_end(self._end_tokens, folder)
             info = await self._engine.inspect(str(folder), upload.strategy or None)
             return await to_its_end(
                 self._hub.publish,
@@ -173,9 +175,17 @@ class AdapterService(AdapterServiceServicer):
                 adapter_id=upload.adapter_id,
                 info=info,
                 base_fingerprint=self._engine.model.fingerprint,
+                end_token_ids=ends,
                 adapter_may_exist=upload.new_version,
                 request=key,
             )
+
+    def _end_tokens(self, folder: Path) -> list[int]:
+        """Tokens that end what the uploaded files write: by their manifest, and by a tokenizer and chat template of
+        their own. Raises FailedPrecondition for those that cannot be used."""
+        text = self._texts.read(folder)
+        own = text.end_ids if text is not None and text is not self._texts.base else frozenset[int]()
+        return sorted(own.union(manifest_end_tokens(folder, self._engine.model.vocab_size)))
 
     async def _load(self, version: VersionRecord) -> pb.LoadReport:
         begun = time.monotonic()

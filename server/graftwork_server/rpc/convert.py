@@ -116,6 +116,7 @@ def report_message(report: DatasetReport) -> tuning_pb2.ValidateDatasetResponse:
         longest_row_tokens=report.longest_row_tokens,
         cut_rows=report.cut_rows,
         valid=report.valid,
+        warnings=report.warnings,
     )
 
 

@@ -45,6 +45,8 @@ def _print(report: DatasetReport, file: Path) -> None:
     hidden = report.error_count - len(report.errors)
     if hidden > 0:
         print(f"... and {hidden} more problems")
+    for warning in report.warnings:
+        print(output.readable(f"warning: {warning}"))
     output.fields(
         (
             ("valid", report.valid),

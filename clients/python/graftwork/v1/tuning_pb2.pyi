@@ -314,6 +314,7 @@ class ValidateDatasetResponse(_message.Message):
     LONGEST_ROW_TOKENS_FIELD_NUMBER: _builtins.int
     CUT_ROWS_FIELD_NUMBER: _builtins.int
     VALID_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     format: Global___DatasetFormat.ValueType
     """The form that was detected."""
     row_count: _builtins.int
@@ -334,6 +335,10 @@ class ValidateDatasetResponse(_message.Message):
     def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___LineError]:
         """The first 100 lines that cannot."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What a job would do as asked, but hardly as meant: rows without an end, for one."""
+
     def __init__(
         self,
         *,
@@ -346,10 +351,11 @@ class ValidateDatasetResponse(_message.Message):
         longest_row_tokens: _builtins.int = ...,
         cut_rows: _builtins.int = ...,
         valid: _builtins.bool = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut_rows", b"cut_rows", "error_count", b"error_count", "errors", b"errors", "format", b"format", "longest_row_tokens", b"longest_row_tokens", "loss_tokens", b"loss_tokens", "row_count", b"row_count", "total_tokens", b"total_tokens", "valid", b"valid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut_rows", b"cut_rows", "error_count", b"error_count", "errors", b"errors", "format", b"format", "longest_row_tokens", b"longest_row_tokens", "loss_tokens", b"loss_tokens", "row_count", b"row_count", "total_tokens", b"total_tokens", "valid", b"valid", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
