@@ -1,7 +1,7 @@
 """`python -m graftwork_server ...` is `graftwork serve ...`: starts front and engine, serves, drains, ends.
 
-Exit codes: 0 after a drain, 1 if the server cannot start or go on, 2 for settings that cannot be used. Each failure is
-one line on stderr.
+Exit codes: 0 after a drain, 1 if the server cannot start or go on, 2 for settings that cannot be used. Each failure, and
+each wrong setting, is one line on stderr.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
     try:
         loaded = load_config(sys.argv[1:] if argv is None else argv, environ)
     except ConfigError as error:
-        return _fail(str(error), 2)
+        return max(_fail(problem, 2) for problem in error.problems)
     if loaded.print_only:
         sys.stdout.write(loaded.to_toml())
         return 0
