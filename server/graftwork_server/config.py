@@ -118,6 +118,11 @@ class ServerConfig(BaseModel):
     log_format: Literal["text", "json"] = "text"
     """Form of the log lines. Default: text."""
 
+    @property
+    def base_name(self) -> str:
+        """What people call the base model: its directory's or repository's last part."""
+        return "on-board" if self.model is None else Path(self.model).name or self.model
+
     @field_validator("*", mode="before")
     @classmethod
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
