@@ -181,7 +181,7 @@ def test_an_output_layer_that_is_missing_and_not_tied_is_refused(tmp_path: Path,
     head = None if base_ties else tensors[EMBEDDINGS["llama"]].flip(0).contiguous()
     base = write_checkpoint(tmp_path / "base", source, head=head, tie_word_embeddings=base_ties)
     checkpoint = write_checkpoint(tmp_path / "checkpoint", source, head=None, tie_word_embeddings=False)
-    with pytest.raises(ArtifactError, match="no file has lm_head.weight") as caught:
+    with pytest.raises(ArtifactError, match=r"no file has lm_head\.weight") as caught:
         FullTuning().load(Artifact(checkpoint), base_handle(loaded(base)).info)
     assert caught.value.key == "lm_head.weight"
 
