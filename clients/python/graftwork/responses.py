@@ -13,7 +13,7 @@ from google.protobuf import json_format, struct_pb2, timestamp_pb2
 from graftwork import types
 from graftwork.calls import Page
 from graftwork.errors import InternalError
-from graftwork.v1 import adapters_pb2, generation_pb2, strategies_pb2, tuning_pb2
+from graftwork.v1 import adapters_pb2, generation_pb2, server_pb2, strategies_pb2, tuning_pb2
 
 _FINISH: Mapping[int, types.FinishReason] = {
     generation_pb2.FINISH_REASON_STOP: "stop",
@@ -215,6 +215,7 @@ def _adapter(message: adapters_pb2.Adapter, report: adapters_pb2.LoadReport | No
         rank=message.rank,
         pinned=message.pinned,
         load_report=load_report,
+        follows_version=message.follows_version,
     )
 
 
@@ -274,6 +275,24 @@ def strategy_page(message: strategies_pb2.ListStrategiesResponse) -> Page[types.
     return Page(tuple(_strategy(item) for item in message.strategies), message.next_page_token)
 
 
+def server(message: server_pb2.GetServerResponse) -> types.ServerInfo:
+    """A server."""
+    found = message.server
+    return types.ServerInfo(
+        version=found.version,
+        versions=dict(found.versions),
+        start_time=_time(found, "start_time"),
+        engine_ready=found.engine_ready,
+        base_model=types.BaseModelInfo(**_scalars(found.base_model, types.BaseModelInfo)),
+        limits=types.ServerLimits(**_scalars(found.limits, types.ServerLimits)),
+        loaded_versions=tuple(found.loaded_versions),
+        adapter_count=found.adapter_count,
+        sequence_count=found.sequence_count,
+        jobs=tuple(job(item) for item in found.jobs),
+        job_count=found.job_count,
+    )
+
+
 def dataset(message: tuning_pb2.UploadDatasetResponse) -> types.Dataset:
     """A stored data set."""
     data = message.dataset
@@ -326,6 +345,7 @@ def job(message: tuning_pb2.TuningJob) -> types.TuningJobInfo:
             adapter_id=message.spec.adapter_id,
             config=_struct(message.spec.config),
             load=message.spec.load,
+            new_version=message.spec.new_version,
         ),
         state=_STATES.get(message.state, "unspecified"),
         progress=_progress(message.progress) if message.HasField("progress") else None,
@@ -340,6 +360,7 @@ def job(message: tuning_pb2.TuningJob) -> types.TuningJobInfo:
         start_time=_time(message, "start_time"),
         end_time=_time(message, "end_time"),
         validation_loss=message.validation_loss if message.HasField("validation_loss") else None,
+        follows_version=message.follows_version,
     )
 
 

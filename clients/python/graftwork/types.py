@@ -215,7 +215,7 @@ class Adapter:
     """An adapter and its newest version, or the version that was asked for.
 
     tuning_job is "" for an uploaded one. load_report is set by create(load=True), load() and pin() only; unpinned by
-    unload(): true if that ended a pin.
+    unload(): true if that ended a pin. follows_version: the version that the name served before; 0: none.
     """
 
     name: str
@@ -233,6 +233,7 @@ class Adapter:
     pinned: bool = False
     load_report: LoadReport | None = None
     unpinned: bool = False
+    follows_version: int = 0
 
 
 @dataclass(frozen=True)
@@ -301,6 +302,7 @@ class TuningSpec:
     adapter_id: str
     config: Mapping[str, Any]
     load: bool
+    new_version: bool = False
 
 
 @dataclass(frozen=True)
@@ -367,7 +369,10 @@ class TuningEvent:
 
 @dataclass(frozen=True)
 class TuningJobInfo:
-    """A tuning job at one moment. result is set once it succeeded, error ("" otherwise) once it failed."""
+    """A tuning job at one moment. result is set once it succeeded, error ("" otherwise) once it failed.
+
+    follows_version: the version that the adapter's name serves before the job's own is published; 0: none.
+    """
 
     name: str
     job_id: str
@@ -381,8 +386,63 @@ class TuningJobInfo:
     start_time: datetime | None
     end_time: datetime | None
     validation_loss: float | None
+    follows_version: int = 0
 
     @property
     def done(self) -> bool:
         """True once the job has ended, however it did."""
         return self.state in ("succeeded", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class BaseModelInfo:
+    """The base model of a server; see ServerInfo. context_tokens: what one sequence can have, prompt and completion."""
+
+    display_name: str
+    fingerprint: str
+    architecture: str
+    dtype: str
+    device: str
+    quantization: str
+    parameter_count: int
+    weight_bytes: int
+    context_tokens: int
+    vocab_size: int
+    generates: bool
+    has_tokenizer: bool
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What a server takes at most: sequences decoded together, and that wait or run; tokens of a step and of the KV
+    cache; bytes of an adapter upload and of a data set; tuning jobs at once."""
+
+    max_sequences: int
+    max_queue: int
+    max_step_tokens: int
+    kv_cache_tokens: int
+    max_upload_bytes: int
+    max_dataset_bytes: int
+    max_concurrent_jobs: int
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """A server at one moment.
+
+    versions: of what it runs on, by name. engine_ready: False while a dead engine is started again. loaded_versions:
+    names of the versions on the device. sequence_count: sequences that wait or run. jobs: the first 100 that have not
+    ended, job_count counts them all.
+    """
+
+    version: str
+    versions: Mapping[str, str]
+    start_time: datetime | None
+    engine_ready: bool
+    base_model: BaseModelInfo
+    limits: ServerLimits
+    loaded_versions: tuple[str, ...]
+    adapter_count: int
+    sequence_count: int
+    jobs: tuple[TuningJobInfo, ...]
+    job_count: int

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
 
 from graftwork_plugins import Delta, FullWeights, Head, LowRank, Prefix, Replace, Scale
+from graftwork_plugins.derived import without_derived
 from graftwork_server.engine.binding import bind_changes, check_values, rejected
 from graftwork_server.engine.changes import Changes
 from graftwork_server.engine.heads import BoundHead, bind_head
@@ -98,6 +100,12 @@ def _parameters(delta: LowRank | Scale | Replace) -> int:
     return sum(tensor.numel() for tensor in tensors if tensor is not None)
 
 
+def _is_ignored(model: torch.nn.Module, name: str) -> bool:
+    """Whether transformers' class says of a tensor in a checkpoint that it does without it."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
 def _bind_full(base: BaseModel, digest: str, delta: FullWeights, place: bool) -> PreparedAdapter:
     if base.info.quantization != "none":
         raise rejected(
@@ -106,11 +114,12 @@ def _bind_full(base: BaseModel, digest: str, delta: FullWeights, place: bool) ->
             "with --quantization none for it",
         )
     state = unwrapped_state(base)
-    for name in set(delta.tensors) - set(state):
-        raise rejected(name, f"the base has no tensor {name}")
     given: dict[int, list[str]] = {}
-    for name in delta.tensors:
+    for name in delta.tensors.keys() & state.keys():
         given.setdefault(state[name].data_ptr(), []).append(name)
+    for name in sorted(without_derived(delta.tensors).keys() - state.keys()):
+        if not _is_ignored(base.engine_model.model, name):
+            raise rejected(name, f"the base has no tensor {name}")
     tensors: dict[str, torch.Tensor] = {}
     for name in (entry.name for entry in base.weights.layout):
         # What the base ties comes under either name. Under both, with values of its own, it is not tied here.
