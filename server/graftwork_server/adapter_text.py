@@ -97,11 +97,11 @@ class AdapterTexts:
     def _without_copies(self, own: TokenizerFiles) -> TokenizerFiles:
         """The files of `own` that say something else than the base's."""
         bases = (_plain(self._source_files), _plain(self._base_files))
-        kept = (
+        tokenizer, config, template, special_tokens_map = (
             mine if mine is not None and not any(base is not None and _same(mine, base) for base in same_name) else None
             for mine, *same_name in zip(_plain(own), *bases, strict=True)
         )
-        return TokenizerFiles(*kept)
+        return TokenizerFiles(tokenizer, config, template, special_tokens_map)
 
     def close(self) -> None:
         """Ends the process that renders templates."""

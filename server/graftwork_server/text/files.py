@@ -52,15 +52,18 @@ class TokenizerFiles(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, folder: Path) -> TokenizerFiles:
         """The files that `folder` has."""
-        names = (
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "chat_template.jinja",
-            "special_tokens_map.json",
-            _FACTS,
+
+        def found(name: str) -> Path | None:
+            return folder / name if (folder / name).is_file() else None
+
+        return cls(
+            found("tokenizer.json"),
+            found("tokenizer_config.json"),
+            found("chat_template.jinja"),
+            found("special_tokens_map.json"),
+            found(_FACTS),
+            tuple(sorted((folder / _TEMPLATES).glob("*.jinja"))),
         )
-        found = (folder / name if (folder / name).is_file() else None for name in names)
-        return cls(*found, tuple(sorted((folder / _TEMPLATES).glob("*.jinja"))))
 
     def read_config(self) -> dict[str, Any]:
         """tokenizer_config.json as transformers completes it: special_tokens_map.json counts where the added tokens do
