@@ -26,6 +26,7 @@ from graftwork_server.engine.model_files import model_dir
 from graftwork_server.engine.outbox import default_messages_per_second
 from graftwork_server.engine.worker import EngineWorker
 from graftwork_server.errors import FailedPrecondition, body_of
+from graftwork_server.last_words import exit_when_a_thread_dies
 from graftwork_server.logs import set_up
 from graftwork_server.messages import StartFailed, encode_frame
 from graftwork_server.plugin_host import PluginHost
@@ -42,6 +43,7 @@ def main() -> int:
     arguments = parser.parse_args()
     settings: dict[str, Any] = json.loads(arguments.settings)
     _configure(settings)
+    exit_when_a_thread_dies()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(arguments.socket)
     try:

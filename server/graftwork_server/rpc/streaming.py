@@ -49,4 +49,5 @@ async def to_its_end(work: Callable[..., T], *arguments: Any, **keywords: Any) -
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         await asyncio.wait({running})
+        running.exception()  # nobody is left to hear of it
         raise
