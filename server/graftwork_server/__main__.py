@@ -1,7 +1,7 @@
 """`python -m graftwork_server ...` is `graftwork serve ...`: starts front and engine, serves, drains, ends.
 
-Exit codes: 0 after a drain, 1 if the server cannot start or go on, 2 for settings that cannot be used. Each failure is
-one line on stderr.
+Exit codes: 0 after a drain, 1 if the server cannot start or go on, 2 for settings that cannot be used. Each failure and
+each wrong setting is one line on stderr.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from graftwork_server import logs
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
     try:
         loaded = load_config(sys.argv[1:] if argv is None else argv, environ)
     except ConfigError as error:
-        return _fail(str(error), 2)
+        return max(_fail(problem, 2) for problem in error.problems)
     if loaded.print_only:
         sys.stdout.write(loaded.to_toml())
         return 0
@@ -58,7 +57,7 @@ async def serve(config: ServerConfig, address: str) -> int:
         if not await _first(starting, told_to_end):
             return 0
         bound = starting.result()
-        print(_greeting(front.engine.model, config.model, bound), flush=True)
+        print(_greeting(front.engine.model, config.base_name, bound), flush=True)
         if await _first(front.engine.failure, told_to_end):
             return _fail(front.engine.failure.result().message, 1)
         log.info("draining; a second signal ends at once")
@@ -90,8 +89,7 @@ def _on_signal(told_to_end: asyncio.Event) -> None:
     told_to_end.set()
 
 
-def _greeting(model: ModelInfo, asked: str | None, address: str) -> str:
-    name = "on-board" if asked is None else Path(asked).name or asked
+def _greeting(model: ModelInfo, name: str, address: str) -> str:
     size = _short(model.parameter_count)
     quantised = "" if model.quantization == "none" else f", {model.quantization}"
     what = f"{size} parameters, {model.dtype} on {model.device}{quantised}"

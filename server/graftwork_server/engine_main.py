@@ -31,6 +31,8 @@ from graftwork_server.logs import set_up
 from graftwork_server.messages import StartFailed, encode_frame
 from graftwork_server.plugin_host import PluginHost
 
+log = logging.getLogger("graftwork.engine")
+
 LEAST_KV_TOKENS = 128
 """A KV cache for less than a short prompt and its answer is a mistake in a setting."""
 
@@ -49,7 +51,7 @@ def main() -> int:
     try:
         worker = _build(settings, connection)
     except Exception as error:
-        logging.getLogger("graftwork.engine").debug("the engine did not start", exc_info=True)
+        log.debug("the engine did not start", exc_info=True)
         connection.sendall(encode_frame(StartFailed(error=body_of(error))))
         return 1
     # What is there now stays: the garbage collector need not look at it again in the middle of a step.
@@ -78,6 +80,7 @@ def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
     device = choose_device(str(settings.get("device", "auto")))
     dtype = choose_dtype(str(settings.get("dtype", "auto")), device)
     source = settings.get("model") or str(Path(__file__).parent / "base_model")
+    log.info("starting: reading %s, %s on %s, %d threads", source, str(dtype).removeprefix("torch."), device, threads)
     base = load_model(
         model_dir(str(source)),
         device,
@@ -95,6 +98,7 @@ def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
         host_cache_bytes=int(settings.get("host_cache_bytes", 0)),
         cuda_graphs=settings.get("cuda_graphs") != "off",
     )
+    log.info("starting: making room for the KV cache and for adapters")
     worker = EngineWorker(
         base,
         base_info(base.engine_model.model, base.info),
@@ -130,9 +134,7 @@ def check_kv_cache(base: BaseModel, kv_tokens: int) -> None:
             "for the engine's choice",
             reason="KV_MEMORY_TOO_SMALL",
         )
-    logging.getLogger("graftwork.engine").warning(
-        "%s: longer sequences are refused; --kv-memory-bytes sets its size", holds
-    )
+    log.warning("%s: longer sequences are refused; --kv-memory-bytes sets its size", holds)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from graftwork_server.rpc.generation import GenerationService
 from graftwork_server.rpc.interceptors import Drain
 from graftwork_server.rpc.limits import Admission
 from graftwork_server.rpc.server import HealthReporter, RpcServer
+from graftwork_server.rpc.status import ServerService
 from graftwork_server.rpc.strategies import StrategyService
 from graftwork_server.rpc.tuning import TuningService
 from graftwork_server.text import TextProcessor
@@ -73,8 +75,13 @@ class Front:
         The quick checks come first: a taken data directory or port is known before the model is loaded.
         Raises ListenError, and GraftworkServerError for the data directory or the model.
         """
+        begun = time.monotonic()
+        log.info("starting: opening the data directory %s", self._config.data_dir)
         self._hub = hub = await asyncio.to_thread(_open_hub, self._config.data_dir)
         bound = self._rpc.bind(address)
+        log.info(
+            "starting: the engine for base '%s' (it imports torch first), to serve on %s", self._config.base_name, bound
+        )
         model = (await self.engine.start()).model
         hub.resolver.base_fingerprint = model.fingerprint
         text = await asyncio.to_thread(_tokenizer, model)
@@ -98,9 +105,11 @@ class Front:
             AdapterService(self.engine, hub, texts, pins, self._config.max_upload_bytes),
             TuningService(hub, jobs, checker, self._drain, self._config.max_dataset_bytes),
             StrategyService(self.engine),
+            ServerService(self._config, self.engine, hub, self.admission),
         )
         pins.on_engine_ready()
         await jobs.start()
+        log.info("started after %.1f s; answering on %s", time.monotonic() - begun, bound)
         return bound
 
     async def drain(self) -> None:

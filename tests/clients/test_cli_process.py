@@ -78,7 +78,9 @@ def test_a_closed_pipe_is_no_traceback(server: ScriptedServer) -> None:
     assert gone.wait(10)
 
 
-def on_terminal(server: ScriptedServer, *arguments: str, turns: Sequence[str | signal.Signals] = ()) -> tuple[str, int]:
+def on_terminal(
+    server: ScriptedServer, *arguments: str, turns: Sequence[str | signal.Signals] = (), prompt: bytes = b"> "
+) -> tuple[str, int]:
     """What a command shows on a terminal, and its exit code. turns: what is typed or sent, one at each prompt."""
     waiting = list(turns)
     ours, theirs = pty.openpty()
@@ -89,7 +91,7 @@ def on_terminal(server: ScriptedServer, *arguments: str, turns: Sequence[str | s
     try:
         while data := os.read(ours, 65536):
             shown += data
-            if waiting and shown.count(b"> ") > len(turns) - len(waiting):
+            if waiting and shown.count(prompt) > len(turns) - len(waiting):
                 turn = waiting.pop(0)
                 if isinstance(turn, signal.Signals):
                     process.send_signal(turn)
@@ -119,6 +121,26 @@ def test_a_conversation_that_is_full_says_how_to_go_on_and_ctrl_c_ends_the_line(
     assert lines[2] == "(the conversation has become too long; /reset begins a new one)"
     assert shown.endswith("\n")
     assert code == 130
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "sent"), [("y", 0, 1), ("YES", 0, 1), ("", 1, 0), ("no", 1, 0), (signal.SIGINT, 130, 0)]
+)
+def test_deleting_asks_on_a_terminal(
+    server: ScriptedServer, answer: str | signal.Signals, code: int, sent: int
+) -> None:
+    server.on("DeleteAdapter", a.DeleteAdapterResponse(deleted_versions=2))
+    shown, ended = on_terminal(server, "adapter", "delete", "dates", turns=[answer], prompt=b"[y/N] ")
+    assert "delete adapter dates with all its versions? [y/N] " in shown
+    assert ended == code
+    assert len(server.requests("DeleteAdapter")) == sent
+    assert ("deleted dates (2 versions)" in shown) == bool(sent)
+
+
+def test_deleting_with_yes_asks_nothing(server: ScriptedServer) -> None:
+    server.on("DeleteAdapter", a.DeleteAdapterResponse(deleted_versions=2))
+    shown, code = on_terminal(server, "adapter", "delete", "dates", "--yes")
+    assert (shown.strip(), code) == ("deleted dates (2 versions)", 0)
 
 
 def test_a_terminal_gets_bars(server: ScriptedServer, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ METHODS = {
         "WatchTuningJob",
     },
     "StrategyService": {"ListStrategies", "GetStrategy"},
+    "ServerService": {"GetServer"},
 }
 
 

@@ -127,6 +127,21 @@ def test_an_engine_that_keeps_dying_ends_the_server(serve):
     assert "serving base" in out
 
 
+def test_it_says_what_it_does_while_it_starts_and_each_wrong_setting_once(serve):
+    process = serve()
+    lines = [process.stderr.readline(), process.stderr.readline()]
+    assert "starting: opening the data directory" in lines[0]
+    assert "starting: the engine for base 'options-0.json' (it imports torch first), to serve on 127.0.0.1:" in lines[1]
+    process = serve("--max-queue", "0", "--nonsense", "--kv-memory-bytes", "2G")
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (2, "")
+    assert [line.partition(": ")[2].partition(":")[0] for line in err.splitlines()] == [
+        "flag --nonsense",
+        "flag --max-queue",
+        "flag --kv-memory-bytes",
+    ]
+
+
 def test_a_data_directory_has_one_server(serve):
     address_of(serve())
     code, line = failure(serve())

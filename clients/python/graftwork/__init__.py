@@ -37,6 +37,7 @@ from graftwork.requests import SamplingOptions
 from graftwork.streams import AsyncGenerationStream, GenerationStream
 from graftwork.types import (
     Adapter,
+    BaseModelInfo,
     Classification,
     ClassificationResult,
     Completion,
@@ -51,6 +52,8 @@ from graftwork.types import (
     LoadReport,
     Message,
     Score,
+    ServerInfo,
+    ServerLimits,
     Strategy,
     Tokenization,
     TokenLogprob,
@@ -74,6 +77,7 @@ __all__ = [
     "AsyncClient",
     "AsyncGenerationStream",
     "AsyncTuningJob",
+    "BaseModelInfo",
     "CancelledError",
     "Classification",
     "ClassificationResult",
@@ -105,6 +109,8 @@ __all__ = [
     "ResourceExhaustedError",
     "SamplingOptions",
     "Score",
+    "ServerInfo",
+    "ServerLimits",
     "Strategy",
     "TokenLogprob",
     "Tokenization",

@@ -14,6 +14,7 @@ from graftwork.calls import Streaming
 from graftwork.requests import Messages, Prompt, SamplingOptions, TextInput, Tools
 from graftwork.resources.adapters import AsyncAdapters
 from graftwork.resources.datasets import AsyncDatasets
+from graftwork.resources.server import AsyncServer
 from graftwork.resources.strategies import AsyncStrategies
 from graftwork.resources.tuning import AsyncTuning
 from graftwork.streams import AsyncGenerationStream
@@ -37,6 +38,7 @@ class AsyncClient:
 
     adapters: AsyncAdapters
     datasets: AsyncDatasets
+    server: AsyncServer
     strategies: AsyncStrategies
     tuning: AsyncTuning
 
@@ -50,6 +52,7 @@ class AsyncClient:
         self._transport = AsyncTransport(Settings.of(address, timeout, max_retries))
         self.adapters = AsyncAdapters(self._transport)
         self.datasets = AsyncDatasets(self._transport)
+        self.server = AsyncServer(self._transport)
         self.strategies = AsyncStrategies(self._transport)
         self.tuning = AsyncTuning(self._transport)
 

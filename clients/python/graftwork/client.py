@@ -11,6 +11,7 @@ from graftwork.calls import Streaming
 from graftwork.requests import Messages, Prompt, SamplingOptions, TextInput, Tools
 from graftwork.resources.adapters import Adapters
 from graftwork.resources.datasets import Datasets
+from graftwork.resources.server import Server
 from graftwork.resources.strategies import Strategies
 from graftwork.resources.tuning import Tuning
 from graftwork.streams import GenerationStream
@@ -39,6 +40,7 @@ class Client:
 
     adapters: Adapters
     datasets: Datasets
+    server: Server
     strategies: Strategies
     tuning: Tuning
 
@@ -52,6 +54,7 @@ class Client:
         self._transport = Transport(Settings.of(address, timeout, max_retries))
         self.adapters = Adapters(self._transport)
         self.datasets = Datasets(self._transport)
+        self.server = Server(self._transport)
         self.strategies = Strategies(self._transport)
         self.tuning = Tuning(self._transport)
 

@@ -16,7 +16,7 @@ from graftwork import responses, types
 from graftwork.calls import Message, Page, Streaming, Unary, Upload
 from graftwork.fields import build
 from graftwork.uploads import AdapterFiles
-from graftwork.v1 import adapters_pb2, generation_pb2, strategies_pb2
+from graftwork.v1 import adapters_pb2, generation_pb2, server_pb2, strategies_pb2
 
 Prompt: TypeAlias = str | Sequence[int]
 TextInput: TypeAlias = str | tuple[str, str] | Sequence[int]
@@ -33,6 +33,7 @@ _POOLINGS: Mapping[str, generation_pb2.Pooling.ValueType] = {
 _GENERATION = "/graftwork.v1.GenerationService/"
 _ADAPTERS = "/graftwork.v1.AdapterService/"
 _STRATEGIES = "/graftwork.v1.StrategyService/"
+_SERVER = "/graftwork.v1.ServerService/"
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -460,6 +461,17 @@ def get_strategy(strategy: str) -> Unary[strategies_pb2.GetStrategyResponse, typ
         request=build(strategies_pb2.GetStrategyRequest, name=resource_name("strategies", strategy)),
         response=strategies_pb2.GetStrategyResponse,
         parse=responses.strategy,
+        retry=True,
+    )
+
+
+def get_server() -> Unary[server_pb2.GetServerResponse, types.ServerInfo]:
+    """GetServer."""
+    return Unary(
+        path=_SERVER + "GetServer",
+        request=server_pb2.GetServerRequest(),
+        response=server_pb2.GetServerResponse,
+        parse=responses.server,
         retry=True,
     )
 

@@ -13,7 +13,7 @@ from google.protobuf import json_format, struct_pb2, timestamp_pb2
 from graftwork import types
 from graftwork.calls import Page
 from graftwork.errors import InternalError
-from graftwork.v1 import adapters_pb2, generation_pb2, strategies_pb2, tuning_pb2
+from graftwork.v1 import adapters_pb2, generation_pb2, server_pb2, strategies_pb2, tuning_pb2
 
 _FINISH: Mapping[int, types.FinishReason] = {
     generation_pb2.FINISH_REASON_STOP: "stop",
@@ -268,6 +268,24 @@ def strategy(message: strategies_pb2.GetStrategyResponse) -> types.Strategy:
 def strategy_page(message: strategies_pb2.ListStrategiesResponse) -> Page[types.Strategy]:
     """One page of strategies."""
     return Page(tuple(_strategy(item) for item in message.strategies), message.next_page_token)
+
+
+def server(message: server_pb2.GetServerResponse) -> types.ServerInfo:
+    """A server."""
+    found = message.server
+    return types.ServerInfo(
+        version=found.version,
+        versions=dict(found.versions),
+        start_time=_time(found, "start_time"),
+        engine_ready=found.engine_ready,
+        base_model=types.BaseModelInfo(**_scalars(found.base_model, types.BaseModelInfo)),
+        limits=types.ServerLimits(**_scalars(found.limits, types.ServerLimits)),
+        loaded_versions=tuple(found.loaded_versions),
+        adapter_count=found.adapter_count,
+        sequence_count=found.sequence_count,
+        jobs=tuple(job(item) for item in found.jobs),
+        job_count=found.job_count,
+    )
 
 
 def dataset(message: tuning_pb2.UploadDatasetResponse) -> types.Dataset:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
@@ -36,6 +37,8 @@ from graftwork_server.engine.sequence import ScheduledChunk, Sequence
 from graftwork_server.engine.weights import SharedWeights
 from graftwork_server.errors import FailedPrecondition
 from graftwork_server.types import ModelInfo
+
+log = logging.getLogger("graftwork.engine")
 
 _PROBE_ROWS = ([3, 1, 4, 1, 5], [2, 7, 1, 8, 2, 8, 1, 8])
 """13 tokens: a number that no dimension of a model is likely to have, see record_row_dims."""
@@ -228,6 +231,7 @@ def _load_encoder(
     with torch.no_grad():
         for name in missing:  # transformers makes them up, each time anew
             trunk.get_parameter(name).zero_()
+    log.info("starting: probing %s, rows one by one and packed together", type(whole).__name__)
     expected, expected_logits = _probe(whole, trunk)
     print_of_base = fingerprint(trunk.config.to_dict(), trunk.state_dict() | tensors)
     weights = SharedWeights(trunk, device)

@@ -179,8 +179,11 @@ def load_base(
     # Of the checkpoint, not of how it is served: an adapter fits the base quantised or not.
     print_of_base = fingerprint(model.config.to_dict(), model.state_dict())
     parameter_count = sum(parameter.numel() for parameter in model.parameters())
+    if quantization != "none":
+        log.info("starting: quantising the linear layers to %s", quantization)
     quantize_linears(model, quantization, device)
     model.to(device)
+    log.info("starting: probing %s, rows one by one and packed together", type(model).__name__)
     shapes, settings = _probe_layers(model)
     expected = _probe_logprobs(model)
     weights = SharedWeights(model, device, quantization)

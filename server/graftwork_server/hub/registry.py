@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -187,6 +187,17 @@ class Registry:
         with self._database.read() as session:
             rows = session.scalars(select(Version).where(Version.pinned).order_by(Version.adapter_id, Version.number))
             return [version_record(row) for row in rows]
+
+    def versions_of(self, digests: Collection[str]) -> list[VersionRecord]:
+        """Versions that have one of these digests, by adapter and number."""
+        query = select(Version).where(Version.digest.in_(digests)).order_by(Version.adapter_id, Version.number)
+        with self._database.read() as session:
+            return [version_record(row) for row in session.scalars(query)]
+
+    def adapter_count(self) -> int:
+        """How many adapters there are."""
+        with self._database.read() as session:
+            return session.scalar(select(func.count()).select_from(Adapter)) or 0
 
     def digests(self) -> set[str]:
         """Digests of all versions."""

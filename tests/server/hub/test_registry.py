@@ -345,6 +345,7 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_database_is_one_clear_error(tmp_path: Path) -> None:
+    Hub(tmp_path).close()
     (tmp_path / "registry.db").write_bytes(b"this is no database at all" * 100)
     for _ in range(2):  # and the lock is free again
         with pytest.raises(GraftworkServerError) as caught:

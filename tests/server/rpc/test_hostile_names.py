@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from graftwork.v1 import adapters_pb2, generation_pb2, strategies_pb2, tuning_pb2
+from graftwork.v1 import adapters_pb2, generation_pb2, server_pb2, strategies_pb2, tuning_pb2
 
 PARTS = [
     "", ".", "..", "../x", "..\\x", "/", "//", "\\", "/etc/passwd", "../../etc/passwd", "a/b", "a\\b", "a/../b", "./a",
@@ -78,13 +78,13 @@ def calls(server):
 
 
 METHODS = list(calls(None))
-NAMELESS = {"ListAdapters", "ListStrategies", "ListTuningJobs", "UploadDataset"}
+NAMELESS = {"ListAdapters", "ListStrategies", "ListTuningJobs", "UploadDataset", "GetServer"}
 ALSO_A_GOOD_ID = {"a" + "." * 64, "x" * 65, "adapters"}
 """Longer ids than an adapter's are fine for jobs, data sets and strategies: nobody is there, NOT_FOUND."""
 
 
 def test_every_method_that_takes_a_name_is_here():
-    files = (adapters_pb2, generation_pb2, strategies_pb2, tuning_pb2)
+    files = (adapters_pb2, generation_pb2, server_pb2, strategies_pb2, tuning_pb2)
     services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
     named = {method.name for service in services for method in service.methods}
     assert {method.split()[0] for method in METHODS} == named - NAMELESS

@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 
 from graftwork.cli import output
+from graftwork.cli.confirm import Yes, confirm
 from graftwork.cli.options import AdapterRef, Address, AsJson, subgroup
 from graftwork.cli.progress import upload_bar
 from graftwork.cli.session import session
@@ -126,11 +127,13 @@ def unpin(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, addr
 def delete(
     ctx: typer.Context,
     adapter_id: AdapterId,
+    yes: Yes = False,
     as_json: AsJson = False,
     address: Address = None,
 ) -> None:
-    """Delete an adapter with all its versions."""
+    """Delete an adapter with all its versions. Asks first on a terminal."""
     with session(ctx, address, as_json) as client:
+        confirm(f"delete adapter {adapter_id} with all its versions?", yes)
         count = client.adapters.delete(adapter_id)
         if as_json:
             output.emit({"adapter_id": adapter_id, "deleted_versions": count})

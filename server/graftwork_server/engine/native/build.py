@@ -45,6 +45,7 @@ def load_library() -> ctypes.CDLL | None:
         folder = _folder()
         path = folder / f"kernels-{_key(compiler)}.so"
         if not path.is_file():
+            log.info("starting: compiling the CPU kernels for this machine; later starts find them in %s", folder)
             _compile(compiler, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
