@@ -11,7 +11,7 @@ from graftwork_server.errors import NotFound
 _Base: Any = health.aio.HealthServicer  # type: ignore[attr-defined]  # loaded lazily by the package
 
 
-class HealthService(_Base):  # type: ignore[misc]
+class HealthService(_Base):
     """What the server and each of its services say of themselves."""
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:

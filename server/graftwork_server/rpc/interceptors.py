@@ -84,8 +84,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler:
         """Called by gRPC once per call."""
         handler: Any = await continuation(handler_call_details)
-        if handler is None:
-            return handler
+        if handler is None:  # the method is not there
+            return handler  # type: ignore[return-value]
         make, behaviour = _kind(handler)
         request_id = _request_id(handler_call_details)
         if handler.request_streaming:
