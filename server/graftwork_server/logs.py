@@ -11,6 +11,9 @@ import sys
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 """Id of the request that is being served; "" outside of one."""
 
+client: contextvars.ContextVar[str] = contextvars.ContextVar("client", default="")
+"""Host of the client whose request is being served; "" outside of one."""
+
 
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
