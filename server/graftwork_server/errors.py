@@ -7,6 +7,7 @@
      +-- FailedPrecondition         the request is well-formed, but does not fit this base, artifact or state
      +-- ResourceExhausted          a queue or a pool is full; retry_after_ms says when to come back
      +-- Unavailable                a process is down or restarting; the same request may be sent again
+     +-- DeadlineExceeded           the client let too much time pass
      +-- Cancelled
      +-- Internal                   a defect of ours
 
@@ -136,6 +137,12 @@ class Unavailable(GraftworkServerError):
     code = "UNAVAILABLE"
 
 
+class DeadlineExceeded(GraftworkServerError):
+    """The client let too much time pass."""
+
+    code = "DEADLINE_EXCEEDED"
+
+
 class Cancelled(GraftworkServerError):
     """Ended because somebody asked for it."""
 
@@ -157,6 +164,7 @@ _BY_CODE: dict[str, type[GraftworkServerError]] = {
         FailedPrecondition,
         ResourceExhausted,
         Unavailable,
+        DeadlineExceeded,
         Cancelled,
         Internal,
     )

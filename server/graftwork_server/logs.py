@@ -16,6 +16,9 @@ TRACEBACK_CHARACTERS = 200_000
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 """Id of the request that is being served; "" outside of one."""
 
+client: contextvars.ContextVar[str] = contextvars.ContextVar("client", default="")
+"""Host of the client whose request is being served; "" outside of one."""
+
 
 class _Formatter(logging.Formatter):
     """What is logged may quote strangers: it forges no line, and it can always be written."""

@@ -7,17 +7,20 @@ from typing import Any
 from graftwork.v1 import generation_pb2 as pb
 from graftwork_plugins.documents import read_json
 from graftwork_server.errors import InvalidArgument, Violation
-from graftwork_server.rpc.limits import check_messages, invalid, off_loop_if_large
+from graftwork_server.isolated_text import IsolatedTexts
+from graftwork_server.rpc.limits import check_messages, invalid
 from graftwork_server.text import TextProcessor
 
 MAX_JSON_BYTES = 256 << 10
 MAX_TOOLS = 128
 
 
-async def chat_ids(request: pb.ChatRequest | pb.TokenizeRequest, text: TextProcessor) -> list[int]:
+async def chat_ids(
+    request: pb.ChatRequest | pb.TokenizeRequest, text: TextProcessor, texts: IsolatedTexts
+) -> list[int]:
     """Token ids of the request's conversation, up to where the model is to write.
 
-    Raises InvalidArgument naming what is wrong, and the errors of TextProcessor.encode_chat.
+    Raises InvalidArgument naming what is wrong, and the errors of TextProcessor.encode_chat and IsolatedTexts.run.
     """
     check_messages(request.messages)
     turns = [_turn(message, f"messages[{index}]") for index, message in enumerate(request.messages)]
@@ -28,10 +31,11 @@ async def chat_ids(request: pb.ChatRequest | pb.TokenizeRequest, text: TextProce
         what = "needs a last message of the assistant, to be continued; leave it out to begin a new one"
         raise invalid([Violation("continue_final_message", what)])
     size = sum(len(message.content) + len(message.tool_calls_json) for message in request.messages)
-    return await off_loop_if_large(
+    return await texts.run(
+        text,
         size + len(request.tools_json),
-        lambda: text.encode_chat(turns, tools=tools, continue_final_message=request.continue_final_message),
-        always=text.template_is_slow,
+        lambda text: text.encode_chat(turns, tools=tools, continue_final_message=request.continue_final_message),
+        "messages",
     )
 
 

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from graftwork_server.errors import GraftworkServerError, Internal, InvalidArgument, Unavailable
+from graftwork_server.logs import client as current_client
 from graftwork_server.logs import request_id as current_request_id
 
 log = logging.getLogger("graftwork.rpc")
@@ -105,6 +106,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             token = current_request_id.set(request_id)
+            current_client.set(_host(context.peer()))
             begun, outcome = time.monotonic(), "OK"
             trailing = ((REQUEST_ID_KEY, request_id),)
             entered = False
@@ -207,6 +209,11 @@ class _Decoded:
 
     async def __anext__(self) -> Any:
         return _decoded(await anext(self._requests))
+
+
+def _host(peer: str) -> str:
+    """The host of gRPC's "ipv4:HOST:PORT": what tells one client from another, as far as anything does."""
+    return peer.rpartition(":")[0] or peer
 
 
 def _request_id(details: grpc.HandlerCallDetails) -> str:
