@@ -96,25 +96,23 @@ class TextProcessor:
         files: TokenizerFiles,
         compile_template: CompileTemplate = ChatTemplate,
         default_template: str | Mapping[str, str] | None = None,
-        base: TextProcessor | None = None,
+        tokenizer: Tokenizer | None = None,
+        facts: ModelFacts | None = None,
     ) -> TextProcessor:
-        """Reads the files; `default_template` is for those that bring none.
+        """Reads the files; `default_template` is for those that bring none, `tokenizer` what was made of its file,
+        `facts` what is known of the base model, where no file says it.
 
-        `base`: for the files of an adapter, the base model's; how text is cut and joined, and what the model knows, is
-        as there. Raises FailedPrecondition (TOKENIZER_MISSING, TOKENIZER_INVALID).
+        Raises FailedPrecondition (TOKENIZER_MISSING, TOKENIZER_INVALID).
         """
         if files.tokenizer is None:
             raise FailedPrecondition(
                 "the model brings no tokenizer.json; only token ids can be used with it", reason="TOKENIZER_MISSING"
             )
         try:
-            tokenizer = Tokenizer.from_file(str(files.tokenizer))
-            if base is not None:
-                for rule in ("normalizer", "pre_tokenizer", "decoder"):
-                    setattr(tokenizer, rule, getattr(base._tokenizer, rule))
+            tokenizer = tokenizer or Tokenizer.from_file(str(files.tokenizer))
             config = files.read_config()
             templates = files.read_templates(config) or default_template
-            return cls(tokenizer, config, templates, compile_template, base.facts if base else files.read_facts())
+            return cls(tokenizer, config, templates, compile_template, facts or files.read_facts())
         except GraftworkServerError:
             raise
         except Exception as error:  # tokenizers raises plain Exception for damaged files
@@ -207,12 +205,6 @@ class TextProcessor:
         template = self._templates.get(DEFAULT_TEMPLATE)
         return template is not None and not isinstance(template, GraftworkServerError)
 
-    @property
-    def template_is_slow(self) -> bool:
-        """Whether rendering waits for another process, so that no event loop should."""
-        rendered = [template for template in self._templates.values() if not isinstance(template, GraftworkServerError)]
-        return any(not isinstance(template, ChatTemplate) for template in rendered)
-
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool, **variables: Any) -> str:
         """The conversation as the model reads it; with `add_generation_prompt`, up to where its answer begins.
 
@@ -257,6 +249,10 @@ class TextProcessor:
         """Tokens that end a text or an assistant's turn: the tokenizer's, the base model's and the chat template's."""
         ids = (self.end_of_turn_id, self.eos_token_id, *self.facts.eos_token_ids)
         return frozenset(id for id in ids if id is not None)
+
+    def end_tokens(self) -> list[int]:
+        """end_ids as a list, in order."""
+        return sorted(self.end_ids)
 
     @cached_property
     def _end_texts(self) -> list[str]:
