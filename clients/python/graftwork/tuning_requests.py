@@ -42,6 +42,39 @@ def upload_dataset(
     )
 
 
+def get_dataset(dataset: str | types.Dataset) -> Unary[tuning_pb2.GetDatasetResponse, types.Dataset]:
+    """GetDataset."""
+    return Unary(
+        path=_TUNING + "GetDataset",
+        request=build(tuning_pb2.GetDatasetRequest, name=dataset_name(dataset)),
+        response=tuning_pb2.GetDatasetResponse,
+        parse=responses.dataset,
+        retry=True,
+    )
+
+
+def list_datasets(page_size: int, token: str) -> Unary[tuning_pb2.ListDatasetsResponse, Page[types.Dataset]]:
+    """ListDatasets, one page."""
+    return Unary(
+        path=_TUNING + "ListDatasets",
+        request=build(tuning_pb2.ListDatasetsRequest, page_size=page_size, page_token=token),
+        response=tuning_pb2.ListDatasetsResponse,
+        parse=responses.dataset_page,
+        retry=True,
+    )
+
+
+def delete_dataset(dataset: str | types.Dataset) -> Unary[tuning_pb2.DeleteDatasetResponse, None]:
+    """DeleteDataset."""
+    return Unary(
+        path=_TUNING + "DeleteDataset",
+        request=build(tuning_pb2.DeleteDatasetRequest, name=dataset_name(dataset)),
+        response=tuning_pb2.DeleteDatasetResponse,
+        parse=lambda message: None,
+        retry=False,
+    )
+
+
 def validate_dataset(
     source: DatasetSource | None, dataset: str | types.Dataset | None, max_sequence_tokens: int
 ) -> Upload[tuning_pb2.ValidateDatasetResponse, types.DatasetReport]:
@@ -132,6 +165,17 @@ def cancel_job(job: str) -> Unary[tuning_pb2.CancelTuningJobResponse, types.Tuni
         request=build(tuning_pb2.CancelTuningJobRequest, name=resource_name("tuningJobs", job)),
         response=tuning_pb2.CancelTuningJobResponse,
         parse=lambda message: responses.job(message.job),
+        retry=False,
+    )
+
+
+def delete_job(job: str) -> Unary[tuning_pb2.DeleteTuningJobResponse, None]:
+    """DeleteTuningJob, by id or resource name."""
+    return Unary(
+        path=_TUNING + "DeleteTuningJob",
+        request=build(tuning_pb2.DeleteTuningJobRequest, name=resource_name("tuningJobs", job)),
+        response=tuning_pb2.DeleteTuningJobResponse,
+        parse=lambda message: None,
         retry=False,
     )
 

@@ -18,12 +18,13 @@ EventKind: TypeAlias = Literal["state", "progress", "evaluation", "checkpoint", 
 class Message(TypedDict):
     """One message of a conversation: role is "system", "user" or "assistant", or another that the template knows.
 
+    content: a text, or a list of parts {"type": "text", "text": ...}, which are joined as they are.
     tool_calls: what the assistant called, as the template reads it. tool_call_id: the call that a message answers.
     name: who speaks, such as a tool.
     """
 
     role: str
-    content: str
+    content: str | Sequence[Mapping[str, Any]]
     tool_calls: NotRequired[Sequence[Mapping[str, Any]]]
     tool_call_id: NotRequired[str]
     name: NotRequired[str]

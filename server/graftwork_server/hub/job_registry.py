@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from graftwork_server.errors import ErrorBody, FailedPrecondition, NotFound
 from graftwork_server.hub.database import Database, now
-from graftwork_server.hub.models import Job, JobEvent
+from graftwork_server.hub.models import Dataset, Job, JobEvent
 from graftwork_server.hub.pages import check_page_size, page_after, page_token
 from graftwork_server.hub.records import (
     JobEventRecord,
@@ -29,7 +29,7 @@ from graftwork_server.hub.registry import RequestKey, insert_version, recall, re
 from graftwork_server.messages import Checkpointed, Evaluated, Note, Progress
 from graftwork_server.types import JobState, TuningEstimate, TuningProgress, TuningResult
 
-_FINAL = [state.value for state in JobState if state.final]
+FINAL_STATES = [state.value for state in JobState if state.final]
 _POSITION = re.compile(r"[0-9]{1,18}")
 T = TypeVar("T")
 
@@ -47,6 +47,7 @@ class JobRegistry:
         with self._database.write() as session:
             if request is not None and (resource := recall(session, request)) is not None:
                 return _record(_job(session, resource))
+            _check_datasets(session, spec)
             job = Job(
                 id=job_id,
                 spec=_to_json(spec),
@@ -91,8 +92,18 @@ class JobRegistry:
     def unfinished(self) -> Sequence[JobRecord]:
         """Jobs that have not ended, in the order they were created."""
         with self._database.read() as session:
-            rows = session.scalars(select(Job).where(Job.state.not_in(_FINAL)).order_by(Job.position))
+            rows = session.scalars(select(Job).where(Job.state.not_in(FINAL_STATES)).order_by(Job.position))
             return [_record(row) for row in rows]
+
+    def delete(self, job_id: str) -> None:
+        """Forgets a job and its events. Raises NotFound, FailedPrecondition (JOB_NOT_ENDED)."""
+        with self._database.write() as session:
+            job = _job(session, job_id)
+            if not JobState(job.state).final:
+                raise FailedPrecondition(
+                    f"job {job_id} has not ended ({job.state}); cancel it first", reason="JOB_NOT_ENDED", field="name"
+                )
+            session.delete(job)
 
     def events(self, job_id: str, after_sequence: int, limit: int) -> tuple[Sequence[JobEventRecord], bool]:
         """The next events, at most `limit`, and whether none can follow them."""
@@ -137,6 +148,14 @@ class JobRegistry:
             job.result = _to_json(result)
             _append(session, job, [*happenings, StateChanged(state=JobState.SUCCEEDED)])
             return _record(job), published
+
+
+def _check_datasets(session: Session, spec: TuningSpec) -> None:
+    """In the job's own transaction: what is not there any more now was deleted since it was checked."""
+    fields = (("spec.dataset", spec.dataset_id), ("spec.validation_dataset", spec.validation_dataset_id))
+    for field, dataset_id in fields:
+        if dataset_id and session.get(Dataset, dataset_id) is None:
+            raise NotFound(f"the data set {dataset_id} was deleted just now", reason="DATASET_NOT_FOUND", field=field)
 
 
 def _job(session: Session, job_id: str) -> Job:

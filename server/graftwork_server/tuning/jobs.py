@@ -153,6 +153,10 @@ class JobManager:
         """Jobs, newest first, and the next page's token."""
         return await asyncio.to_thread(self._hub.jobs.list, page_size, page_token)
 
+    async def delete(self, job_id: str) -> None:
+        """Forgets a job that has ended. Raises NotFound, FailedPrecondition (JOB_NOT_ENDED)."""
+        await asyncio.to_thread(self._hub.jobs.delete, job_id)
+
     async def cancel(self, job_id: str) -> JobRecord:
         """Ends a job; returns once its tuner is gone. A second time is no error.
 
@@ -256,7 +260,7 @@ class JobManager:
             raise FailedPrecondition(
                 "the base model has no tokenizer, so nothing can be tuned on text", reason="TOKENIZER_MISSING"
             )
-        await asyncio.to_thread(self._hub.registry.get_dataset, dataset_id, field)
+        await asyncio.to_thread(self._hub.datasets.get, dataset_id, field)
         report = await self._check(self._hub.store.dataset_path(dataset_id), self._row_limit(spec))
         if not report.valid:
             where = [Violation(": ".join(filter(None, (field, e.place))), e.reason) for e in report.errors]

@@ -167,6 +167,56 @@ async def test_a_job_ends_in_an_adapter_that_answers(server):
     assert (await call.read()).version == 1
 
 
+async def test_data_sets_are_listed_newest_first_and_deleted(server, refused):
+    stored = [(await upload(server, ROWS + b'{"prompt": "%d", "completion": "c"}' % n)).dataset for n in range(3)]
+    first = await server.tuning.ListDatasets(pb.ListDatasetsRequest(page_size=2))
+    second = await server.tuning.ListDatasets(pb.ListDatasetsRequest(page_size=2, page_token=first.next_page_token))
+    assert [*first.datasets, *second.datasets] == list(reversed(stored))
+    assert second.next_page_token == ""
+    assert (await server.tuning.GetDataset(pb.GetDatasetRequest(name=stored[0].name))).dataset == stored[0]
+    lines = server.data / "datasets" / f"{stored[0].dataset_id}.jsonl"
+    assert lines.exists()
+    await server.tuning.DeleteDataset(pb.DeleteDatasetRequest(name=stored[0].name))
+    assert not lines.exists()
+    for call in (
+        server.tuning.GetDataset(pb.GetDatasetRequest(name=stored[0].name)),
+        server.tuning.DeleteDataset(pb.DeleteDatasetRequest(name=stored[0].name)),
+        create(server, dataset=stored[0].name),
+    ):
+        assert (await refused(call)).reason == "DATASET_NOT_FOUND"
+    assert (await upload(server, ROWS + b'{"prompt": "0", "completion": "c"}')).dataset.name == stored[0].name
+    assert lines.exists()
+
+
+@pytest.mark.parametrize("field", ["dataset", "validation_dataset"])
+async def test_what_a_job_needs_is_not_deleted(make_server, refused, field):
+    server = await make_server(options={"job_steps": 1000})
+    dataset = (await upload(server, ROWS * 2)).dataset.name
+    job = await create(server, **{field: dataset})
+    error = await refused(server.tuning.DeleteDataset(pb.DeleteDatasetRequest(name=dataset)))
+    assert (error.code, error.reason) == ("FAILED_PRECONDITION", "DATASET_IN_USE")
+    assert job.job_id in error.message
+    error = await refused(server.tuning.DeleteTuningJob(pb.DeleteTuningJobRequest(name=job.name)))
+    assert (error.code, error.reason) == ("FAILED_PRECONDITION", "JOB_NOT_ENDED")
+    await server.tuning.CancelTuningJob(pb.CancelTuningJobRequest(name=job.name))
+    await server.tuning.DeleteDataset(pb.DeleteDatasetRequest(name=dataset))
+
+
+async def test_a_deleted_job_leaves_its_version(server, refused):
+    job = await create(server)
+    await watch(server, job.name)
+    await server.tuning.DeleteTuningJob(pb.DeleteTuningJobRequest(name=job.name))
+    for call in (
+        server.tuning.GetTuningJob(pb.GetTuningJobRequest(name=job.name)),
+        server.tuning.WatchTuningJob(pb.WatchTuningJobRequest(name=job.name)),
+        server.tuning.DeleteTuningJob(pb.DeleteTuningJobRequest(name=job.name)),
+    ):
+        assert (await refused(call)).reason == "JOB_NOT_FOUND"
+    assert not (await server.tuning.ListTuningJobs(pb.ListTuningJobsRequest())).jobs
+    adapter = (await server.adapters.GetAdapter(adapters_pb2.GetAdapterRequest(name="adapters/tuned"))).adapter
+    assert adapter.tuning_job == job.name
+
+
 async def test_events_can_be_resumed(server):
     job = await create(server)
     events = await watch(server, job.name)

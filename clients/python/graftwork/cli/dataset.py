@@ -1,17 +1,21 @@
-"""graftwork dataset: check a JSONL file before a job is made of it."""
+"""graftwork dataset: check a JSONL file before a job is made of it; list, show and delete what is stored."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import typer
 
 from graftwork.cli import output
+from graftwork.cli.confirm import Yes, confirm
 from graftwork.cli.options import Address, AsJson, subgroup
 from graftwork.cli.progress import upload_bar
 from graftwork.cli.session import FAILED, session
-from graftwork.types import DatasetReport
+from graftwork.types import Dataset, DatasetReport
+
+DatasetId: TypeAlias = Annotated[str, typer.Argument(metavar="ID", help="The data set.")]
 
 app = subgroup("Data sets: JSONL files to tune on.")
 
@@ -36,6 +40,51 @@ def check(
             _print(report, file)
     if not report.valid:
         raise typer.Exit(FAILED)
+
+
+@app.command("list")
+def list_(ctx: typer.Context, as_json: AsJson = False, address: Address = None) -> None:
+    """List the stored data sets, newest first."""
+    with session(ctx, address, as_json) as client:
+        datasets = list(client.datasets.list())
+        if as_json:
+            output.emit(datasets)
+            return
+        output.table(
+            ("DATA SET", "NAME", "FORM", "ROWS", "SIZE", "CREATED"),
+            ((d.dataset_id, d.display_name, *_facts(d)) for d in datasets),
+        )
+
+
+@app.command()
+def show(ctx: typer.Context, dataset: DatasetId, as_json: AsJson = False, address: Address = None) -> None:
+    """Show a stored data set."""
+    with session(ctx, address, as_json) as client:
+        found = client.datasets.get(dataset)
+        if as_json:
+            output.emit(found)
+            return
+        names = ("data set", "name", "form", "rows", "size", "created")
+        output.fields(zip(names, (found.dataset_id, found.display_name, *_facts(found)), strict=True))
+
+
+@app.command()
+def delete(
+    ctx: typer.Context, dataset: DatasetId, yes: Yes = False, as_json: AsJson = False, address: Address = None
+) -> None:
+    """Delete a stored data set. Asks first on a terminal."""
+    with session(ctx, address, as_json) as client:
+        confirm(f"delete data set {dataset}?", yes)
+        client.datasets.delete(dataset)
+        if as_json:
+            output.emit({"dataset_id": dataset})
+        else:
+            print(f"deleted {dataset}")
+
+
+def _facts(dataset: Dataset) -> tuple[str | datetime | None, ...]:
+    """FORM, ROWS, SIZE, CREATED."""
+    return dataset.format, f"{dataset.row_count:,}", output.size(dataset.size_bytes), dataset.create_time
 
 
 def _print(report: DatasetReport, file: Path) -> None:

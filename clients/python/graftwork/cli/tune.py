@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from graftwork.cli import output
+from graftwork.cli.confirm import Yes, confirm
 from graftwork.cli.options import Address, AsJson, JobId, subgroup
 from graftwork.cli.progress import follow, upload_bar
 from graftwork.cli.session import session
@@ -121,6 +122,18 @@ def cancel(ctx: typer.Context, job: JobId, as_json: AsJson = False, address: Add
             output.emit(handle.info)
         else:
             print(f"job {handle.id} {handle.state}")
+
+
+@app.command()
+def delete(ctx: typer.Context, job: JobId, yes: Yes = False, as_json: AsJson = False, address: Address = None) -> None:
+    """Delete a job that has ended, with its events. The version that it published stays. Asks first on a terminal."""
+    with session(ctx, address, as_json) as client:
+        confirm(f"delete job {job} and its events?", yes)
+        client.tuning.delete(job)
+        if as_json:
+            output.emit({"job_id": job})
+        else:
+            print(f"deleted {job}")
 
 
 def _config(settings: list[str]) -> dict[str, Any]:

@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Iterator
 
 from graftwork import tuning_requests
 from graftwork.async_transport import AsyncTransport
+from graftwork.resources.paging import async_pages, pages
 from graftwork.transport import Transport
 from graftwork.types import Dataset, DatasetReport
 from graftwork.uploads import DatasetSource, Progress, Source
@@ -54,6 +56,18 @@ class Datasets:
         sent = None if source is None else DatasetSource(source, on_progress)
         return self._transport.upload(tuning_requests.validate_dataset(sent, dataset, max_sequence_tokens), timeout)
 
+    def get(self, dataset: str | Dataset, *, timeout: float | None = None) -> Dataset:
+        """Returns a data set, by id. Raises NotFoundError."""
+        return self._transport.unary(tuning_requests.get_dataset(dataset), timeout)
+
+    def list(self, *, page_size: int = 0, timeout: float | None = None) -> Iterator[Dataset]:
+        """Yields all data sets, newest first, fetching page after page. page_size: 0: the server's."""
+        return pages(self._transport, lambda token: tuning_requests.list_datasets(page_size, token), timeout)
+
+    def delete(self, dataset: str | Dataset, *, timeout: float | None = None) -> None:
+        """Deletes a data set. Raises NotFoundError, FailedPreconditionError while a job needs it. Never sent twice."""
+        self._transport.unary(tuning_requests.delete_dataset(dataset), timeout)
+
 
 class AsyncDatasets:
     """As Datasets, for asyncio."""
@@ -86,3 +100,15 @@ class AsyncDatasets:
         sent = None if source is None else await asyncio.to_thread(DatasetSource, source, on_progress)
         call = tuning_requests.validate_dataset(sent, dataset, max_sequence_tokens)
         return await self._transport.upload(call, timeout)
+
+    async def get(self, dataset: str | Dataset, *, timeout: float | None = None) -> Dataset:
+        """As Datasets.get."""
+        return await self._transport.unary(tuning_requests.get_dataset(dataset), timeout)
+
+    def list(self, *, page_size: int = 0, timeout: float | None = None) -> AsyncIterator[Dataset]:
+        """As Datasets.list, for async for."""
+        return async_pages(self._transport, lambda token: tuning_requests.list_datasets(page_size, token), timeout)
+
+    async def delete(self, dataset: str | Dataset, *, timeout: float | None = None) -> None:
+        """As Datasets.delete."""
+        await self._transport.unary(tuning_requests.delete_dataset(dataset), timeout)

@@ -63,6 +63,13 @@ class Tuning:
         infos = pages(self._transport, lambda token: tuning_requests.list_jobs(page_size, token), timeout)
         return (TuningJob(self._transport, info) for info in infos)
 
+    def delete(self, job: str, *, timeout: float | None = None) -> None:
+        """Deletes a job that has ended, by id; the version that it published stays. Never sent twice.
+
+        Raises NotFoundError, FailedPreconditionError for a job that has not ended.
+        """
+        self._transport.unary(tuning_requests.delete_job(job), timeout)
+
 
 class AsyncTuning:
     """As Tuning, for asyncio."""
@@ -104,3 +111,7 @@ class AsyncTuning:
         """As Tuning.list, for async for."""
         infos = async_pages(self._transport, lambda token: tuning_requests.list_jobs(page_size, token), timeout)
         return (AsyncTuningJob(self._transport, info) async for info in infos)
+
+    async def delete(self, job: str, *, timeout: float | None = None) -> None:
+        """As Tuning.delete."""
+        await self._transport.unary(tuning_requests.delete_job(job), timeout)
