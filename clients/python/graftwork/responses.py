@@ -211,6 +211,7 @@ def _adapter(message: adapters_pb2.Adapter, report: adapters_pb2.LoadReport | No
         rank=message.rank,
         pinned=message.pinned,
         load_report=load_report,
+        follows_version=message.follows_version,
     )
 
 
@@ -348,6 +349,7 @@ def job(message: tuning_pb2.TuningJob) -> types.TuningJobInfo:
             adapter_id=message.spec.adapter_id,
             config=_struct(message.spec.config),
             load=message.spec.load,
+            new_version=message.spec.new_version,
         ),
         state=_STATES.get(message.state, "unspecified"),
         progress=_progress(message.progress) if message.HasField("progress") else None,
@@ -362,6 +364,7 @@ def job(message: tuning_pb2.TuningJob) -> types.TuningJobInfo:
         start_time=_time(message, "start_time"),
         end_time=_time(message, "end_time"),
         validation_loss=message.validation_loss if message.HasField("validation_loss") else None,
+        follows_version=message.follows_version,
     )
 
 

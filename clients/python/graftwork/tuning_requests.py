@@ -106,6 +106,7 @@ def create_job(
     validation: str | types.Dataset | None = None,
     validation_fraction: float = 0.0,
     load: bool = False,
+    new_version: bool = False,
     request_id: str | None = None,
 ) -> Unary[tuning_pb2.CreateTuningJobResponse, types.TuningJobInfo]:
     """CreateTuningJob. Raises ValueError for a config that is not JSON."""
@@ -125,6 +126,7 @@ def create_job(
         adapter_id=adapter,
         config=settings,
         load=load,
+        new_version=new_version,
     )
     return Unary(
         path=_TUNING + "CreateTuningJob",

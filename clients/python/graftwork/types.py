@@ -214,7 +214,7 @@ class Adapter:
     """An adapter and its newest version, or the version that was asked for.
 
     tuning_job is "" for an uploaded one. load_report is set by create(load=True), load() and pin() only; unpinned by
-    unload(): true if that ended a pin.
+    unload(): true if that ended a pin. follows_version: the version that the name served before; 0: none.
     """
 
     name: str
@@ -232,6 +232,7 @@ class Adapter:
     pinned: bool = False
     load_report: LoadReport | None = None
     unpinned: bool = False
+    follows_version: int = 0
 
 
 @dataclass(frozen=True)
@@ -300,6 +301,7 @@ class TuningSpec:
     adapter_id: str
     config: Mapping[str, Any]
     load: bool
+    new_version: bool = False
 
 
 @dataclass(frozen=True)
@@ -366,7 +368,10 @@ class TuningEvent:
 
 @dataclass(frozen=True)
 class TuningJobInfo:
-    """A tuning job at one moment. result is set once it succeeded, error ("" otherwise) once it failed."""
+    """A tuning job at one moment. result is set once it succeeded, error ("" otherwise) once it failed.
+
+    follows_version: the version that the adapter's name serves before the job's own is published; 0: none.
+    """
 
     name: str
     job_id: str
@@ -380,6 +385,7 @@ class TuningJobInfo:
     start_time: datetime | None
     end_time: datetime | None
     validation_loss: float | None
+    follows_version: int = 0
 
     @property
     def done(self) -> bool:

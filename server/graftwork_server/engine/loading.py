@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
+import torch
+
 from graftwork_plugins import Delta, FullWeights, Head, LowRank, Prefix, Replace, Scale
+from graftwork_plugins.derived import without_derived
 from graftwork_server.engine.binding import bind_changes, check_values, rejected
 from graftwork_server.engine.changes import Changes
 from graftwork_server.engine.heads import BoundHead, bind_head
@@ -96,6 +100,12 @@ def _parameters(delta: LowRank | Scale | Replace) -> int:
     return sum(tensor.numel() for tensor in tensors if tensor is not None)
 
 
+def _is_ignored(model: torch.nn.Module, name: str) -> bool:
+    """Whether transformers' class says of a tensor in a checkpoint that it does without it."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
 def _bind_full(base: BaseModel, digest: str, delta: FullWeights, place: bool) -> PreparedAdapter:
     if base.info.quantization != "none":
         raise rejected(
@@ -105,9 +115,10 @@ def _bind_full(base: BaseModel, digest: str, delta: FullWeights, place: bool) ->
         )
     state = unwrapped_state(base)
     resident = [entry.name for entry in base.weights.layout]
-    tensors = dict(delta.tensors)
-    for name in set(tensors) - set(state):
-        raise rejected(name, f"the base has no tensor {name}")
+    tensors = {name: tensor for name, tensor in delta.tensors.items() if name in state}
+    for name in sorted(without_derived(delta.tensors).keys() - state.keys()):
+        if not _is_ignored(base.engine_model.model, name):
+            raise rejected(name, f"the base has no tensor {name}")
     for name in resident:
         if name not in tensors:
             # A tied tensor may come under either of its names.

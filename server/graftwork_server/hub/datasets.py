@@ -12,9 +12,9 @@ from sqlalchemy import select
 
 from graftwork_server.errors import FailedPrecondition, NotFound
 from graftwork_server.hub.database import Database, now
-from graftwork_server.hub.job_registry import FINAL_STATES
 from graftwork_server.hub.models import Dataset, Job
 from graftwork_server.hub.pages import check_page_size, page_after, page_token
+from graftwork_server.hub.publishing import FINAL
 from graftwork_server.hub.records import DatasetRecord
 from graftwork_server.hub.store import Store
 from graftwork_server.hub.uploads import DatasetUpload
@@ -100,7 +100,7 @@ class Datasets:
                 row = session.get(Dataset, dataset_id)
                 if row is None:
                     raise dataset_not_found(dataset_id, "name")
-                for job in session.scalars(select(Job).where(Job.state.not_in(FINAL_STATES))):
+                for job in session.scalars(select(Job).where(Job.state.not_in(FINAL))):
                     spec = json.loads(job.spec)
                     if dataset_id in (spec["dataset_id"], spec["validation_dataset_id"]):
                         raise FailedPrecondition(

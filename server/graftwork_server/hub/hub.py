@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
+from graftwork_server.hub.data_dir import REGISTRY
 from graftwork_server.hub.database import Database
 from graftwork_server.hub.datasets import Datasets
 from graftwork_server.hub.job_registry import JobRegistry
@@ -14,8 +14,6 @@ from graftwork_server.hub.registry import Registry, RequestKey
 from graftwork_server.hub.resolver import Resolver
 from graftwork_server.hub.store import Store, digest_of, write_manifest
 from graftwork_server.types import ArtifactInfo
-
-_log = logging.getLogger(__name__)
 
 
 class Hub:
@@ -27,7 +25,7 @@ class Hub:
     def __init__(self, data_dir: str | Path) -> None:
         self.store = Store(data_dir)
         try:
-            self._database = Database.at(self.store.root / "registry.db")
+            self._database = Database.at(self.store.root / REGISTRY)
         except BaseException:
             self.store.close()
             raise
@@ -36,9 +34,7 @@ class Hub:
         self.datasets = Datasets(self._database, self.store)
         self.leases = Leases(self.store, self.registry)
         self.resolver = Resolver(self.store, self.registry)
-        removed = self._collect()
-        if removed:
-            _log.info("removed %d leftovers of an earlier run", len(removed))
+        self._collect()
 
     def close(self) -> None:
         """Lets another server have the data directory."""
@@ -94,10 +90,10 @@ class Hub:
         self.leases.remove_if_unused(version.digest)
         return version, newest
 
-    def _collect(self) -> list[str]:
+    def _collect(self) -> None:
         jobs = self.jobs.unfinished()
         announced = {job.publication.digest for job in jobs if job.publication is not None}
-        return self.store.collect(
+        self.store.collect(
             digests=self.registry.digests() | announced,
             dataset_ids=self.datasets.ids(),
             job_ids={job.job_id for job in jobs},

@@ -114,8 +114,8 @@ class JobManager:
         """Checks everything that can be checked before training, and queues the job.
 
         Raises InvalidArgument (fields named, DATASET_INVALID, DATASET_NO_LOSS, REQUEST_ID_REUSED), NotFound
-        (DATASET_NOT_FOUND), FailedPrecondition (STRATEGY_UNAVAILABLE, TOKENIZER_MISSING, BASE_IS_ENCODER), and what the
-        strategy says about its settings.
+        (DATASET_NOT_FOUND), AlreadyExists (ADAPTER_EXISTS), FailedPrecondition (STRATEGY_UNAVAILABLE,
+        TOKENIZER_MISSING, BASE_IS_ENCODER), and what the strategy says about its settings.
         """
         request = request_key("CreateTuningJob", request_id, spec)
         if (known := await asyncio.to_thread(self._hub.jobs.find_request, request)) is not None:
@@ -123,6 +123,7 @@ class JobManager:
         require_generation(self._model, "tuning")
         _check_spec(spec)
         check_strategy(self._strategies(), spec.strategy, "spec.strategy")
+        await asyncio.to_thread(self._hub.jobs.check_target, spec)
         report = await self._checked_dataset(spec, spec.dataset_id, "spec.dataset")
         if spec.validation_dataset_id:
             await self._checked_dataset(spec, spec.validation_dataset_id, "spec.validation_dataset")
@@ -137,6 +138,7 @@ class JobManager:
             adapter_id=spec.adapter_id,
             config=prepared.config,
             load=spec.load,
+            new_version=spec.new_version,
         )
         job_id = f"job-{secrets.token_hex(8)}"
         job = await asyncio.to_thread(
