@@ -143,6 +143,8 @@ def test_generate_logprobs_as_text(server: ScriptedServer, run: Any) -> None:
         ["dataset", "check", "/nowhere/at/all"],
         ["tune", "create", "--strategy", "lora", "--data", "/nowhere", "--adapter", "x"],
         ["tune", "create", "--strategy", "lora", "--data", "/nowhere", "--adapter", "x", "--set", "rank"],
+        ["tune", "create", "--strategy", "lora", "--data", "/nowhere", "--adapter", "x", "--set", "names=[q_proj]"],
+        ["tune", "create", "--strategy", "lora", "--data", __file__, "--validation", "/nowhere", "--adapter", "x"],
     ],
 )
 def test_bad_usage_exits_with_2(server: ScriptedServer, run: Any, arguments: list[str]) -> None:
@@ -325,9 +327,18 @@ def test_tune_create(server: ScriptedServer, run: Any, tuning: list[str]) -> Non
     (created,) = objects(run(*tuning, *flags, "--load", "--json"))
     assert (created["job_id"], created["state"]) == ("j1", "pending")
     assert created["spec"]["config"] == {"rank": 8, "learning_rate": 0.0002}
-    assert not server.requests("CreateTuningJob")[0].spec.new_version
+    assert [seen.method for seen in server.seen] == [
+        "CreateTuningJob",  # validates only, before anything is uploaded
+        "UploadDataset",
+        "UploadDataset",
+        "CreateTuningJob",
+    ]
+    checked, asked = server.requests("CreateTuningJob")
+    assert (checked.validate_only, asked.validate_only) == (True, False)
+    assert (checked.spec.config, checked.spec.dataset) == (asked.spec.config, "")
+    assert not asked.spec.new_version
     run(*tuning, "--new-version")
-    assert server.requests("CreateTuningJob")[1].spec.new_version
+    assert all(request.spec.new_version for request in server.requests("CreateTuningJob")[2:])
     spec = server.requests("CreateTuningJob")[0].spec
     assert (spec.dataset, spec.validation_dataset, spec.load) == ("datasets/d.jsonl", "datasets/v.jsonl", True)
     config = spec.config

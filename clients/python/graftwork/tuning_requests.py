@@ -100,7 +100,7 @@ def validate_dataset(
 def create_job(
     *,
     strategy: str,
-    dataset: str | types.Dataset,
+    dataset: str | types.Dataset | None,
     adapter: str,
     config: Mapping[str, Any] | None = None,
     validation: str | types.Dataset | None = None,
@@ -108,8 +108,9 @@ def create_job(
     load: bool = False,
     new_version: bool = False,
     request_id: str | None = None,
+    validate_only: bool = False,
 ) -> Unary[tuning_pb2.CreateTuningJobResponse, types.TuningJobInfo]:
-    """CreateTuningJob. Raises ValueError for a config that is not JSON."""
+    """CreateTuningJob; with validate_only, dataset may be None. Raises ValueError for a config that is not JSON."""
     settings = struct_pb2.Struct()
     for key, value in (config or {}).items():
         try:
@@ -120,7 +121,7 @@ def create_job(
         tuning_pb2.TuningJobSpec,
         {"adapter_id": "adapter"},
         strategy=strategy,
-        dataset=dataset_name(dataset),
+        dataset=dataset_name(dataset) if dataset is not None else "",
         validation_dataset=dataset_name(validation) if validation is not None else "",
         validation_fraction=validation_fraction,
         adapter_id=adapter,
@@ -131,7 +132,12 @@ def create_job(
     return Unary(
         path=_TUNING + "CreateTuningJob",
         # Made here, once: every attempt of this call carries the same id, so a retry cannot start a second job.
-        request=build(tuning_pb2.CreateTuningJobRequest, spec=spec, request_id=request_id or new_request_id()),
+        request=build(
+            tuning_pb2.CreateTuningJobRequest,
+            spec=spec,
+            request_id=request_id or new_request_id(),
+            validate_only=validate_only,
+        ),
         response=tuning_pb2.CreateTuningJobResponse,
         parse=lambda message: responses.job(message.job),
         retry=True,

@@ -272,11 +272,21 @@ class LineError:
 
 
 @dataclass(frozen=True)
+class LineErrorKind:
+    """Bad lines whose reasons differ in values alone: the first one's reason and line, and how many there are."""
+
+    reason: str
+    count: int
+    first_line: int
+
+
+@dataclass(frozen=True)
 class DatasetReport:
     """What a check of a data set found.
 
-    errors holds the first 100 bad lines, error_count counts them all. total_tokens and loss_tokens count after rows
-    were cut to the sequence length, longest_row_tokens before.
+    errors holds the first 100 bad lines, error_count counts them all; more_errors: those after the first ten, by kind.
+    What is wrong in the same way with every row, such as an unknown field, is one error. total_tokens and loss_tokens
+    count after rows were cut to the sequence length, longest_row_tokens before.
     """
 
     valid: bool
@@ -288,6 +298,7 @@ class DatasetReport:
     loss_tokens: int
     longest_row_tokens: int
     cut_rows: int
+    more_errors: tuple[LineErrorKind, ...] = ()
 
 
 @dataclass(frozen=True)

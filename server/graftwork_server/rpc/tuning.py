@@ -99,7 +99,10 @@ class TuningService(TuningServiceServicer):
     # ------------------------------------------------------------------------------------------ jobs
 
     async def CreateTuningJob(self, request: pb.CreateTuningJobRequest, context: Context) -> pb.CreateTuningJobResponse:
-        """Queues a job."""
+        """Queues a job, or only checks what can be checked without its data."""
+        if request.validate_only:
+            await self._jobs.check(tuning_spec(request.spec))
+            return pb.CreateTuningJobResponse(job=pb.TuningJob(spec=request.spec))
         job = await self._jobs.create(tuning_spec(request.spec), request.request_id)
         return pb.CreateTuningJobResponse(job=job_message(job))
 

@@ -70,16 +70,19 @@ async def test_every_bad_line_is_named(shared, refused):
     error = await refused(upload(shared, b"\n".join(lines)))
     assert (error.code, error.reason) == ("INVALID_ARGUMENT", "DATASET_INVALID")
     assert set(error.fields) == {"line 3", "line 6"}
-    assert error.message.startswith("2 lines")
+    assert error.message.startswith("the data set cannot be trained on: 2 problems; the first: line 3: ")
     assert list((shared.data / "staging").iterdir()) == []
 
 
-async def test_a_hundred_bad_lines_and_the_number_of_all(shared, refused):
+async def test_ten_bad_lines_are_told_whole_and_the_rest_by_kind(shared, refused):
+    long = b'{"prompt": "a", "completion": "b", "text": "c", "messages": "' + b"d" * 900 + b'"}\n'
+    error = await refused(upload(shared, ROWS + long * 250))
+    assert list(error.fields)[:10] == [f"line {number}" for number in range(11, 21)]
+    assert list(error.fields)[10:] == ["240 more, the first in line 21"]
+    assert len(set(error.fields.values())) == 1
+    assert all(reason.endswith('or {"text"}') for reason in error.fields.values())  # to its end
     error = await refused(upload(shared, ROWS + b"{oh no\n" * 250))
-    assert len(error.fields) == 100
-    assert next(iter(error.fields)) == "line 11"
-    assert all(error.fields.values())
-    assert (error.metadata["error_count"], error.message[:9]) == ("250", "250 lines")
+    assert error.metadata["error_count"] == "250"
     report = await validate(shared, ROWS + b"{oh no\n" * 250)
     assert (len(report.errors), report.error_count, report.row_count, report.valid) == (100, 250, 10, False)
     assert report.errors[0].line == 11
@@ -229,6 +232,26 @@ async def test_jobs_are_listed_newest_first(server):
     first = await server.tuning.ListTuningJobs(pb.ListTuningJobsRequest(page_size=2))
     second = await server.tuning.ListTuningJobs(pb.ListTuningJobsRequest(page_size=2, page_token=first.next_page_token))
     assert [job.name for job in [*first.jobs, *second.jobs]] == [job.name for job in reversed(jobs)]
+
+
+async def test_a_job_is_checked_before_its_data_is_there(server, refused):
+    def check(**fields):
+        spec = pb.TuningJobSpec(**{"strategy": "lora", "adapter_id": "a", **fields})
+        return server.tuning.CreateTuningJob(pb.CreateTuningJobRequest(spec=spec, validate_only=True))
+
+    assert (await check()).job.name == ""
+    assert not (await server.tuning.ListTuningJobs(pb.ListTuningJobsRequest())).jobs
+    for fields, reason in (
+        ({"strategy": "lorra"}, "STRATEGY_NOT_FOUND"),
+        ({"adapter_id": "base"}, "ADAPTER_ID_INVALID"),
+        ({"validation_fraction": 0.7}, "VALIDATION_FRACTION_INVALID"),
+    ):
+        assert (await refused(check(**fields))).reason == reason
+    settings = struct_pb2.Struct()
+    settings.update({"typo": True})
+    assert (await refused(check(config=settings))).fields
+    error = await refused(create(server, dataset=""))
+    assert error.reason == "DATASET_MISSING"
 
 
 async def test_the_same_request_id_creates_one_job(server):

@@ -17,6 +17,9 @@ from graftwork.types import Dataset, DatasetReport
 
 DatasetId: TypeAlias = Annotated[str, typer.Argument(metavar="ID", help="The data set.")]
 
+_SHOWN = 10
+"""Problems that are shown one by one; those after them are counted by kind. --json has 100."""
+
 app = subgroup("Data sets: JSONL files to tune on.")
 
 
@@ -30,7 +33,7 @@ def check(
     as_json: AsJson = False,
     address: Address = None,
 ) -> None:
-    """Check a file: its form, rows, tokens, and each bad line with its number and reason. Exits with 1 if invalid."""
+    """Check a file: its form, rows, tokens, and bad lines with number and reason. Exits with 1 if invalid."""
     with session(ctx, address, as_json) as client:
         with upload_bar(file.name, as_json) as on_progress:
             report = client.datasets.validate(file, max_sequence_tokens=max_sequence_tokens, on_progress=on_progress)
@@ -88,12 +91,16 @@ def _facts(dataset: Dataset) -> tuple[str | datetime | None, ...]:
 
 
 def _print(report: DatasetReport, file: Path) -> None:
-    for error in report.errors:
+    for error in report.errors[:_SHOWN]:
         place = f"{file}:{error.line}" if error.line else str(file)
         print(output.readable(f"{place}: {error.reason}"))
-    hidden = report.error_count - len(report.errors)
+    for kind in report.more_errors:
+        print(output.readable(f"{kind.count:,} more, the first in line {kind.first_line}: {kind.reason}"))
+    hidden = report.error_count - len(report.errors[:_SHOWN]) - sum(kind.count for kind in report.more_errors)
     if hidden > 0:
-        print(f"... and {hidden} more problems")
+        print(f"... and {hidden:,} more problems")
+    if report.errors:
+        print()
     output.fields(
         (
             ("valid", report.valid),

@@ -17,6 +17,7 @@ from graftwork.cli.session import session
 from graftwork.client import Client
 from graftwork.jobs import TuningJob
 from graftwork.types import Dataset, TuningEstimate, TuningJobInfo
+from graftwork.uploads import DatasetSource
 
 app = subgroup("Tuning jobs: a data set becomes a new version of an adapter.")
 
@@ -48,6 +49,16 @@ def create(
     """Upload data and start a job. With --follow and --json: one event per line, the job on the last."""
     config = _config(settings or [])
     with session(ctx, address, as_json) as client:
+        for file in (data, validation):
+            if file is not None:
+                DatasetSource(file)  # raises where it cannot be read, before anything is sent
+        client.tuning.check(
+            strategy=strategy,
+            adapter=adapter,
+            config=config,
+            validation_fraction=validation_fraction,
+            new_version=new_version,
+        )
         dataset = _upload(client, data, as_json)
         held_out = _upload(client, validation, as_json) if validation is not None else None
         job = client.tuning.create(
@@ -151,6 +162,9 @@ def _config(settings: list[str]) -> dict[str, Any]:
         try:
             config[key] = json.loads(value)
         except ValueError:
+            if value.startswith(("[", "{")):
+                hint = f"""quote it for the shell, such as --set {key}='["a", "b"]'"""
+                raise typer.BadParameter(f"--set {setting}: the value is no JSON; {hint}") from None
             config[key] = value
     return config
 

@@ -32,8 +32,8 @@ class Datasets:
         """Stores a data set and returns it; the same bytes are stored once.
 
         display_name: a name for people, None: the file's. on_progress: called with bytes sent and bytes in all.
-        timeout: seconds, None: the client's. Raises InvalidArgumentError with every bad line among its
-        field_violations, UploadError if the file cannot be read, and APIError.
+        timeout: seconds, None: the client's. Raises InvalidArgumentError with the first ten bad lines,
+        and those after them by kind, among its field_violations; UploadError if the file cannot be read, and APIError.
         """
         return self._transport.upload(
             tuning_requests.upload_dataset(DatasetSource(source, on_progress), display_name), timeout

@@ -57,6 +57,31 @@ class Tuning:
         )
         return TuningJob(self._transport, self._transport.unary(call, timeout))
 
+    def check(
+        self,
+        *,
+        strategy: str,
+        adapter: str,
+        config: Mapping[str, Any] | None = None,
+        validation_fraction: float = 0.0,
+        new_version: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """Checks what create would refuse whatever the data: strategy, settings, adapter. Creates nothing.
+
+        To be asked before a large data set is uploaded. Arguments and errors are those of create.
+        """
+        call = tuning_requests.create_job(
+            strategy=strategy,
+            dataset=None,
+            adapter=adapter,
+            config=config,
+            validation_fraction=validation_fraction,
+            new_version=new_version,
+            validate_only=True,
+        )
+        self._transport.unary(call, timeout)
+
     def get(self, job: str, *, timeout: float | None = None) -> TuningJob:
         """Returns the handle of a job, by id. Raises NotFoundError."""
         return TuningJob(self._transport, self._transport.unary(tuning_requests.get_job(job), timeout))
@@ -107,6 +132,28 @@ class AsyncTuning:
             request_id=request_id,
         )
         return AsyncTuningJob(self._transport, await self._transport.unary(call, timeout))
+
+    async def check(
+        self,
+        *,
+        strategy: str,
+        adapter: str,
+        config: Mapping[str, Any] | None = None,
+        validation_fraction: float = 0.0,
+        new_version: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """As Tuning.check."""
+        call = tuning_requests.create_job(
+            strategy=strategy,
+            dataset=None,
+            adapter=adapter,
+            config=config,
+            validation_fraction=validation_fraction,
+            new_version=new_version,
+            validate_only=True,
+        )
+        await self._transport.unary(call, timeout)
 
     async def get(self, job: str, *, timeout: float | None = None) -> AsyncTuningJob:
         """As Tuning.get."""
