@@ -339,7 +339,7 @@ def test_tune_create(server: ScriptedServer, run: Any, tuning: list[str]) -> Non
     assert not asked.spec.new_version
     run(*tuning, "--new-version")
     assert all(request.spec.new_version for request in server.requests("CreateTuningJob")[2:])
-    spec = server.requests("CreateTuningJob")[0].spec
+    spec = asked.spec
     assert (spec.dataset, spec.validation_dataset, spec.load) == ("datasets/d.jsonl", "datasets/v.jsonl", True)
     config = spec.config
     assert (config["rank"], config["learning_rate"]) == (16.0, 2e-4)

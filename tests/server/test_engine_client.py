@@ -6,17 +6,18 @@ import asyncio
 import contextlib
 import json
 import os
-import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.server import scripted_engine as script
 
 from graftwork_server.engine import client as client_module
-from graftwork_server.engine import engine_process, output_stream
+from graftwork_server.engine import output_stream
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.errors import (
     FailedPrecondition,
@@ -283,28 +284,24 @@ async def test_stop_does_not_wait_for_ever(options, monkeypatch):
         os.kill(client.process_id, 0)
 
 
-async def test_the_socket_lies_in_a_private_folder_until_the_engine_has_connected(options, monkeypatch):
-    folders = []
-    make = engine_process._private_folder
-
-    def noted():
-        folders.append((make_folder := make(), stat.S_IMODE(make_folder.stat().st_mode)))
-        return make_folder
-
-    monkeypatch.setattr(engine_process, "_private_folder", noted)
+async def test_nothing_of_a_connection_has_a_name(options, monkeypatch, tmp_path):
+    """What has none cannot be left behind by a kill at any moment, and nobody else can connect to it."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     client = EngineClient(options(), command=COMMAND)
-    await client.start()
-    try:
-        ((folder, mode),) = folders
-        assert mode == 0o700
-        assert not folder.exists()
-    finally:
-        await client.stop()
+    starting = asyncio.create_task(client.start())
+    while not starting.done():
+        assert os.listdir(tmp_path / "tmp") == []
+        await asyncio.sleep(0.005)
+    for pid in (os.getpid(), client.process_id):
+        assert not [c.laddr for c in psutil.Process(pid).net_connections("unix") if "graftwork" in str(c.laddr)]
+    await client.stop()
 
 
 def test_the_front_imports_no_torch():
     code = (
-        "import sys, graftwork_server.__main__, graftwork_server.rpc.server\n"
+        "import sys, graftwork_server.serve, graftwork_server.rpc.server\n"
         "heavy = {'torch', 'transformers', 'peft', 'accelerate'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

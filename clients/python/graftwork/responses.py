@@ -19,10 +19,14 @@ _FINISH: Mapping[int, types.FinishReason] = {
     generation_pb2.FINISH_REASON_STOP: "stop",
     generation_pb2.FINISH_REASON_LENGTH: "length",
 }
-_POOLINGS: Mapping[int, types.Pooling] = {
+_POOLINGS: Mapping[int, types.AnsweredPooling] = {
     generation_pb2.POOLING_MEAN: "mean",
     generation_pb2.POOLING_CLS: "cls",
     generation_pb2.POOLING_LAST: "last",
+    generation_pb2.POOLING_MAX: "max",
+    generation_pb2.POOLING_MEAN_SQRT_LEN: "mean_sqrt_len",
+    generation_pb2.POOLING_WEIGHTED_MEAN: "weightedmean",
+    generation_pb2.POOLING_SEVERAL: "several",
 }
 _PROBLEM_TYPES: Mapping[int, types.ProblemType] = {
     generation_pb2.PROBLEM_TYPE_SINGLE_LABEL: "single_label",

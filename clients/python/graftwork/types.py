@@ -8,7 +8,9 @@ from datetime import datetime
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
 FinishReason: TypeAlias = Literal["stop", "length"]
-Pooling: TypeAlias = Literal["mean", "cls", "last"]
+Pooling: TypeAlias = Literal["mean", "cls", "last", "max", "mean_sqrt_len", "weightedmean"]
+AnsweredPooling: TypeAlias = Pooling | Literal["several"]
+"""several: their vectors one after another, as the base model's files say."""
 ProblemType: TypeAlias = Literal["single_label", "multi_label", "regression"]
 JobState: TypeAlias = Literal["unspecified", "pending", "running", "succeeded", "failed", "cancelled"]
 DatasetForm: TypeAlias = Literal["unspecified", "chat", "prompt_completion", "instruction", "text"]
@@ -183,7 +185,7 @@ class EmbeddingResult:
     """One Embedding for each input, in their order. pooling: how they were made. model and version: who answered."""
 
     embeddings: tuple[Embedding, ...]
-    pooling: Pooling
+    pooling: AnsweredPooling
     usage: Usage
     model: str
     version: int

@@ -47,10 +47,10 @@ _DESCRIPTIVE = frozenset(
     attn_pdrop embd_pdrop resid_pdrop hidden_dropout dropout initializer_range tokenizer_class max_length
     do_sample temperature top_p top_k num_beams pretraining_tp attn_implementation experts_implementation
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj n_ctx
-    task_specific_params gradient_checkpointing
+    task_specific_params gradient_checkpointing tie_word_embeddings
     """.split()  # noqa: SIM905 - one name a line would fill a page
 )
-"""Keys of config.json that change nothing in the forward."""
+"""Keys of config.json that change nothing in the forward; what is tied is in the weights, see _resolve_tie."""
 
 _LIMITS = frozenset({"max_position_embeddings", "n_positions", "n_ctx"})
 """How far positions go: a table of learned positions has its size in its tensor's shape, and rotary positions have no
@@ -136,6 +136,10 @@ class FullTuning(Strategy):
         persistent = set(model.state_dict())
         tensors |= {name: buffer.to("cpu") for name, buffer in model.named_buffers() if name in persistent}
         config = copy.deepcopy(model.config)
+        # A base whose files hold an output layer of its own may say that it is tied.
+        output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if output is not None and output.weight is not embedding.weight:
+            config.tie_word_embeddings = False
         config.architectures = [type(model).__name__]
         config.dtype = dtype
         config._name_or_path = ""  # a path of the server's is nobody's business
@@ -147,7 +151,8 @@ class FullTuning(Strategy):
     def load(self, artifact: Artifact, base: BaseInfo) -> Sequence[FullWeights]:
         """One FullWeights. The configuration must be the base's in everything that the forward depends on; names and
         shapes are compared with the base's by the engine."""
-        _check_config(artifact.json("config.json"), base)
+        config = artifact.json("config.json")
+        _check_config(config, base)
         files = [name for name in artifact.names() if _WEIGHTS.fullmatch(name)]
         if not files:
             raise ArtifactError(
@@ -162,7 +167,30 @@ class FullTuning(Strategy):
                     raise ArtifactError(name, f"{name} is in two files")
                 _check_values(name, tensor)
                 tensors[name] = tensor
+        _resolve_tie(tensors, config, base)
         return [FullWeights(tensors=tensors)]
+
+
+def _resolve_tie(tensors: dict[str, torch.Tensor], config: Mapping[str, Any], base: BaseInfo) -> None:
+    """Gives the output layer the weight that transformers gives it: its own where the files hold one; else, where the
+    checkpoint ties it, the input embedding's. The base may be tied or not."""
+    from transformers import CONFIG_MAPPING
+
+    if base.output_module is None or base.input_module is None:
+        return
+    output, embedding = f"{base.output_module}.weight", f"{base.input_module}.weight"
+    missing, present = (output, embedding) if embedding in tensors else (embedding, output)
+    if missing in tensors or present not in tensors:
+        return
+    # A config.json leaves out what its class has by default.
+    default = CONFIG_MAPPING[base.config["model_type"]]().tie_word_embeddings
+    if not config.get("tie_word_embeddings", default):
+        raise ArtifactError(
+            missing,
+            f"no file has {missing}, and config.json does not say tie_word_embeddings, which would do without it",
+        )
+    if base.output_module not in base.tied_modules:
+        tensors[missing] = tensors[present]
 
 
 def _check_config(config: Mapping[str, Any], base: BaseInfo) -> None:
