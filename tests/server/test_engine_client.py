@@ -27,7 +27,7 @@ from graftwork_server.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from graftwork_server.messages import Failed, JobEvent, JobSpec, Sampling
+from graftwork_server.messages import Failed, JobEvent, JobSpec, Note, Sampling
 from graftwork_server.types import AdapterRef
 
 COMMAND = (sys.executable, script.__file__)
@@ -252,6 +252,61 @@ async def test_gives_up_after_five_failures_in_a_row(options):
         assert not client.ready
     finally:
         await client.stop()
+
+
+async def test_what_cannot_be_sent_fails_its_own_request(engine):
+    """The engine and everybody's streams stay."""
+    before = engine.process_id
+    stream = asyncio.create_task(collect(engine.generate([1], sampling(30))))
+    calls = [
+        engine.inspect("\ud800"),
+        engine.load(AdapterRef(digest="\udfff", path="x", strategy="lora")),
+        engine.prepare_job("lora", {"key": "\ud800"}, 1, 1),
+        engine.prepare_job("lora", {"key": 1 << 64}, 1, 1),
+        collect(engine.generate([1], sampling(3), cache_salt="\ud800")),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidArgument) as caught:
+            await call
+        assert caught.value.reason == "MESSAGE_NOT_SENDABLE"
+    assert await stream == list(range(2, 32))
+    assert engine.process_id == before
+    assert not engine._calls
+    assert not engine._streams
+
+
+async def test_a_listener_that_fails_on_news_harms_nobody(engine):
+    class Clumsy(Recorder):
+        def on_job_event(self, event: JobEvent) -> None:
+            raise KeyError("clumsy")
+
+    after = Recorder()
+    engine.add_listener(Clumsy())
+    engine.add_listener(after)
+    before = engine.process_id
+    event = JobEvent(job_id="j", event=Note(text="x"))
+    engine._dispatch(event)
+    assert after.events == [event]
+    assert await collect(engine.generate([1], sampling(3))) == [2, 3, 4]
+    assert engine.process_id == before
+
+
+async def test_a_start_that_fails_anyhow_is_tried_again(engine, monkeypatch):
+    """No socket or process to be had for a moment: the server does not stay without an engine for ever."""
+    launch, failed = engine._process.launch, []
+
+    async def fail_once():
+        if not failed:
+            failed.append(OSError("no more files"))
+            raise failed[0]
+        return await launch()
+
+    monkeypatch.setattr(engine._process, "launch", fail_once)
+    with pytest.raises(Unavailable):
+        await collect(engine.generate([script.CRASH], sampling()))
+    await until(lambda: engine.ready)
+    assert failed
+    assert await collect(engine.generate([1], sampling(3))) == [2, 3, 4]
 
 
 async def test_another_base_after_a_restart_is_refused(engine, options):
