@@ -25,6 +25,7 @@ from graftwork_server.types import (
     ArtifactInfo,
     LoadReport,
     ModelInfo,
+    SettingChoice,
     StrategyInfo,
     TuningEstimate,
     TuningProgress,
@@ -163,6 +164,7 @@ class PrepareJob(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     row_count: int
     total_tokens: int
     """Training tokens of one epoch."""
+    held_out_rows: int = 0
 
 
 class StartJob(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -246,10 +248,11 @@ class Pinned(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class PreparedJob(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """`config` has every default filled in and is plain JSON."""
+    """`config` has every setting filled in and is plain JSON; `choices` says where the ones that matter come from."""
 
     config: dict[str, Any]
     estimate: TuningEstimate
+    choices: list[SettingChoice] = []
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True):

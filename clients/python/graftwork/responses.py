@@ -354,6 +354,12 @@ def job(message: tuning_pb2.TuningJob) -> types.TuningJobInfo:
         start_time=_time(message, "start_time"),
         end_time=_time(message, "end_time"),
         validation_loss=message.validation_loss if message.HasField("validation_loss") else None,
+        choices=tuple(
+            types.SettingChoice(
+                choice.key, _whole(json_format.MessageToDict(choice.value)), choice.reason, choice.automatic
+            )
+            for choice in message.choices
+        ),
     )
 
 

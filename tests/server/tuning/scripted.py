@@ -136,7 +136,7 @@ class ScriptedEngine:
         self.manager.on_engine_ready()
 
     async def prepare_job(
-        self, strategy: str, config: dict[str, Any], row_count: int, total_tokens: int
+        self, strategy: str, config: dict[str, Any], row_count: int, total_tokens: int, held_out_rows: int = 0
     ) -> PreparedJob:
         self._check()
         if "bad" in config:
