@@ -45,7 +45,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """False for an encoder: it answers Classify and Embed alone."""
     hidden_size: int = 0
     default_pooling: str = "last"
-    """Of Embed: "mean", "cls" or "last"."""
+    """Of Embed: one of engine/pooling.py, or several joined by "+"."""
+    undone_pooling: str = ""
+    """What the model's files ask of Embed and it does not do: it then asks the client to name a pooling."""
 
 
 class StrategyInfo(msgspec.Struct, frozen=True, kw_only=True):

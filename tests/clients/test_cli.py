@@ -325,6 +325,9 @@ def test_tune_create(server: ScriptedServer, run: Any, tuning: list[str]) -> Non
     (created,) = objects(run(*tuning, *flags, "--load", "--json"))
     assert (created["job_id"], created["state"]) == ("j1", "pending")
     assert created["spec"]["config"] == {"rank": 8, "learning_rate": 0.0002}
+    assert not server.requests("CreateTuningJob")[0].spec.new_version
+    run(*tuning, "--new-version")
+    assert server.requests("CreateTuningJob")[1].spec.new_version
     spec = server.requests("CreateTuningJob")[0].spec
     assert (spec.dataset, spec.validation_dataset, spec.load) == ("datasets/d.jsonl", "datasets/v.jsonl", True)
     config = spec.config

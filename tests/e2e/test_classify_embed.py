@@ -94,21 +94,21 @@ def test_classifiers_and_vectors_beside_generation(client: Client, model_dir: Pa
         Reference(model_dir, adapter).assert_greedy(prompt, future.result().token_ids)
 
 
-def states_of(model: Any, ids: list[int]) -> dict[str, torch.Tensor]:
-    """Vectors of each pooling, not normalised."""
+def states_of(model: Any, ids: list[int]) -> torch.Tensor:
+    """[tokens, hidden]"""
     with torch.no_grad():
-        states = model(input_ids=torch.tensor([ids]))[0][0]
-    return {"cls": states[0], "last": states[-1], "mean": states.mean(0)}
+        states: torch.Tensor = model(input_ids=torch.tensor([ids]))[0][0]
+    return states
 
 
-@pytest.mark.parametrize("pooling", ["cls", "last", "mean"])
+@pytest.mark.parametrize("pooling", ["cls", "last", "mean", "max", "mean_sqrt_len", "weightedmean"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_each_pooling_normalised_or_not(
     client: Client, bert: Client, model_dir: Path, bert_dir: Path, pooling: str, normalize: bool
 ) -> None:
     for connected, directory in ((client, model_dir), (bert, bert_dir)):
         model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
-        expected = states_of(model, [3, 9, 20, 14])[pooling]
+        expected = toys.pooled(states_of(model, [3, 9, 20, 14]), pooling)
         if normalize:
             expected = torch.nn.functional.normalize(expected, dim=0)
         (one,) = connected.embed("base", [[3, 9, 20, 14]], pooling=pooling, normalize=normalize).embeddings

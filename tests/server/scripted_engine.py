@@ -49,6 +49,8 @@ OPTIONS = {
     "labels": None,
     "problem_type": "single_label_classification",
     "generates": True,
+    "default_pooling": "last",
+    "undone_pooling": "",
     "job_steps": 3,
     "job_step_ms": 10.0,
 }
@@ -296,6 +298,8 @@ def model_info(options: dict) -> ModelInfo:
         max_sequences=64,
         generates=options["generates"],
         hidden_size=8,
+        default_pooling=options["default_pooling"],
+        undone_pooling=options["undone_pooling"],
     )
 
 

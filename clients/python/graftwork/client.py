@@ -221,9 +221,10 @@ class Client:
     ) -> EmbeddingResult:
         """Returns the vector of a text, or of several: a hidden state of the last layer, the adapter applied.
 
-        inputs: as in classify. pooling: "mean", "cls" (the first token) or "last"; None: what the base model's files
-        say, else the last token for decoders and the mean for encoders. normalize: scale vectors to length 1.
-        dimensions: keep so many first values. Raises NotFoundError, InvalidArgumentError.
+        inputs: as in classify. pooling: "mean", "cls" (the first token), "last", "max", "mean_sqrt_len" or
+        "weightedmean"; None: what the base model's files say, else the last token for decoders and the mean for
+        encoders. normalize: scale vectors to length 1. dimensions: keep so many first values. Raises NotFoundError,
+        InvalidArgumentError, FailedPreconditionError if the files ask for what is not done and no pooling is named.
         """
         return self._transport.unary(requests.embed(model, inputs, pooling, normalize, dimensions), timeout)
 

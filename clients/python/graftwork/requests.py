@@ -28,6 +28,9 @@ _POOLINGS: Mapping[str, generation_pb2.Pooling.ValueType] = {
     "mean": generation_pb2.POOLING_MEAN,
     "cls": generation_pb2.POOLING_CLS,
     "last": generation_pb2.POOLING_LAST,
+    "max": generation_pb2.POOLING_MAX,
+    "mean_sqrt_len": generation_pb2.POOLING_MEAN_SQRT_LEN,
+    "weightedmean": generation_pb2.POOLING_WEIGHTED_MEAN,
 }
 
 _GENERATION = "/graftwork.v1.GenerationService/"

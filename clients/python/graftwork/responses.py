@@ -19,10 +19,14 @@ _FINISH: Mapping[int, types.FinishReason] = {
     generation_pb2.FINISH_REASON_STOP: "stop",
     generation_pb2.FINISH_REASON_LENGTH: "length",
 }
-_POOLINGS: Mapping[int, types.Pooling] = {
+_POOLINGS: Mapping[int, types.AnsweredPooling] = {
     generation_pb2.POOLING_MEAN: "mean",
     generation_pb2.POOLING_CLS: "cls",
     generation_pb2.POOLING_LAST: "last",
+    generation_pb2.POOLING_MAX: "max",
+    generation_pb2.POOLING_MEAN_SQRT_LEN: "mean_sqrt_len",
+    generation_pb2.POOLING_WEIGHTED_MEAN: "weightedmean",
+    generation_pb2.POOLING_SEVERAL: "several",
 }
 _PROBLEM_TYPES: Mapping[int, types.ProblemType] = {
     generation_pb2.PROBLEM_TYPE_SINGLE_LABEL: "single_label",
@@ -211,6 +215,7 @@ def _adapter(message: adapters_pb2.Adapter, report: adapters_pb2.LoadReport | No
         rank=message.rank,
         pinned=message.pinned,
         load_report=load_report,
+        follows_version=message.follows_version,
     )
 
 
@@ -340,6 +345,7 @@ def job(message: tuning_pb2.TuningJob) -> types.TuningJobInfo:
             adapter_id=message.spec.adapter_id,
             config=_struct(message.spec.config),
             load=message.spec.load,
+            new_version=message.spec.new_version,
         ),
         state=_STATES.get(message.state, "unspecified"),
         progress=_progress(message.progress) if message.HasField("progress") else None,
@@ -354,6 +360,7 @@ def job(message: tuning_pb2.TuningJob) -> types.TuningJobInfo:
         start_time=_time(message, "start_time"),
         end_time=_time(message, "end_time"),
         validation_loss=message.validation_loss if message.HasField("validation_loss") else None,
+        follows_version=message.follows_version,
         choices=tuple(
             types.SettingChoice(
                 choice.key, _whole(json_format.MessageToDict(choice.value)), choice.reason, choice.automatic

@@ -73,6 +73,7 @@ def create_job(
     validation: str | types.Dataset | None = None,
     validation_fraction: float | None = None,
     load: bool = False,
+    new_version: bool = False,
     request_id: str | None = None,
 ) -> Unary[tuning_pb2.CreateTuningJobResponse, types.TuningJobInfo]:
     """CreateTuningJob. Raises ValueError for a config that is not JSON."""
@@ -92,6 +93,7 @@ def create_job(
         adapter_id=adapter,
         config=settings,
         load=load,
+        new_version=new_version,
     )
     return Unary(
         path=_TUNING + "CreateTuningJob",

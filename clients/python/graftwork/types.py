@@ -8,7 +8,9 @@ from datetime import datetime
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
 FinishReason: TypeAlias = Literal["stop", "length"]
-Pooling: TypeAlias = Literal["mean", "cls", "last"]
+Pooling: TypeAlias = Literal["mean", "cls", "last", "max", "mean_sqrt_len", "weightedmean"]
+AnsweredPooling: TypeAlias = Pooling | Literal["several"]
+"""several: their vectors one after another, as the base model's files say."""
 ProblemType: TypeAlias = Literal["single_label", "multi_label", "regression"]
 JobState: TypeAlias = Literal["unspecified", "pending", "running", "succeeded", "failed", "cancelled"]
 DatasetForm: TypeAlias = Literal["unspecified", "chat", "prompt_completion", "instruction", "text"]
@@ -182,7 +184,7 @@ class EmbeddingResult:
     """One Embedding for each input, in their order. pooling: how they were made. model and version: who answered."""
 
     embeddings: tuple[Embedding, ...]
-    pooling: Pooling
+    pooling: AnsweredPooling
     usage: Usage
     model: str
     version: int
@@ -213,7 +215,7 @@ class Adapter:
     """An adapter and its newest version, or the version that was asked for.
 
     tuning_job is "" for an uploaded one. load_report is set by create(load=True), load() and pin() only; unpinned by
-    unload(): true if that ended a pin.
+    unload(): true if that ended a pin. follows_version: the version that the name served before; 0: none.
     """
 
     name: str
@@ -231,6 +233,7 @@ class Adapter:
     pinned: bool = False
     load_report: LoadReport | None = None
     unpinned: bool = False
+    follows_version: int = 0
 
 
 @dataclass(frozen=True)
@@ -299,6 +302,7 @@ class TuningSpec:
     adapter_id: str
     config: Mapping[str, Any]
     load: bool
+    new_version: bool = False
 
 
 @dataclass(frozen=True)
@@ -377,7 +381,10 @@ class TuningEvent:
 
 @dataclass(frozen=True)
 class TuningJobInfo:
-    """A tuning job at one moment. result is set once it succeeded, error ("" otherwise) once it failed."""
+    """A tuning job at one moment. result is set once it succeeded, error ("" otherwise) once it failed.
+
+    follows_version: the version that the adapter's name serves before the job's own is published; 0: none.
+    """
 
     name: str
     job_id: str
@@ -391,6 +398,7 @@ class TuningJobInfo:
     start_time: datetime | None
     end_time: datetime | None
     validation_loss: float | None
+    follows_version: int = 0
     choices: tuple[SettingChoice, ...] = ()
     """Settings that the request set or the server chose; others are the strategy's defaults."""
 

@@ -1,7 +1,7 @@
-"""PEFT's adapter_config.json for LoRA, read with an allow-list, and PEFT's rules for which module it means.
+"""PEFT's adapter_config.json for LoRA and IA3, and PEFT's rules for which module it means.
 
-The document comes from a client. Nothing in it names code to run: keys outside the list are accepted only with a value
-that means "not used", and patterns are matched with a time limit.
+The document comes from a client. Nothing in it names code to run: which keys are accepted is said in peft_keys.py, and
+patterns are matched with a time limit.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from graftwork_plugins.builtin.peft_keys import (
+    DESCRIPTIVE,
+    LORA_DESCRIPTIVE,
+    LORA_DETAILS,
+    check_auto_mapping,
+    refuse_unknown,
+    require,
+    shown,
+)
 from graftwork_plugins.strategy import ArtifactError, BaseInfo
 
-_ANY = frozenset(
-    """
-    auto_mapping base_model_name_or_path eva_config fan_in_fan_out inference_mode init_lora_weights
-    lora_dropout megatron_core peft_version qalora_group_size revision runtime_config
-    """.split()  # noqa: SIM905 - one name a line would fill a page
-)
-"""Keys whose value changes nothing in serving, or is checked by itself below."""
-
-_PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
+_PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica"}
 """Initialisations that leave the base's weights as they were; PiSSA, OLoRA, LoftQ, CorDA and others change them."""
 
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
@@ -217,15 +218,17 @@ def read_adapter_config(document: Mapping[str, Any]) -> AdapterConfig:
         document,
         "init_lora_weights",
         init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITS),
-        "true, false, gaussian, eva or orthogonal; others change the base's weights, so convert the adapter first "
-        "(path_initial_model_for_weight_conversion)",
+        "true, false, gaussian, eva, orthogonal or mica; others change the base's weights, so convert the adapter "
+        "first (path_initial_model_for_weight_conversion)",
     )
-    require(document, "auto_mapping", _is_descriptive(document.get("auto_mapping")), "null, or what PEFT writes")
+    check_auto_mapping(document)
     require(
         document, "megatron_core", document.get("megatron_core") in (None, "megatron.core"), "megatron.core or null"
     )
     classifies = document.get("task_type") == "SEQ_CLS"
-    refuse_unknown(document, _READ | _ANY | (LABEL_KEYS if classifies else frozenset()))
+    refuse_unknown(
+        document, _READ | DESCRIPTIVE | LORA_DESCRIPTIVE | LORA_DETAILS | (LABEL_KEYS if classifies else frozenset())
+    )
     rank_pattern = _numbers(document, "rank_pattern", integers=True)
     alpha_pattern = _numbers(document, "alpha_pattern", integers=False)
     r = _number(document, "r", document.get("r", 8), integers=True)
@@ -284,9 +287,9 @@ def read_ia3_config(document: Mapping[str, Any]) -> tuple[AdapterConfig, str | l
     """PEFT's adapter_config.json for IA3, and its feedforward_modules. Raises ArtifactError."""
     require(document, "peft_type", document.get("peft_type") == "IA3", "IA3")
     require(document, "task_type", document.get("task_type") in (None, "CAUSAL_LM"), "CAUSAL_LM or null")
-    require(document, "auto_mapping", _is_descriptive(document.get("auto_mapping")), "null, or what PEFT writes")
+    check_auto_mapping(document)
     require(document, "target_modules", document.get("target_modules") is not None, "names, or a regular expression")
-    refuse_unknown(document, _IA3)
+    refuse_unknown(document, _IA3 | DESCRIPTIVE)
     config = AdapterConfig(
         patterns=LoraPatterns(1, 1.0, {}, {}, False),
         target_modules=_names(document, "target_modules"),
@@ -300,48 +303,17 @@ def read_ia3_config(document: Mapping[str, Any]) -> tuple[AdapterConfig, str | l
 
 _IA3 = frozenset(
     """
-    peft_type task_type target_modules exclude_modules feedforward_modules modules_to_save auto_mapping
-    base_model_name_or_path fan_in_fan_out inference_mode init_ia3_weights peft_version revision
+    peft_type task_type target_modules exclude_modules feedforward_modules modules_to_save init_ia3_weights
     """.split()  # noqa: SIM905 - one name a line would fill a page
 )
 
 _READ = frozenset(
     """
     peft_type task_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules
-    layers_to_transform layers_pattern use_dora lora_bias bias modules_to_save trainable_token_indices
+    init_lora_weights layers_to_transform layers_pattern use_dora lora_bias bias modules_to_save trainable_token_indices
     ensure_weight_tying target_parameters
     """.split()  # noqa: SIM905 - one name a line would fill a page
 )
-
-
-def _is_descriptive(auto_mapping: Any) -> bool:
-    """PEFT writes the base's class there if the task was not given. It is never imported here, but a configuration that
-    names another module is an attempt at those who would."""
-    return auto_mapping is None or (
-        isinstance(auto_mapping, dict)
-        and set(auto_mapping) <= {"base_model_class", "parent_library"}
-        and str(auto_mapping.get("parent_library", "transformers.models.")).startswith("transformers.models.")
-    )
-
-
-def refuse_unknown(document: Mapping[str, Any], known: frozenset[str]) -> None:
-    """Features that are not served (layer_replication, ...) and keys of other versions are fine unless used.
-
-    Raises ArtifactError.
-    """
-    for key, value in document.items():
-        if key in known or value in (None, False, {}, [], ""):
-            continue
-        raise ArtifactError(
-            key, f"adapter_config.json: {key} = {_shown(value)} is not supported; null or false is accepted"
-        )
-
-
-def require(document: Mapping[str, Any], key: str, fits: bool, accepted: str) -> None:
-    """Raises ArtifactError for `key` unless its value fits."""
-    if not fits:
-        value = _shown(document.get(key))
-        raise ArtifactError(key, f"adapter_config.json: {key} is {value}; accepted: {accepted}")
 
 
 def _number(document: Mapping[str, Any], key: str, value: Any, *, integers: bool) -> float:
@@ -349,7 +321,7 @@ def _number(document: Mapping[str, Any], key: str, value: Any, *, integers: bool
     fits = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and 0 < value <= 65_536
     if not fits:
         accepted = "a whole number" if integers else "a number"
-        raise ArtifactError(key, f"adapter_config.json: {key} has {_shown(value)}; accepted: {accepted} up to 65536")
+        raise ArtifactError(key, f"adapter_config.json: {key} has {shown(value)}; accepted: {accepted} up to 65536")
     return float(value)
 
 
@@ -366,8 +338,3 @@ def _names(document: Mapping[str, Any], key: str) -> str | list[str] | None:
     )
     require(document, key, fits, "names, a regular expression, or null")
     return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

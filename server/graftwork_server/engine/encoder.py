@@ -30,9 +30,10 @@ from graftwork_server.engine.model import (
     load_base,
 )
 from graftwork_server.engine.native import NativeKernels, native_kernels
-from graftwork_server.engine.pooling import collect, default_pooling, head_for
+from graftwork_server.engine.pooling import collect, head_for
 from graftwork_server.engine.routing import Routing
 from graftwork_server.engine.runner import ChunkLogits, packing_order, spans_of
+from graftwork_server.engine.sentence_files import asked_pooling
 from graftwork_server.engine.sequence import ScheduledChunk, Sequence
 from graftwork_server.engine.weights import SharedWeights
 from graftwork_server.errors import FailedPrecondition
@@ -197,8 +198,9 @@ def load_model(
             reason="MODEL_UNSUPPORTED",
         )
     base = load_base(source, device, dtype, cache_dir, native, quantization)
+    pooling, undone = asked_pooling(source, "last")
     info = msgspec.structs.replace(
-        base.info, hidden_size=base.engine_model.hidden_size, default_pooling=default_pooling(source, "last")
+        base.info, hidden_size=base.engine_model.hidden_size, default_pooling=pooling, undone_pooling=undone
     )
     return dataclasses.replace(base, info=info)
 
@@ -237,6 +239,7 @@ def _load_encoder(
     weights = SharedWeights(trunk, device)
     model = EncoderModel(trunk, layout, native_kernels(device, dtype) if native else None)
     model.missing_modules = tuple({name.rpartition(".")[0] for name in missing})
+    pooling, undone = asked_pooling(source, "mean")
     info = ModelInfo(
         fingerprint=print_of_base,
         source=source,
@@ -255,7 +258,8 @@ def _load_encoder(
         max_sequences=0,
         generates=False,
         hidden_size=model.hidden_size,
-        default_pooling=default_pooling(source, "mean"),
+        default_pooling=pooling,
+        undone_pooling=undone,
     )
     base = BaseModel(model, weights, info, [], [])
     if tensors:

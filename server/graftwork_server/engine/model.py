@@ -216,17 +216,18 @@ def load_base(
 
 def tuned_model(base: BaseModel, tensors: dict[str, torch.Tensor]) -> tuple[EngineModel, int]:
     """A model of the base's class over `tensors` and what it takes on the device in bytes; tensors equal to the base's
-    are the base's own. Names and shapes must be those of the base (checked by the caller)."""
+    are the base's own. Names and shapes must be those of the base (checked by the caller); a tensor that the base ties
+    to another comes under its name only where the two differ."""
     state = unwrapped_state(base)
     chosen: dict[str, torch.Tensor] = {}
     own: dict[str, torch.Tensor] = {}
-    for entry in base.weights.layout:
-        resident = state[entry.name]
-        tensor = tensors[entry.name].to(base.device, resident.dtype)
+    for name, given in tensors.items():
+        resident = state[name]
+        tensor = given.to(base.device, resident.dtype)
         if torch.equal(tensor, resident):
-            chosen[entry.name] = resident
+            chosen[name] = resident
         else:
-            own[entry.name] = tensor
+            own[name] = tensor
     packed_tensors = pack(own, base.device) if own else {}
     model = empty_model(base.engine_model.model.config)
     assign_tensors(model, chosen | packed_tensors)

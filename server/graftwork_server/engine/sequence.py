@@ -49,7 +49,8 @@ class Sequence:
     too_long: bool = False
     """With the adapter's virtual tokens it would be longer than `longest`."""
     state: torch.Tensor | None = None
-    """[hidden] float32: the hidden state that is wanted of it, or the sum of those seen so far (pooling.py)."""
+    """[hidden] float32: the vector that is wanted of it. Before all its tokens were seen: [poolings, hidden], what
+    there is so far (pooling.py)."""
     misdirected: bool = False
     """It asks its adapter for tokens, which has a head instead, or for labels without a head."""
     _adapter: LoadedAdapter | None = None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
+from graftwork_server.hub.data_dir import REGISTRY
 from graftwork_server.hub.database import Database
 from graftwork_server.hub.job_registry import JobRegistry
 from graftwork_server.hub.leases import Leases
@@ -13,8 +13,6 @@ from graftwork_server.hub.registry import Registry, RequestKey
 from graftwork_server.hub.resolver import Resolver
 from graftwork_server.hub.store import Store, digest_of, write_manifest
 from graftwork_server.types import ArtifactInfo
-
-_log = logging.getLogger(__name__)
 
 
 class Hub:
@@ -26,7 +24,7 @@ class Hub:
     def __init__(self, data_dir: str | Path) -> None:
         self.store = Store(data_dir)
         try:
-            self._database = Database.at(self.store.root / "registry.db")
+            self._database = Database.at(self.store.root / REGISTRY)
         except BaseException:
             self.store.close()
             raise
@@ -34,9 +32,7 @@ class Hub:
         self.jobs = JobRegistry(self._database)
         self.leases = Leases(self.store, self.registry)
         self.resolver = Resolver(self.store, self.registry)
-        removed = self._collect()
-        if removed:
-            _log.info("removed %d leftovers of an earlier run", len(removed))
+        self._collect()
 
     def close(self) -> None:
         """Lets another server have the data directory."""
@@ -86,10 +82,10 @@ class Hub:
             self.leases.remove_if_unused(digest)
         return versions
 
-    def _collect(self) -> list[str]:
+    def _collect(self) -> None:
         jobs = self.jobs.unfinished()
         announced = {job.publication.digest for job in jobs if job.publication is not None}
-        return self.store.collect(
+        self.store.collect(
             digests=self.registry.digests() | announced,
             dataset_ids=self.registry.dataset_ids(),
             job_ids={job.job_id for job in jobs},

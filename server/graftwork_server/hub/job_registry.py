@@ -15,6 +15,7 @@ from graftwork_server.errors import ErrorBody, FailedPrecondition, NotFound
 from graftwork_server.hub.database import Database, now
 from graftwork_server.hub.models import Job, JobEvent
 from graftwork_server.hub.pages import check_page_size, page_after, page_token
+from graftwork_server.hub.publishing import FINAL, check_target, insert_version, newest_version
 from graftwork_server.hub.records import (
     JobEventRecord,
     JobHappening,
@@ -25,11 +26,10 @@ from graftwork_server.hub.records import (
     TuningSpec,
     VersionRecord,
 )
-from graftwork_server.hub.registry import RequestKey, insert_version, recall, remember
+from graftwork_server.hub.registry import RequestKey, recall, remember
 from graftwork_server.messages import Checkpointed, Evaluated, Note, Progress
 from graftwork_server.types import JobState, TuningEstimate, TuningProgress, TuningResult
 
-_FINAL = [state.value for state in JobState if state.final]
 _POSITION = re.compile(r"[0-9]{1,18}")
 T = TypeVar("T")
 
@@ -43,10 +43,15 @@ class JobRegistry:
     def create(
         self, job_id: str, spec: TuningSpec, estimate: TuningEstimate, base_fingerprint: str, request: RequestKey | None
     ) -> JobRecord:
-        """A new job, PENDING. Two calls with the same request create one job; both get it."""
+        """A new job, PENDING. Two calls with the same request create one job; both get it.
+
+        Raises as check_target does.
+        """
         with self._database.write() as session:
             if request is not None and (resource := recall(session, request)) is not None:
                 return _record(_job(session, resource))
+            _check_target(session, spec)
+            newest = newest_version(session, spec.adapter_id)
             job = Job(
                 id=job_id,
                 spec=_to_json(spec),
@@ -54,6 +59,7 @@ class JobRegistry:
                 state=JobState.PENDING.value,
                 estimate=_to_json(estimate),
                 engine_losses=0,
+                follows=newest.number if newest is not None else 0,
                 create_time=now(),
             )
             session.add(job)
@@ -62,6 +68,11 @@ class JobRegistry:
             if request is not None:
                 remember(session, request, job_id)
             return _record(job)
+
+    def check_target(self, spec: TuningSpec) -> None:
+        """Raises AlreadyExists (ADAPTER_EXISTS) if the job could not publish to its adapter."""
+        with self._database.read() as session:
+            _check_target(session, spec)
 
     def find_request(self, request: RequestKey | None) -> JobRecord | None:
         """The job that this request created before. Raises InvalidArgument (REQUEST_ID_REUSED)."""
@@ -91,7 +102,7 @@ class JobRegistry:
     def unfinished(self) -> Sequence[JobRecord]:
         """Jobs that have not ended, in the order they were created."""
         with self._database.read() as session:
-            rows = session.scalars(select(Job).where(Job.state.not_in(_FINAL)).order_by(Job.position))
+            rows = session.scalars(select(Job).where(Job.state.not_in(FINAL)).order_by(Job.position))
             return [_record(row) for row in rows]
 
     def events(self, job_id: str, after_sequence: int, limit: int) -> tuple[Sequence[JobEventRecord], bool]:
@@ -134,9 +145,14 @@ class JobRegistry:
             job = _open_job(session, job_id)
             published = insert_version(session, version)
             job.adapter_version = published.name
+            job.follows = published.follows
             job.result = _to_json(result)
             _append(session, job, [*happenings, StateChanged(state=JobState.SUCCEEDED)])
             return _record(job), published
+
+
+def _check_target(session: Session, spec: TuningSpec) -> None:
+    check_target(session, spec.adapter_id, may_exist=spec.new_version, field="spec.adapter_id")
 
 
 def _job(session: Session, job_id: str) -> Job:
@@ -191,6 +207,7 @@ def _record(job: Job) -> JobRecord:
         adapter_version=job.adapter_version,
         error=_from_json(job.error, ErrorBody),
         engine_losses=job.engine_losses,
+        follows=job.follows,
         create_time=job.create_time,
         start_time=job.start_time,
         end_time=job.end_time,

@@ -27,6 +27,8 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Id of the job that made it."""
     pinned: bool = False
     """Kept on the device."""
+    follows: int = 0
+    """Number of the version that the name served before; 0: none."""
     create_time: datetime.datetime
 
     @property
@@ -70,6 +72,8 @@ class TuningSpec(msgspec.Struct, frozen=True, kw_only=True):
     adapter_id: str
     config: dict[str, Any] = {}
     load: bool = False
+    new_version: bool = True
+    """Whether the adapter may exist. True where it is not written: in jobs from before anybody was asked."""
     choices: list[SettingChoice] = []
     """Of a job: where settings come from, in the request's order and then those chosen by the server."""
 
@@ -101,6 +105,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorBody | None = None
     engine_losses: int = 0
     """Engines that died under it since its last checkpoint."""
+    follows: int = 0
+    """Number of the version that its adapter's name serves before its own; 0: none."""
     create_time: datetime.datetime
     start_time: datetime.datetime | None = None
     end_time: datetime.datetime | None = None

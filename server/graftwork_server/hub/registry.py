@@ -13,10 +13,11 @@ import msgspec
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from graftwork_server.errors import AlreadyExists, InvalidArgument, NotFound
+from graftwork_server.errors import InvalidArgument, NotFound
 from graftwork_server.hub.database import Database, now
-from graftwork_server.hub.models import Adapter, Dataset, Request, Version
+from graftwork_server.hub.models import Adapter, Dataset, DeletedAdapter, Request, Version
 from graftwork_server.hub.pages import check_page_size, page_after, page_token
+from graftwork_server.hub.publishing import check_target, insert_version, version_record
 from graftwork_server.hub.records import DatasetRecord, NewVersion, VersionRecord
 from graftwork_server.types import ADAPTER_ID, BASE, DatasetFormat
 
@@ -78,25 +79,24 @@ class Registry:
     def add_version(
         self, new: NewVersion, *, adapter_may_exist: bool, request: RequestKey | None = None
     ) -> VersionRecord:
-        """Publishes a version. Raises AlreadyExists (ADAPTER_EXISTS) if it may be the first one only, and is not.
+        """Publishes a version, or gives the newest one if that has the same files.
 
+        Raises AlreadyExists (ADAPTER_EXISTS) if it may be the first one only, and is not, or if a job will publish it.
         Two calls with the same request add one version; both get it.
         """
         with self._database.write() as session:
             if request is not None and (resource := recall(session, request)) is not None:
                 return _version_by_name(session, resource)
-            if not adapter_may_exist and session.get(Adapter, new.adapter_id) is not None:
-                raise adapter_exists(new.adapter_id)
+            check_target(session, new.adapter_id, may_exist=adapter_may_exist, field="upload.adapter_id")
             version = insert_version(session, new)
             if request is not None:
                 remember(session, request, version.name)
             return version
 
-    def check_adapter_free(self, adapter_id: str) -> None:
+    def check_target(self, adapter_id: str, *, may_exist: bool) -> None:
         """Raises AlreadyExists (ADAPTER_EXISTS) early, before bytes are sent for nothing."""
         with self._database.read() as session:
-            if session.get(Adapter, adapter_id) is not None:
-                raise adapter_exists(adapter_id)
+            check_target(session, adapter_id, may_exist=may_exist, field="upload.adapter_id")
 
     def get_version(self, adapter_id: str, number: int | None = None, field: str = "name") -> VersionRecord:
         """A version, the newest by default. Raises NotFound (ADAPTER_NOT_FOUND, VERSION_NOT_FOUND)."""
@@ -170,6 +170,7 @@ class Registry:
                 raise adapter_not_found(adapter_id, session.scalars(select(Adapter.id)).all(), "name")
             rows = session.scalars(select(Version).where(Version.adapter_id == adapter_id).order_by(Version.number))
             versions = [version_record(row) for row in rows]
+            session.merge(DeletedAdapter(id=adapter_id, next_number=adapter.next_number))
             session.execute(delete(Adapter).where(Adapter.id == adapter_id))
             return versions
 
@@ -305,38 +306,11 @@ def remember(session: Session, request: RequestKey, resource: str) -> None:
     )
 
 
-def insert_version(session: Session, new: NewVersion) -> VersionRecord:
-    """The next version of an adapter, which is created with its first one."""
-    adapter = session.get(Adapter, new.adapter_id)
-    if adapter is None:
-        adapter = Adapter(id=new.adapter_id, next_number=1, create_time=now())
-        session.add(adapter)
-        session.flush()
-    row = Version(number=adapter.next_number, create_time=now(), pinned=False, **msgspec.structs.asdict(new))
-    adapter.next_number += 1
-    session.add(row)
-    return version_record(row)
-
-
-def version_record(row: Version) -> VersionRecord:
-    """`row` as plain data."""
-    return VersionRecord(**{name: getattr(row, name) for name in VersionRecord.__struct_fields__})
-
-
 def adapter_not_found(adapter_id: str, known: Sequence[str], field: str) -> NotFound:
     """The error for an unknown adapter; it names up to three with similar ids."""
     close = difflib.get_close_matches(adapter_id, known, n=3)
     hint = f"; similar: {', '.join(close)}" if close else ""
     return NotFound(f"there is no adapter {adapter_id!r}{hint}", reason="ADAPTER_NOT_FOUND", field=field)
-
-
-def adapter_exists(adapter_id: str) -> AlreadyExists:
-    """The error for an adapter id that is taken."""
-    return AlreadyExists(
-        f"adapter {adapter_id!r} exists; set new_version to publish its next version, or choose another id",
-        reason="ADAPTER_EXISTS",
-        field="upload.adapter_id",
-    )
 
 
 def _version_by_name(session: Session, name: str) -> VersionRecord:

@@ -14,8 +14,9 @@ from typing import BinaryIO, Self
 import msgspec
 
 from graftwork_server.errors import InvalidArgument
+from graftwork_server.hub.durable import storage_errors, sync
 from graftwork_server.hub.safetensors_check import check_safetensors
-from graftwork_server.hub.store import MAX_FILES, Store, check_file_name, storage_errors, sync
+from graftwork_server.hub.store import MAX_FILES, Store, check_file_name
 
 
 class UploadFile(msgspec.Struct, frozen=True):

@@ -153,8 +153,7 @@ class AdapterService(AdapterServiceServicer):
         key: RequestKey | None,
         requests: AsyncIterator[pb.CreateAdapterRequest],
     ) -> VersionRecord:
-        if not upload.new_version:
-            await asyncio.to_thread(self._hub.registry.check_adapter_free, upload.adapter_id)
+        await asyncio.to_thread(self._hub.registry.check_target, upload.adapter_id, may_exist=upload.new_version)
         # Made here and not in a thread: a call cancelled on the way back from there would leave the folder behind.
         with ArtifactUpload(self._hub.store, files, self._max_upload_bytes) as received:
             async for request in requests:

@@ -54,6 +54,7 @@ def adapter_message(version: VersionRecord, *, loaded: bool) -> adapters_pb2.Ada
         tuning_job=f"tuningJobs/{version.tuning_job}" if version.tuning_job else "",
         rank=version.rank,
         pinned=version.pinned,
+        follows_version=version.follows,
     )
 
 
@@ -140,6 +141,7 @@ def tuning_spec(spec: tuning_pb2.TuningJobSpec) -> TuningSpec:
         adapter_id=spec.adapter_id,
         config={key: _plain(value) for key, value in json_format.MessageToDict(spec.config).items()},
         load=spec.load,
+        new_version=spec.new_version,
     )
 
 
@@ -156,11 +158,13 @@ def job_message(job: JobRecord) -> tuning_pb2.TuningJob:
             validation_fraction=spec.validation_fraction,
             adapter_id=spec.adapter_id,
             load=spec.load,
+            new_version=spec.new_version,
         ),
         state=state_value(job.state),
         error=job.error.message if job.error else "",
         estimate=_estimate_message(job.estimate),
         validation_loss=job.validation_loss,
+        follows_version=job.follows,
     )
     message.spec.config.update(spec.config)
     for choice in spec.choices:

@@ -30,6 +30,9 @@ _POOLINGS: Mapping[pb.Pooling.ValueType, str] = {
     pb.POOLING_MEAN: "mean",
     pb.POOLING_CLS: "cls",
     pb.POOLING_LAST: "last",
+    pb.POOLING_MAX: "max",
+    pb.POOLING_MEAN_SQRT_LEN: "mean_sqrt_len",
+    pb.POOLING_WEIGHTED_MEAN: "weightedmean",
 }
 _POOLING_VALUES = {name: value for value, name in _POOLINGS.items()}
 _PROBLEM_TYPES = {
@@ -89,18 +92,28 @@ def _row(one: pb.TextInput, index: int, text: TextProcessor | None) -> Row:
 
 
 def embed_pool(request: pb.EmbedRequest, model: ModelInfo) -> Pool:
-    """How the request's vectors are made, defaults filled in. Raises InvalidArgument naming each wrong field."""
+    """How the request's vectors are made, defaults filled in. Raises InvalidArgument naming each wrong field,
+    FailedPrecondition (POOLING_UNSUPPORTED) where the model's files ask for what is not done and the request for
+    nothing."""
     wrong = []
     if request.pooling != pb.POOLING_UNSPECIFIED and request.pooling not in _POOLINGS:
         accepted = ", ".join(pb.Pooling.Name(value) for value in sorted(_POOLING_VALUES.values()))
         wrong.append(Violation("pooling", f"is {request.pooling}; {accepted} are accepted"))
-    if request.HasField("dimensions") and not 1 <= request.dimensions <= model.hidden_size:
-        wrong.append(Violation("dimensions", f"is {request.dimensions}; 1 to {model.hidden_size} is accepted"))
+    pooling = _POOLINGS.get(request.pooling, model.default_pooling)
+    size = model.hidden_size * len(pooling.split("+"))
+    if request.HasField("dimensions") and not 1 <= request.dimensions <= size:
+        wrong.append(Violation("dimensions", f"is {request.dimensions}; 1 to {size} is accepted"))
     if wrong:
         raise invalid(wrong)
+    if request.pooling == pb.POOLING_UNSPECIFIED and model.undone_pooling:
+        raise FailedPrecondition(
+            f"the base model's files ask for {model.undone_pooling}; Embed does not do it. Name a pooling "
+            f"({', '.join(_POOLINGS.values())}) for vectors without it",
+            reason="POOLING_UNSUPPORTED",
+        )
     return Pool(
         "embed",
-        pooling=_POOLINGS.get(request.pooling, model.default_pooling),
+        pooling=pooling,
         normalize=request.normalize if request.HasField("normalize") else True,
         dimensions=request.dimensions,
     )
@@ -171,7 +184,7 @@ async def embed_response(
                 pb.Embedding(values=_floats(answer), input_tokens=len(row.ids))
                 for answer, row in zip(answers, rows, strict=True)
             ],
-            pooling=_POOLING_VALUES[pool.pooling],
+            pooling=_POOLING_VALUES.get(pool.pooling, pb.POOLING_SEVERAL),
             usage=pb.Usage(prompt_tokens=_tokens(rows)),
             model=resolved.model,
             version=resolved.version,

@@ -25,10 +25,11 @@ from graftwork_server.errors import (
     body_of,
     from_body,
 )
+from graftwork_server.hub.durable import storage_errors
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import JobHappening, JobRecord, NewVersion, Publication, StateChanged
 from graftwork_server.hub.safetensors_check import check_safetensors
-from graftwork_server.hub.store import StoredArtifact, artifact_files, digest_of, storage_errors, write_manifest
+from graftwork_server.hub.store import StoredArtifact, artifact_files, digest_of, write_manifest
 from graftwork_server.messages import Failed, Finished, JobSpec, Note, PreparedJob, Progress, TunerEvent
 from graftwork_server.types import AdapterRef, ArtifactInfo, JobState, LoadReport, StrategyInfo, TuningResult
 

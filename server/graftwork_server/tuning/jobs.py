@@ -117,8 +117,8 @@ class JobManager:
         """Checks everything that can be checked before training, and queues the job.
 
         Raises InvalidArgument (fields named, DATASET_INVALID, DATASET_NO_LOSS, REQUEST_ID_REUSED), NotFound
-        (DATASET_NOT_FOUND), FailedPrecondition (STRATEGY_UNAVAILABLE, TOKENIZER_MISSING, BASE_IS_ENCODER), and what the
-        strategy says about its settings.
+        (DATASET_NOT_FOUND), AlreadyExists (ADAPTER_EXISTS), FailedPrecondition (STRATEGY_UNAVAILABLE,
+        TOKENIZER_MISSING, BASE_IS_ENCODER), and what the strategy says about its settings.
         """
         request = request_key("CreateTuningJob", request_id, spec)
         if (known := await asyncio.to_thread(self._hub.jobs.find_request, request)) is not None:
@@ -126,6 +126,7 @@ class JobManager:
         require_generation(self._model, "tuning")
         _check_spec(spec)
         check_strategy(self._strategies(), spec.strategy, "spec.strategy")
+        await asyncio.to_thread(self._hub.jobs.check_target, spec)
         report = await self._checked_dataset(spec, spec.dataset_id, "spec.dataset")
         fraction, choices = _held_out_fraction(spec, report.row_count)
         held_out = held_out_count(report.row_count, fraction)

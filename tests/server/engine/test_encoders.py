@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -313,26 +312,14 @@ def test_a_long_sequence_runs_alone_and_whole(tmp_path: Path) -> None:
         torch.testing.assert_close(harness.values(index), states_of(model, ids)[-1], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("document", "expected"),
-    [
-        (None, "mean"),
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
-        ({"pooling_mode_lasttoken": True}, "last"),
-        ({"pooling_mode_max_tokens": True}, "mean"),
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "mean"),
-        ({"pooling_mode": "cls"}, "cls"),
-    ],
-)
-def test_the_default_pooling_is_the_checkpoints_own(
-    tmp_path: Path, document: dict[str, Any] | None, expected: str
-) -> None:
+def test_the_default_pooling_is_the_checkpoints_own(tmp_path: Path) -> None:
     model_dir = toys.make_encoder("distilbert", tmp_path / "model")
-    if document is not None:
-        (model_dir / "1_Pooling").mkdir()
-        (model_dir / "1_Pooling" / "config.json").write_text(json.dumps(document))
     info = load_model(str(model_dir), CPU, torch.float32, tmp_path).info
-    assert (info.default_pooling, info.hidden_size, info.kv_tokens) == (expected, 48, 0)
+    assert (info.default_pooling, info.undone_pooling, info.hidden_size, info.kv_tokens) == ("mean", "", 48, 0)
+    (model_dir / "1_Pooling").mkdir()
+    (model_dir / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    info = load_model(str(model_dir), CPU, torch.float32, tmp_path).info
+    assert (info.default_pooling, info.undone_pooling) == ("cls", "")
 
 
 def test_a_causal_base_pools_the_last_token(llama_dir: Path) -> None:

@@ -32,6 +32,7 @@ from tests.server.tuning.scripted import (
 )
 
 from graftwork_server.errors import (
+    AlreadyExists,
     ErrorBody,
     FailedPrecondition,
     GraftworkServerError,
@@ -81,6 +82,49 @@ def assert_nothing_published(hub: Hub) -> None:
     assert hub.registry.digests() == set()
     assert os.listdir(hub.store.artifacts) == []
     assert os.listdir(hub.store.jobs) == []
+
+
+# ------------------------------------------------------------------------------------------- what a name serves
+
+
+async def test_a_job_replaces_no_adapter_unless_it_is_told_to(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    async with server(tmp_path, engine) as (hub, manager):
+        first = await ended(manager, (await create(hub, manager, new_version=False)).job_id)
+        assert (first.follows, first.adapter_version) == (0, "adapters/a/versions/1")
+        with pytest.raises(AlreadyExists) as caught:
+            await manager.create(spec("ds-that-is-not-even-there", new_version=False))
+        assert caught.value.reason == "ADAPTER_EXISTS"
+        assert caught.value.violations[0].field == "spec.adapter_id"
+        assert "new_version" in caught.value.message
+        job = await create(hub, manager, new_version=True, config={"lr": 2.0})
+        assert job.follows == 1
+        second = await ended(manager, job.job_id)
+        assert (second.follows, second.adapter_version) == (1, "adapters/a/versions/2")
+        assert hub.registry.get_version("a").follows == 1
+
+
+async def test_an_id_that_a_job_will_publish_is_promised_to_it(tmp_path: Path) -> None:
+    async with server(tmp_path, ScriptedEngine(never)) as (hub, manager):
+        job = await create(hub, manager, new_version=False)
+        for new_version in (False, True):
+            with pytest.raises(AlreadyExists, match=job.job_id) as caught:
+                await create(hub, manager, new_version=new_version)
+            assert caught.value.reason == "ADAPTER_EXISTS"
+            with pytest.raises(AlreadyExists, match=job.job_id):
+                hub.registry.check_target("a", may_exist=new_version)
+        hub.registry.check_target("b", may_exist=False)
+        await manager.cancel(job.job_id)
+        hub.registry.check_target("a", may_exist=False)
+
+
+async def test_jobs_that_all_want_the_next_version_may_wait_for_one_another(tmp_path: Path) -> None:
+    async with server(tmp_path, ScriptedEngine(never)) as (hub, manager):
+        for _ in range(2):
+            await create(hub, manager, new_version=True)
+        hub.registry.check_target("a", may_exist=True)
+        with pytest.raises(AlreadyExists):
+            await create(hub, manager, new_version=False)
 
 
 # ------------------------------------------------------------------------------------------- from start to end

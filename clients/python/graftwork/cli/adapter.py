@@ -159,6 +159,7 @@ def _show(adapter: Adapter, as_json: bool, headline: str = "") -> None:
         print(headline)
     pairs = [
         ("adapter", f"{adapter.adapter_id}@{adapter.version}"),
+        ("follows", f"{adapter.adapter_id}@{adapter.follows_version}" if adapter.follows_version else None),
         ("strategy", adapter.strategy),
         ("digest", adapter.digest),
         ("base", adapter.base_fingerprint),

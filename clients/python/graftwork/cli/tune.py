@@ -39,6 +39,9 @@ def create(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the strategy, as JSON or text; may be repeated."),
     ] = None,
+    new_version: Annotated[
+        bool, typer.Option("--new-version", help="If the adapter exists, publish its next version.")
+    ] = False,
     load: Annotated[bool, typer.Option("--load/--no-load", help="Load the version once it is published.")] = False,
     follow_it: Annotated[bool, typer.Option("--follow", help="Wait for the end and show how it goes.")] = False,
     as_json: AsJson = False,
@@ -57,6 +60,7 @@ def create(
             validation=held_out,
             validation_fraction=validation_fraction,
             load=load,
+            new_version=new_version,
         )
         if follow_it:
             if not as_json:
@@ -174,6 +178,7 @@ def _show(job: TuningJobInfo, as_json: bool) -> None:
         ("state", job.state),
         ("strategy", job.spec.strategy),
         ("adapter", job.spec.adapter_id),
+        ("follows", f"{job.spec.adapter_id}@{job.follows_version}" if job.follows_version else None),
         ("data", job.spec.dataset),
         ("settings", settings),
         *_choices(job),

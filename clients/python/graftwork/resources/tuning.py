@@ -31,18 +31,19 @@ class Tuning:
         validation: str | Dataset | None = None,
         validation_fraction: float | None = None,
         load: bool = False,
+        new_version: bool = False,
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> TuningJob:
         """Starts a job and returns its handle; job.wait() returns the result.
 
-        dataset, validation: a Dataset or its id. adapter: the id to publish to; if it exists, its next version is
-        published. config: the strategy's settings, as client.strategies.get(strategy).config_schema says.
-        validation_fraction: fraction of the rows in [0, 0.5] kept out to measure held-out loss, not together with
-        validation; None: the server chooses, unless config fixes the steps. load: load the version once it is
-        published. request_id: an id of your own, so that a repeated call returns the first one's job. What the server
-        chose is in job.info.choices, with the reasons. Raises InvalidArgumentError with the wrong settings,
-        NotFoundError.
+        dataset, validation: a Dataset or its id. adapter: the id to publish to. new_version: if the adapter exists,
+        publish its next version, which its name then serves; otherwise AlreadyExistsError. config: the strategy's
+        settings, as client.strategies.get(strategy).config_schema says. validation_fraction: fraction of the rows in
+        [0, 0.5] kept out to measure held-out loss, not together with validation; None: the server chooses, unless
+        config fixes the steps. load: load the version once it is published. request_id: an id of your own, so that a
+        repeated call returns the first one's job. What the server chose is in job.info.choices, with the reasons.
+        Raises InvalidArgumentError with the wrong settings, NotFoundError.
         """
         call = tuning_requests.create_job(
             strategy=strategy,
@@ -52,6 +53,7 @@ class Tuning:
             validation=validation,
             validation_fraction=validation_fraction,
             load=load,
+            new_version=new_version,
             request_id=request_id,
         )
         return TuningJob(self._transport, self._transport.unary(call, timeout))
@@ -82,6 +84,7 @@ class AsyncTuning:
         validation: str | Dataset | None = None,
         validation_fraction: float | None = None,
         load: bool = False,
+        new_version: bool = False,
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> AsyncTuningJob:
@@ -94,6 +97,7 @@ class AsyncTuning:
             validation=validation,
             validation_fraction=validation_fraction,
             load=load,
+            new_version=new_version,
             request_id=request_id,
         )
         return AsyncTuningJob(self._transport, await self._transport.unary(call, timeout))

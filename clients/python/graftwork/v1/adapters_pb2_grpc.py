@@ -115,7 +115,7 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """Deletes an adapter with all its versions. Requests already running finish.
+        """Deletes an adapter with all its versions. Requests already running finish. The versions' numbers are never given again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -368,6 +368,7 @@ class TuningJobSpec(_message.Message):
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    NEW_VERSION_FIELD_NUMBER: _builtins.int
     strategy: _builtins.str
     """Id of the strategy: "lora", "full", ..."""
     dataset: _builtins.str
@@ -379,9 +380,11 @@ class TuningJobSpec(_message.Message):
     Unset: none if there is a validation_dataset or the settings fix the number of steps, else the server chooses.
     """
     adapter_id: _builtins.str
-    """Adapter to publish to. If it exists, its next version is published."""
+    """Adapter to publish to. If it exists, new_version must be set. Until the job ends, no other publishes to it first."""
     load: _builtins.bool
     """Load the version once it is published."""
+    new_version: _builtins.bool
+    """If the adapter exists: publish its next version instead of answering ALREADY_EXISTS. From then on its name serves that."""
     @_builtins.property
     def config(self) -> _struct_pb2.Struct:
         """The strategy's settings; keys and defaults as in its JSON schema. Unknown keys are refused. For some that are unset
@@ -398,10 +401,11 @@ class TuningJobSpec(_message.Message):
         adapter_id: _builtins.str = ...,
         config: _struct_pb2.Struct | None = ...,
         load: _builtins.bool = ...,
+        new_version: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction", "config", b"config", "validation_fraction", b"validation_fraction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction", "adapter_id", b"adapter_id", "config", b"config", "dataset", b"dataset", "load", b"load", "strategy", b"strategy", "validation_dataset", b"validation_dataset", "validation_fraction", b"validation_fraction"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction", "adapter_id", b"adapter_id", "config", b"config", "dataset", b"dataset", "load", b"load", "new_version", b"new_version", "strategy", b"strategy", "validation_dataset", b"validation_dataset", "validation_fraction", b"validation_fraction"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__validation_fraction: _TypeAlias = _typing.Literal["validation_fraction"]  # noqa: Y015
     _WhichOneofArgType__validation_fraction: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction"]  # noqa: Y015
@@ -595,6 +599,7 @@ class TuningJob(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     VALIDATION_LOSS_FIELD_NUMBER: _builtins.int
+    FOLLOWS_VERSION_FIELD_NUMBER: _builtins.int
     CHOICES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Output only. Resource name: "tuningJobs/{job_id}"."""
@@ -606,6 +611,10 @@ class TuningJob(_message.Message):
     """Output only. Set on FAILED: what went wrong, and what to do."""
     validation_loss: _builtins.float
     """Output only. The newest held-out loss."""
+    follows_version: _builtins.int
+    """Output only. The version that the adapter's name serves before the job's is published: known when the job is created, and
+    again when it has ended. 0: none.
+    """
     @_builtins.property
     def spec(self) -> Global___TuningJobSpec:
         """What was asked for, with the strategy's defaults filled in."""
@@ -655,11 +664,12 @@ class TuningJob(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         validation_loss: _builtins.float | None = ...,
+        follows_version: _builtins.int = ...,
         choices: _abc.Iterable[Global___SettingChoice] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "create_time", b"create_time", "end_time", b"end_time", "estimate", b"estimate", "progress", b"progress", "result", b"result", "spec", b"spec", "start_time", b"start_time", "validation_loss", b"validation_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "choices", b"choices", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "estimate", b"estimate", "job_id", b"job_id", "name", b"name", "progress", b"progress", "result", b"result", "spec", b"spec", "start_time", b"start_time", "state", b"state", "validation_loss", b"validation_loss"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "choices", b"choices", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "estimate", b"estimate", "follows_version", b"follows_version", "job_id", b"job_id", "name", b"name", "progress", b"progress", "result", b"result", "spec", b"spec", "start_time", b"start_time", "state", b"state", "validation_loss", b"validation_loss"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__validation_loss: _TypeAlias = _typing.Literal["validation_loss"]  # noqa: Y015
     _WhichOneofArgType__validation_loss: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss"]  # noqa: Y015
