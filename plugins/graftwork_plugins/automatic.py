@@ -34,9 +34,8 @@ FULL_RATE, FULL_WIDTH = 2e-5, 4096
 
 def model_width(base: BaseInfo) -> int:
     """Size of the hidden states, as far as the base says it: of its input embedding, or its configuration's."""
-    if base.input_module in base.embedding_modules:
-        return base.embedding_modules[base.input_module][1]
-    return int(base.config.get("hidden_size") or FULL_WIDTH)
+    _, width = base.embedding_modules.get(base.input_module or "", (0, 0))
+    return width or int(base.config.get("hidden_size") or FULL_WIDTH)
 
 
 def full_rate(base: BaseInfo) -> float:

@@ -101,7 +101,8 @@ def test_a_job_is_prepared_with_every_default(host: PluginHost) -> None:
         **dict.fromkeys(("learning_rate", "max_steps", "warmup_ratio"), True),
     }
     assert all(prepared.config[choice.key] == choice.value for choice in prepared.choices)
-    assert prepared.estimate.total_steps == 15
+    assert prepared.estimate.total_steps == 150
+    assert prepare(host, {"num_epochs": 3, "batch_size": 8}).estimate.total_steps == 15
     assert prepared.estimate.trained_parameters == 2 * (16 + 24)
     assert prepared.estimate.memory_bytes > TUNER_PROCESS_BYTES
 
