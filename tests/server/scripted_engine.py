@@ -320,15 +320,14 @@ STRATEGIES = [
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--socket", required=True)
+    parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--settings", required=True)
     arguments = parser.parse_args()
     path = json.loads(arguments.settings).get("model")
     options = OPTIONS | {"source": path} | (json.loads(Path(path).read_text()) if path else {})
     if options["exit_on_start"] is not None:
         sys.exit(options["exit_on_start"])
-    sock = socket.socket(socket.AF_UNIX)
-    sock.connect(arguments.socket)
+    sock = socket.socket(fileno=arguments.fd)
     engine = ScriptedEngine(sock, options)
     if options["start_failed"]:
         body = ErrorBody(code="FAILED_PRECONDITION", reason="MODEL_MISSING", message=options["start_failed"])

@@ -31,12 +31,11 @@ from graftwork_plugins import (
 from graftwork_plugins.automatic import Automatic, Choice, full_rate, model_width
 from graftwork_plugins.builtin.lora_config import (
     LoraPatterns,
-    PatternError,
-    PatternMatcher,
     read_adapter_config,
     targets_of_names,
 )
 from graftwork_plugins.builtin.lora_heads import deltas_of_task
+from graftwork_plugins.builtin.patterns import PatternError, PatternMatcher
 from graftwork_plugins.builtin.peft_files import CONFIG_FILE, artifact_files, peft_type, saved_by_peft
 from graftwork_plugins.estimates import activation_bytes
 

@@ -400,4 +400,5 @@ class JobRun:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             await asyncio.wait([task])
+            task.exception()  # nobody is left to hear of it
             raise

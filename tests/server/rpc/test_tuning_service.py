@@ -13,7 +13,6 @@ from tests.server.rpc.rpc_harness import until
 
 from graftwork.v1 import adapters_pb2, generation_pb2
 from graftwork.v1 import tuning_pb2 as pb
-from graftwork_server.tuning import dataset_check
 
 ROWS = b"".join(json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}).encode() + b"\n" for n in range(10))
 STATE = pb.TuningJobState
@@ -85,10 +84,7 @@ async def test_a_hundred_bad_lines_and_the_number_of_all(shared, refused):
     assert report.errors[0].line == 11
 
 
-@pytest.mark.parametrize("in_process", [True, False])
-async def test_a_report_says_what_training_would_see(shared, monkeypatch, in_process):
-    if not in_process:
-        monkeypatch.setattr(dataset_check, "IN_PROCESS_BYTES", 0)
+async def test_a_report_says_what_training_would_see(shared):
     report = await validate(shared, ROWS)
     assert report.valid
     assert report.format == pb.DATASET_FORMAT_PROMPT_COMPLETION
