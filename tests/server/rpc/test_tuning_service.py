@@ -8,7 +8,7 @@ import math
 
 import grpc
 import pytest
-from google.protobuf import struct_pb2
+from google.protobuf import json_format, struct_pb2
 from tests.server.rpc.rpc_harness import until
 
 from graftwork.v1 import adapters_pb2, generation_pb2
@@ -144,6 +144,15 @@ async def test_a_job_ends_in_an_adapter_that_answers(server):
     assert job.state == STATE.TUNING_JOB_STATE_PENDING
     assert dict(job.spec.config) == {"rank": 4, "learning_rate": 0.5, "epochs": 1}
     assert job.estimate.trained_parameters == 64
+    assert [(choice.key, choice.automatic) for choice in job.choices] == [
+        ("validation_fraction", False),
+        ("learning_rate", False),
+        ("rank", True),
+        ("names", True),
+    ]
+    assert [json_format.MessageToDict(choice.value) for choice in job.choices] == [0.2, 0.5, 8, ["a"]]
+    assert job.choices[2].reason == "2 rows are held out"
+    assert (await job_of(server, job.name)).choices == job.choices
     events = await watch(server, job.name)
     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
     states = [event.state for event in events if event.WhichOneof("event") == "state"]
