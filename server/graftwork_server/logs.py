@@ -8,28 +8,49 @@ import json
 import logging
 import sys
 
+from graftwork_server.printable import printable
+
+LINE_CHARACTERS = 16_000
+TRACEBACK_CHARACTERS = 200_000
+
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 """Id of the request that is being served; "" outside of one."""
 
+client: contextvars.ContextVar[str] = contextvars.ContextVar("client", default="")
+"""Host of the client whose request is being served; "" outside of one."""
 
-class _TextFormatter(logging.Formatter):
+
+class _Formatter(logging.Formatter):
+    """What is logged may quote strangers: it forges no line, and it can always be written."""
+
+    def message(self, record: logging.LogRecord) -> str:
+        return printable(record.getMessage(), LINE_CHARACTERS)
+
+    def exception(self, record: logging.LogRecord) -> str | None:
+        if not record.exc_info:
+            return None
+        return printable(self.formatException(record.exc_info), TRACEBACK_CHARACTERS, lines=True)
+
+
+class _TextFormatter(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = [_time(record), record.levelname, record.name]
         if identifier := request_id.get():
             fields.append(f"[{identifier}]")
-        text = f"{' '.join(fields)} {record.getMessage()}"
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        text = f"{' '.join(fields)} {self.message(record)}"
+        exception = self.exception(record)
+        return f"{text}\n{exception}" if exception else text
 
 
-class _JsonFormatter(logging.Formatter):
+class _JsonFormatter(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
         entry = {
             "time": _time(record),
             "level": record.levelname.lower(),
             "logger": record.name,
             "request_id": request_id.get() or None,
-            "message": record.getMessage(),
-            "exception": self.formatException(record.exc_info) if record.exc_info else None,
+            "message": self.message(record),
+            "exception": self.exception(record),
         }
         return json.dumps({key: value for key, value in entry.items() if value is not None}, ensure_ascii=False)
 

@@ -36,6 +36,7 @@ from graftwork_server.errors import (
     Violation,
 )
 from graftwork_server.messages import PreparedJob
+from graftwork_server.tuning.automatic import automatic_settings, given_settings
 from graftwork_server.tuning.schedule import total_steps
 from graftwork_server.types import StrategyInfo, TuningEstimate
 
@@ -123,8 +124,9 @@ class PluginHost:
         total_tokens: int,
         base: BaseInfo,
         device: DeviceInfo,
+        held_out_rows: int = 0,
     ) -> PreparedJob:
-        """A job's settings with every default filled in, and what it will take.
+        """A job's settings with every one filled in, where they come from, and what the job will take.
 
         `row_count` and `total_tokens` are of the rows trained on, held-out ones not counted. Raises InvalidArgument
         (CONFIG_INVALID) with a violation `spec.config.<key>` for each wrong setting, FailedPrecondition
@@ -134,6 +136,9 @@ class PluginHost:
         if "train" not in plugin.capabilities:
             raise FailedPrecondition(f"strategy {strategy!r} cannot train", reason="NOT_TRAINABLE", field="strategy")
         settings = parse_config(plugin, config)
+        with guard(strategy, "Config"):
+            choices = automatic_settings(settings, base, row_count, held_out_rows)
+        settings = parse_config(plugin, config | {choice.key: choice.value for choice in choices})
         with guard(strategy, "validate"):
             plugin.validate(settings, base)
         with guard(strategy, "estimate"):
@@ -141,6 +146,7 @@ class PluginHost:
             estimate = plugin.estimate(settings, base, dataset, device)
         return PreparedJob(
             config=settings.model_dump(mode="json"),
+            choices=[*given_settings(config), *choices],
             estimate=TuningEstimate(
                 trained_parameters=estimate.trained_parameters,
                 memory_bytes=estimate.memory_bytes + TUNER_PROCESS_BYTES,

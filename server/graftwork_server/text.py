@@ -93,8 +93,9 @@ class TextProcessor:
         files: TokenizerFiles,
         compile_template: CompileTemplate = ChatTemplate,
         default_template: str | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> TextProcessor:
-        """Reads the files; `default_template` is for those that bring none.
+        """Reads the files; `default_template` is for those that bring none, `tokenizer` what was made of its file.
 
         Raises FailedPrecondition (TOKENIZER_MISSING, TOKENIZER_INVALID).
         """
@@ -103,7 +104,7 @@ class TextProcessor:
                 "the model brings no tokenizer.json; only token ids can be used with it", reason="TOKENIZER_MISSING"
             )
         try:
-            tokenizer = Tokenizer.from_file(str(files.tokenizer))
+            tokenizer = tokenizer or Tokenizer.from_file(str(files.tokenizer))
             config = json.loads(files.config.read_text("utf-8")) if files.config else {}
             template = files.template.read_text("utf-8") if files.template else config.get("chat_template")
             return cls(tokenizer, config, _default_template(template) or default_template, compile_template)
@@ -168,11 +169,6 @@ class TextProcessor:
     def has_chat_template(self) -> bool:
         """Whether render_chat and encode_chat can work."""
         return self._template is not None and not isinstance(self._template, GraftworkServerError)
-
-    @property
-    def template_is_slow(self) -> bool:
-        """Whether rendering waits for another process, so that no event loop should."""
-        return self.has_chat_template and not isinstance(self._template, ChatTemplate)
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool, **variables: Any) -> str:
         """The conversation as the model reads it; with `add_generation_prompt`, up to where its answer begins.

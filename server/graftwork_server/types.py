@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+from typing import Any
 
 import msgspec
 
@@ -122,6 +123,16 @@ class TuningEstimate(msgspec.Struct, frozen=True, kw_only=True):
     total_steps: int
 
 
+class SettingChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a setting of a job comes from."""
+
+    key: str
+    value: Any
+    reason: str
+    automatic: bool = True
+    """Chosen by the server; false: by who created the job."""
+
+
 class TuningProgress(msgspec.Struct, frozen=True, kw_only=True):
     """One optimizer step; see tuning.proto."""
 
@@ -143,3 +154,6 @@ class TuningResult(msgspec.Struct, frozen=True, kw_only=True):
     train_ms: int
     final_loss: float
     validation_loss: float | None = None
+    """Of the published weights."""
+    published_step: int = 0
+    """Optimizer steps after which the weights were as they are published; 0: not known, by an older version."""

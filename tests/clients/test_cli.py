@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import struct_pb2
 from tests.clients.protos import adapter, as_chat, event, job, last, piece, step_event, succeeded
 from tests.clients.scripted_server import ScriptedServer, fail
 from typer.testing import CliRunner, Result
@@ -336,6 +337,16 @@ def test_tune_create(server: ScriptedServer, run: Any, tuning: list[str]) -> Non
     shown = run(*tuning).stdout
     assert shown.startswith("job       j1\n")
     assert f"estimate  {ESTIMATE}\n" in shown
+
+
+def test_tune_show_says_what_was_chosen_and_why(server: ScriptedServer, run: Any) -> None:
+    chosen = [
+        t.SettingChoice(key="max_steps", value=struct_pb2.Value(number_value=150), reason="why", automatic=True),
+        t.SettingChoice(key="rank", value=struct_pb2.Value(number_value=8), reason="set in the request"),
+    ]
+    server.on("GetTuningJob", t.GetTuningJobResponse(job=job(choices=chosen)))
+    lines = [line for line in run("tune", "show", "j1").stdout.splitlines() if line.startswith("chosen")]
+    assert [" ".join(line.split()) for line in lines] == ["chosen max_steps=150: why"]
 
 
 def test_tune_follow_in_plain_lines(run: Any, tuning: list[str]) -> None:

@@ -7,6 +7,7 @@ import time
 
 import grpc
 import pytest
+from google.protobuf import struct_pb2
 from tests.clients.protos import adapter, event, job, step_event, succeeded
 from tests.clients.scripted_server import ScriptedServer, fail, hold
 
@@ -53,6 +54,15 @@ def test_events_go_on_after_breaks(breaking: ScriptedServer, client: graftwork.C
     assert handle.state == "succeeded"
     assert handle.info.validation_loss == 0.9
     check_attachments(breaking)
+
+
+def test_choices_are_in_the_record(server: ScriptedServer, client: graftwork.Client) -> None:
+    value = struct_pb2.Value(number_value=150)
+    choice = t.SettingChoice(key="max_steps", value=value, reason="3 passes are few", automatic=True)
+    server.on("GetTuningJob", got(job(choices=[choice])))
+    (known,) = client.tuning.get("j1").info.choices
+    assert known == graftwork.types.SettingChoice("max_steps", 150, "3 passes are few", True)
+    assert isinstance(known.value, int)
 
 
 def test_wait_returns_the_result(breaking: ScriptedServer, client: graftwork.Client) -> None:

@@ -19,7 +19,7 @@ from tests.server import scripted_engine as script
 from graftwork.v1 import generation_pb2 as pb
 from graftwork.v1.generation_pb2_grpc import GenerationServiceStub
 from graftwork_server import logs
-from graftwork_server.__main__ import main
+from graftwork_server.serve import main
 
 PROGRAM = Path(__file__).with_name("scripted_serve.py")
 

@@ -361,6 +361,12 @@ def job(message: tuning_pb2.TuningJob) -> types.TuningJobInfo:
         end_time=_time(message, "end_time"),
         validation_loss=message.validation_loss if message.HasField("validation_loss") else None,
         follows_version=message.follows_version,
+        choices=tuple(
+            types.SettingChoice(
+                choice.key, _whole(json_format.MessageToDict(choice.value)), choice.reason, choice.automatic
+            )
+            for choice in message.choices
+        ),
     )
 
 

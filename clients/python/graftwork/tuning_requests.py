@@ -71,7 +71,7 @@ def create_job(
     adapter: str,
     config: Mapping[str, Any] | None = None,
     validation: str | types.Dataset | None = None,
-    validation_fraction: float = 0.0,
+    validation_fraction: float | None = None,
     load: bool = False,
     new_version: bool = False,
     request_id: str | None = None,

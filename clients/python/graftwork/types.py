@@ -306,6 +306,16 @@ class TuningSpec:
 
 
 @dataclass(frozen=True)
+class SettingChoice:
+    """Where a setting of a job comes from: chosen by the server (automatic) or set by the request, and why."""
+
+    key: str
+    value: Any
+    reason: str
+    automatic: bool
+
+
+@dataclass(frozen=True)
 class TuningProgress:
     """How far a job is: optimizer steps, mean loss per token of the last step, learning rate, training tokens/s."""
 
@@ -341,7 +351,8 @@ class TuningResult:
     """What a job left behind.
 
     adapter_version is "adapters/{id}/versions/{n}". final_loss is the mean training loss of the last tenth of the
-    steps; validation_loss is None without a validation set.
+    steps; validation_loss is the published weights', None where no rows are held out; published_step is the step after
+    which the weights were as they are published, 0 if the server does not say.
     """
 
     adapter_version: str
@@ -351,6 +362,7 @@ class TuningResult:
     train_ms: int
     final_loss: float
     validation_loss: float | None
+    published_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -387,6 +399,8 @@ class TuningJobInfo:
     end_time: datetime | None
     validation_loss: float | None
     follows_version: int = 0
+    choices: tuple[SettingChoice, ...] = ()
+    """Settings that the request set or the server chose; others are the strategy's defaults."""
 
     @property
     def done(self) -> bool:

@@ -9,13 +9,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
 from graftwork_server.engine.engine_process import ENGINE_COMMAND, EngineProcess
 from graftwork_server.engine.output_stream import OutputStream
-from graftwork_server.errors import FailedPrecondition, GraftworkServerError, Internal, Unavailable, from_body
+from graftwork_server.errors import (
+    FailedPrecondition,
+    GraftworkServerError,
+    Internal,
+    Unavailable,
+    body_of,
+    from_body,
+)
 from graftwork_server.messages import (
     Cancel,
     EngineMessage,
@@ -142,7 +149,7 @@ class EngineClient:
             await self.stop()
             raise
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
-        self._tell_ready()
+        self._tell(lambda listener: listener.on_engine_ready())
         return hello
 
     async def stop(self, drain_ms: int = 0) -> None:
@@ -174,7 +181,7 @@ class EngineClient:
                 return
             streams = len(self._streams)
             self._disconnect(_restarting())
-            self._tell_lost()
+            self._tell(lambda listener: listener.on_engine_lost())
             await self._process.reap()
             error: GraftworkServerError = Internal(f"the engine ended {self._process.end}", reason="ENGINE_DIED")
             log.error("%s; %d sequences were running", error.message, streams)
@@ -188,11 +195,11 @@ class EngineClient:
                 try:
                     started = time.monotonic()
                     await self._connect()
-                except GraftworkServerError as raised:
-                    failures, error = failures + 1, raised
+                except Exception as raised:  # no socket or no process to be had: there may be the next time
+                    failures, error = failures + 1, from_body(body_of(raised))
                     log.error("the engine did not start again: %s", error.message)
             log.info("the engine is back (process %s)", self.process_id)
-            self._tell_ready()
+            self._tell(lambda listener: listener.on_engine_ready())
 
     def _disconnect(self, error: GraftworkServerError) -> None:
         """Ends every stream and call with `error`."""
@@ -214,13 +221,13 @@ class EngineClient:
             stream.fail(error)
             self._send(Cancel(id=sequence_id))
 
-    def _tell_ready(self) -> None:
+    def _tell(self, what: Callable[[EngineListener], None]) -> None:
+        """What one listener makes of it is no other's matter, and not the engine's."""
         for listener in self._listeners:
-            listener.on_engine_ready()
-
-    def _tell_lost(self) -> None:
-        for listener in self._listeners:
-            listener.on_engine_lost()
+            try:
+                what(listener)
+            except Exception:
+                log.exception("%s failed on news of the engine", type(listener).__name__)
 
     # ------------------------------------------------------------------------------------------ what it says
 
@@ -252,8 +259,7 @@ class EngineClient:
             case LoadedChanged():
                 self.loaded = set(message.digests)
             case JobEvent():
-                for listener in self._listeners:
-                    listener.on_job_event(message)
+                self._tell(lambda listener: listener.on_job_event(message))
             case _:
                 raise ValueError(f"{type(message).__name__} is no message for a running engine")
 
@@ -328,11 +334,18 @@ class EngineClient:
         return result
 
     async def prepare_job(
-        self, strategy: str, config: dict[str, Any], row_count: int, total_tokens: int
+        self, strategy: str, config: dict[str, Any], row_count: int, total_tokens: int, held_out_rows: int = 0
     ) -> PreparedJob:
-        """Checks a job's configuration and estimates it; raises InvalidArgument with the keys that are wrong."""
+        """Checks a job's configuration, completes and estimates it; raises InvalidArgument with the keys that are
+        wrong."""
         result: PreparedJob = await self._call(
-            PrepareJob, PreparedJob, strategy=strategy, config=config, row_count=row_count, total_tokens=total_tokens
+            PrepareJob,
+            PreparedJob,
+            strategy=strategy,
+            config=config,
+            row_count=row_count,
+            total_tokens=total_tokens,
+            held_out_rows=held_out_rows,
         )
         return result
 

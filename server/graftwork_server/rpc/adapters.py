@@ -12,18 +12,19 @@ import grpc
 
 from graftwork.v1 import adapters_pb2 as pb
 from graftwork.v1.adapters_pb2_grpc import AdapterServiceServicer
-from graftwork_server.adapter_text import AdapterTexts
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import VersionRecord
 from graftwork_server.hub.registry import RequestKey, check_adapter_id, request_key
 from graftwork_server.hub.uploads import ArtifactUpload, UploadFile
+from graftwork_server.isolated_text import IsolatedTexts
+from graftwork_server.logs import client
 from graftwork_server.pins import Pins
 from graftwork_server.rpc.convert import adapter_message, load_report_message
 from graftwork_server.rpc.generation import text_of
 from graftwork_server.rpc.names import adapter_id, adapter_version
-from graftwork_server.rpc.streaming import check_chunk, first_payload, to_its_end
+from graftwork_server.rpc.streaming import Uploads, check_chunk, first_payload, to_its_end
 
 log = logging.getLogger("graftwork.adapters")
 
@@ -33,26 +34,36 @@ Context = grpc.aio.ServicerContext
 class AdapterService(AdapterServiceServicer):
     """Adapters of this server's hub, on this server's engine. `max_upload_bytes` is for all files of one upload."""
 
-    def __init__(self, engine: EngineClient, hub: Hub, texts: AdapterTexts, pins: Pins, max_upload_bytes: int) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        hub: Hub,
+        texts: IsolatedTexts,
+        pins: Pins,
+        max_upload_bytes: int,
+        uploads: Uploads,
+    ) -> None:
         self._engine = engine
         self._hub = hub
         self._texts = texts
         self._pins = pins
         self._max_upload_bytes = max_upload_bytes
+        self._uploads = uploads
         self._unloads: set[asyncio.Task[None]] = set()
 
     async def CreateAdapter(
         self, request_iterator: AsyncIterator[pb.CreateAdapterRequest], context: Context
     ) -> pb.CreateAdapterResponse:
         """Publishes a version from streamed files."""
-        upload = (await first_payload(request_iterator, "upload")).upload
-        check_adapter_id(upload.adapter_id, "upload.adapter_id")
-        files = [UploadFile(file.name, file.size_bytes, file.sha256) for file in upload.files]
-        content = [upload.adapter_id, upload.strategy, upload.new_version, upload.load, files]
-        key = request_key("CreateAdapter", upload.request_id, content)
-        version = await asyncio.to_thread(self._hub.registry.find_request, key)
-        if version is None:
-            version = await self._receive(upload, files, key, request_iterator)
+        with self._uploads.open(request_iterator) as requests:
+            upload = (await first_payload(requests, "upload")).upload
+            check_adapter_id(upload.adapter_id, "upload.adapter_id")
+            files = [UploadFile(file.name, file.size_bytes, file.sha256) for file in upload.files]
+            content = [upload.adapter_id, upload.strategy, upload.new_version, upload.load, files]
+            key = request_key("CreateAdapter", upload.request_id, content)
+            version = await asyncio.to_thread(self._hub.registry.find_request, key)
+            if version is None:
+                version = await self._receive(upload, files, key, requests)
         report = await self._load(version) if upload.load else None
         return pb.CreateAdapterResponse(adapter=self._message(version), load_report=report)
 
@@ -164,7 +175,7 @@ class AdapterService(AdapterServiceServicer):
                 check_chunk(request.chunk.data, "chunk.data")
                 await to_its_end(received.write, request.chunk.name, request.chunk.data)
             folder = await to_its_end(received.finish)
-            await to_its_end(self._texts.read, folder)
+            await self._texts.read(folder, f"client {client.get()}")
             info = await self._engine.inspect(str(folder), upload.strategy or None)
             return await to_its_end(
                 self._hub.publish,

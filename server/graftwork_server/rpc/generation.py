@@ -6,7 +6,6 @@ into text and streamed. Whatever ends it, leaving the `with` blocks releases seq
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ import msgspec
 
 from graftwork.v1 import generation_pb2 as pb
 from graftwork.v1.generation_pb2_grpc import GenerationServiceServicer
-from graftwork_server.adapter_text import AdapterTexts
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.errors import FailedPrecondition, Internal, InvalidArgument, Violation
 from graftwork_server.hub.leases import Leases
 from graftwork_server.hub.resolver import Resolved, Resolver
+from graftwork_server.isolated_text import IsolatedTexts
 from graftwork_server.messages import Pool, Sampling, SequenceOutput, TokenLogprobs
 from graftwork_server.rpc import pooled
 from graftwork_server.rpc.chat import chat_ids
@@ -34,7 +33,6 @@ from graftwork_server.rpc.limits import (
     check_scheduling,
     context_limit,
     invalid,
-    off_loop_if_large,
 )
 from graftwork_server.rpc.samples import Samples, samplings_of
 from graftwork_server.rpc.sampling import SampleCounts, prompt_logprobs_of, sample_counts, sampling_of
@@ -62,7 +60,7 @@ class GenerationService(GenerationServiceServicer):
         engine: EngineClient,
         resolver: Resolver,
         leases: Leases,
-        texts: AdapterTexts,
+        texts: IsolatedTexts,
         admission: Admission,
     ) -> None:
         self._engine = engine
@@ -79,7 +77,7 @@ class GenerationService(GenerationServiceServicer):
         with self._admission.admit():
             async with self._held(request.model) as (resolved, text):
                 field = request.WhichOneof("prompt") or "prompt"
-                ids = await _prompt_ids(request, field, text)
+                ids = await self._prompt_ids(request, field, text)
                 echo = request.text or (_needed(text).decode(ids) if request.sampling.echo else "")
                 prompt = _Prompt(ids, field, echo)
                 await self._stream(resolved, text, prompt, request, pb.GenerateResponse, context)
@@ -94,7 +92,7 @@ class GenerationService(GenerationServiceServicer):
                 if request.sampling.echo and not request.continue_final_message:
                     what = "has nothing to repeat in Chat but a message that is continued; set continue_final_message"
                     raise invalid([Violation("sampling.echo", what)])
-                ids = await chat_ids(request, _needed(text))
+                ids = await chat_ids(request, _needed(text), self._texts)
                 prompt = _Prompt(ids, "messages", request.messages[-1].content)
                 await self._stream(resolved, text, prompt, request, pb.ChatResponse, context)
 
@@ -104,7 +102,7 @@ class GenerationService(GenerationServiceServicer):
         with self._admission.admit():
             async with self._held(request.model) as (resolved, text):
                 field = request.WhichOneof("input") or "input"
-                prompt_ids = await _prompt_ids(request, field, text)
+                prompt_ids = await self._prompt_ids(request, field, text)
                 wrong = Wrong()
                 check_prompt_logprobs(request.top_logprobs, "top_logprobs", len(prompt_ids), wrong)
                 wrong.raise_if_any()
@@ -121,7 +119,7 @@ class GenerationService(GenerationServiceServicer):
         """Labels of texts."""
         with self._admission.admit():
             async with self._held(request.model) as (resolved, text):
-                rows = await pooled.rows_of(request.inputs, text, self._engine.model)
+                rows = await pooled.rows_of(request.inputs, text, self._engine.model, self._texts)
                 with self._admission.admit(pooled.places(rows) - 1):
                     answers = await pooled.run(self._engine, rows, resolved, Pool("classify"))
             return await pooled.classify_response(answers, rows, resolved)
@@ -131,7 +129,7 @@ class GenerationService(GenerationServiceServicer):
         with self._admission.admit():
             async with self._held(request.model) as (resolved, text):
                 pool = pooled.embed_pool(request, self._engine.model)
-                rows = await pooled.rows_of(request.inputs, text, self._engine.model)
+                rows = await pooled.rows_of(request.inputs, text, self._engine.model, self._texts)
                 with self._admission.admit(pooled.places(rows) - 1):
                     answers = await pooled.run(self._engine, rows, resolved, pool)
             return await pooled.embed_response(answers, rows, pool, resolved)
@@ -142,7 +140,10 @@ class GenerationService(GenerationServiceServicer):
             raise InvalidArgument("give exactly one of text and messages", reason="INVALID_PARAMETER", field="text")
         async with self._held(request.model or BASE) as (_, text):
             tokenizer = _needed(text)
-            ids = await (chat_ids(request, tokenizer) if request.messages else _text_ids(request.text, tokenizer))
+            if request.messages:
+                ids = await chat_ids(request, tokenizer, self._texts)
+            else:
+                ids = await self._text_ids(request.text, tokenizer)
             return pb.TokenizeResponse(
                 token_ids=ids,
                 tokens=[tokenizer.token_text(id) for id in ids],
@@ -155,6 +156,21 @@ class GenerationService(GenerationServiceServicer):
         resolved = await self._resolver.resolve(model)
         async with self._leases.hold(resolved):
             yield resolved, await text_of(self._texts, resolved)
+
+    async def _prompt_ids(
+        self, request: pb.GenerateRequest | pb.ScoreRequest, field: str, text: TextProcessor | None
+    ) -> list[int]:
+        if field == "text":
+            return await self._text_ids(request.text, _needed(text))
+        if field == "token_ids":
+            return list(request.token_ids.ids)
+        raise InvalidArgument("is empty; give text or token_ids", reason="PROMPT_EMPTY", field=field)
+
+    async def _text_ids(self, text: str, tokenizer: TextProcessor) -> list[int]:
+        if not text:
+            # A tokenizer may add special tokens even to nothing; the caller surely meant to send something.
+            raise InvalidArgument("the text is empty", reason="PROMPT_EMPTY", field="text")
+        return await self._texts.run(tokenizer, len(text), lambda tokenizer: tokenizer.encode(text))
 
     # ------------------------------------------------------------------------------------------ output
 
@@ -173,7 +189,7 @@ class GenerationService(GenerationServiceServicer):
         check_scheduling(request.cache_salt, request.priority, wrong)
         counts = sample_counts(parameters, self._admission.limit, wrong)
         top = prompt_logprobs_of(parameters, len(prompt.ids), wrong)
-        sampling = sampling_of(parameters, len(prompt.ids), self._engine.model, text, wrong)
+        sampling = await self._sampling(parameters, len(prompt.ids), text, wrong)
         own_end = text.eos_token_id if text and text is not self._texts.base else None
         if own_end is not None and own_end not in self._engine.model.eos_token_ids and not sampling.ignore_eos:
             sampling = msgspec.structs.replace(sampling, stop_token_ids=[*sampling.stop_token_ids, own_end])
@@ -210,6 +226,16 @@ class GenerationService(GenerationServiceServicer):
         with self._admission.admit(counts.sampled - 1):
             async with Samples(start, samplings_of(sampling, counts.sampled)) as samples:
                 await _write(samples, completions, counts, len(prompt.ids), context)
+
+    async def _sampling(
+        self, parameters: pb.SamplingParameters, prompt_tokens: int, text: TextProcessor | None, wrong: Wrong
+    ) -> Sampling:
+        def made(text: TextProcessor | None) -> Sampling:
+            return sampling_of(parameters, prompt_tokens, self._engine.model, text, wrong)
+
+        if text is None or not parameters.bad_words:  # the only ones that need tokens of a text
+            return made(text)
+        return await self._texts.run(text, 0, made, "sampling.bad_words")
 
     async def _prompt_logprobs(self, resolved: Resolved, prompt_ids: list[int], top: int) -> list[TokenLogprobs]:
         entries: list[TokenLogprobs] = []
@@ -264,12 +290,11 @@ async def _write(
             await context.write(message)
 
 
-async def text_of(texts: AdapterTexts, resolved: Resolved) -> TextProcessor | None:
+async def text_of(texts: IsolatedTexts, resolved: Resolved) -> TextProcessor | None:
     """Tokenizer and template of who answers. Raises FailedPrecondition for an adapter's that cannot be used."""
     if resolved.adapter is None:
         return texts.base
-    digest, path = resolved.adapter.digest, resolved.adapter.path
-    return texts.of(digest, path) if texts.known(digest) else await asyncio.to_thread(texts.of, digest, path)
+    return await texts.of(resolved.adapter.digest, resolved.adapter.path)
 
 
 def _needed(text: TextProcessor | None) -> TextProcessor:
@@ -278,23 +303,6 @@ def _needed(text: TextProcessor | None) -> TextProcessor:
             "the base model brings no tokenizer; give token_ids instead of text", reason="TOKENIZER_MISSING"
         )
     return text
-
-
-async def _prompt_ids(
-    request: pb.GenerateRequest | pb.ScoreRequest, field: str, text: TextProcessor | None
-) -> list[int]:
-    if field == "text":
-        return await _text_ids(request.text, _needed(text))
-    if field == "token_ids":
-        return list(request.token_ids.ids)
-    raise InvalidArgument("is empty; give text or token_ids", reason="PROMPT_EMPTY", field=field)
-
-
-async def _text_ids(text: str, tokenizer: TextProcessor) -> list[int]:
-    if not text:
-        # A tokenizer may add special tokens even to nothing; the caller surely meant to send something.
-        raise InvalidArgument("the text is empty", reason="PROMPT_EMPTY", field="text")
-    return await off_loop_if_large(len(text), lambda: tokenizer.encode(text))
 
 
 def _logprob(entry: TokenLogprobs, text: TextProcessor | None) -> pb.TokenLogprob:

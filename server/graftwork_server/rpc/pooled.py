@@ -14,6 +14,7 @@ from graftwork.v1 import generation_pb2 as pb
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.errors import FailedPrecondition, Internal, InvalidArgument, Violation
 from graftwork_server.hub.resolver import Resolved
+from graftwork_server.isolated_text import IsolatedTexts
 from graftwork_server.messages import HeadInfo, Pool, Pooled
 from graftwork_server.rpc.limits import check_prompt, invalid, off_loop_if_large
 from graftwork_server.text import TextProcessor
@@ -53,7 +54,9 @@ class Row:
     token_type_ids: list[int] = field(default_factory=list)
 
 
-async def rows_of(inputs: Sequence[pb.TextInput], text: TextProcessor | None, model: ModelInfo) -> list[Row]:
+async def rows_of(
+    inputs: Sequence[pb.TextInput], text: TextProcessor | None, model: ModelInfo, texts: IsolatedTexts
+) -> list[Row]:
     """The tokens of each input.
 
     Raises InvalidArgument naming the input that is wrong, FailedPrecondition (TOKENIZER_MISSING) for texts that nothing
@@ -62,7 +65,11 @@ async def rows_of(inputs: Sequence[pb.TextInput], text: TextProcessor | None, mo
     if not 1 <= len(inputs) <= MAX_INPUTS:
         raise invalid([Violation("inputs", f"has {len(inputs)} texts; 1 to {MAX_INPUTS} are accepted")])
     size = sum(len(one.text) + len(one.text_pair) for one in inputs)
-    rows = await off_loop_if_large(size, lambda: [_row(one, index, text) for index, one in enumerate(inputs)])
+
+    def made(text: TextProcessor | None) -> list[Row]:
+        return [_row(one, index, text) for index, one in enumerate(inputs)]
+
+    rows = made(text) if text is None or not size else await texts.run(text, size, made, "inputs")
     for index, row in enumerate(rows):
         check_prompt(row.ids, f"inputs[{index}].{inputs[index].WhichOneof('input')}", model, room_for=0)
     total = _tokens(rows)

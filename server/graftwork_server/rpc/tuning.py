@@ -17,7 +17,7 @@ from graftwork_server.hub.uploads import DatasetUpload
 from graftwork_server.rpc.convert import dataset_message, event_message, job_message, report_message, tuning_spec
 from graftwork_server.rpc.interceptors import Drain
 from graftwork_server.rpc.names import dataset_id, job_id
-from graftwork_server.rpc.streaming import check_chunk, first_payload, to_its_end
+from graftwork_server.rpc.streaming import Uploads, check_chunk, first_payload, to_its_end
 from graftwork_server.tuning.data import DatasetReport
 from graftwork_server.tuning.dataset_check import DatasetChecker, refuse_bad_lines
 from graftwork_server.tuning.jobs import JobManager
@@ -31,13 +31,20 @@ class TuningService(TuningServiceServicer):
     """Data sets and tuning jobs of this server. `max_dataset_bytes` is for one data set."""
 
     def __init__(
-        self, hub: Hub, jobs: JobManager, checker: DatasetChecker, drain: Drain, max_dataset_bytes: int
+        self,
+        hub: Hub,
+        jobs: JobManager,
+        checker: DatasetChecker,
+        drain: Drain,
+        max_dataset_bytes: int,
+        uploads: Uploads,
     ) -> None:
         self._hub = hub
         self._jobs = jobs
         self._checker = checker
         self._drain = drain
         self._max_dataset_bytes = max_dataset_bytes
+        self._uploads = uploads
 
     # ------------------------------------------------------------------------------------------ data sets
 
@@ -45,36 +52,38 @@ class TuningService(TuningServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadDatasetRequest], context: Context
     ) -> pb.UploadDatasetResponse:
         """Checks and stores a data set."""
-        upload = (await first_payload(request_iterator, "upload")).upload
-        _check_upload(upload)
-        with DatasetUpload(self._hub.store, self._max_dataset_bytes, upload.size_bytes) as received:
-            identifier = await _receive(request_iterator, received)
-            report = await self._checker.check(received.path)
-            refuse_bad_lines(report)
-            dataset = await to_its_end(self._store, received, identifier, upload.display_name, report)
+        with self._uploads.open(request_iterator) as requests:
+            upload = (await first_payload(requests, "upload")).upload
+            _check_upload(upload)
+            with DatasetUpload(self._hub.store, self._max_dataset_bytes, upload.size_bytes) as received:
+                identifier = await _receive(requests, received)
+                report = await self._checker.check(received.path)
+                refuse_bad_lines(report)
+                dataset = await to_its_end(self._store, received, identifier, upload.display_name, report)
         return pb.UploadDatasetResponse(dataset=dataset_message(dataset))
 
     async def ValidateDataset(
         self, request_iterator: AsyncIterator[pb.ValidateDatasetRequest], context: Context
     ) -> pb.ValidateDatasetResponse:
         """Reports on a data set and stores nothing."""
-        check = (await first_payload(request_iterator, "check")).check
-        longest = self._checker.context_tokens
-        if not 0 <= check.max_sequence_tokens <= longest:
-            raise InvalidArgument(
-                f"max_sequence_tokens is {check.max_sequence_tokens}; 1 to the context's {longest}, or 0 for that, is "
-                "accepted",
-                reason="INVALID_PARAMETER",
-                field="check.max_sequence_tokens",
-            )
-        if check.dataset:
-            identifier = dataset_id(check.dataset, "check.dataset")
-            await asyncio.to_thread(self._hub.registry.get_dataset, identifier, "check.dataset")
-            path = self._hub.store.dataset_path(identifier)
-            return report_message(await self._checker.check(path, check.max_sequence_tokens))
-        with DatasetUpload(self._hub.store, self._max_dataset_bytes) as received:
-            await _receive(request_iterator, received)
-            return report_message(await self._checker.check(received.path, check.max_sequence_tokens))
+        with self._uploads.open(request_iterator) as requests:
+            check = (await first_payload(requests, "check")).check
+            longest = self._checker.context_tokens
+            if not 0 <= check.max_sequence_tokens <= longest:
+                raise InvalidArgument(
+                    f"max_sequence_tokens is {check.max_sequence_tokens}; 1 to the context's {longest}, or 0 for that, "
+                    "is accepted",
+                    reason="INVALID_PARAMETER",
+                    field="check.max_sequence_tokens",
+                )
+            if check.dataset:
+                identifier = dataset_id(check.dataset, "check.dataset")
+                await asyncio.to_thread(self._hub.registry.get_dataset, identifier, "check.dataset")
+                path = self._hub.store.dataset_path(identifier)
+                return report_message(await self._checker.check(path, check.max_sequence_tokens))
+            with DatasetUpload(self._hub.store, self._max_dataset_bytes) as received:
+                await _receive(requests, received)
+                return report_message(await self._checker.check(received.path, check.max_sequence_tokens))
 
     def _store(
         self, received: DatasetUpload, identifier: str, display_name: str, report: DatasetReport

@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from graftwork_server.errors import FailedPrecondition, InvalidArgument, Unavailable, Violation
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import JobEventRecord, JobRecord, StateChanged, TuningSpec
@@ -25,10 +27,11 @@ from graftwork_server.hub.registry import check_adapter_id, request_key
 from graftwork_server.messages import JobEvent
 from graftwork_server.tasks import require_generation
 from graftwork_server.text import TextProcessor
+from graftwork_server.tuning.automatic import choose_held_out, given_settings
 from graftwork_server.tuning.data import DatasetReport, check_dataset, read_lines
 from graftwork_server.tuning.job_run import EngineCalls, EngineStatus, JobRun, Surroundings, check_strategy
 from graftwork_server.tuning.schedule import held_out_count
-from graftwork_server.types import JobState, ModelInfo, StrategyInfo
+from graftwork_server.types import JobState, ModelInfo, SettingChoice, StrategyInfo
 
 MAX_VALIDATION_FRACTION = 0.5
 EVENTS_PER_READ = 256
@@ -125,20 +128,16 @@ class JobManager:
         check_strategy(self._strategies(), spec.strategy, "spec.strategy")
         await asyncio.to_thread(self._hub.jobs.check_target, spec)
         report = await self._checked_dataset(spec, spec.dataset_id, "spec.dataset")
+        fraction, choices = _held_out_fraction(spec, report.row_count)
+        held_out = held_out_count(report.row_count, fraction)
+        rows = report.row_count - held_out
         if spec.validation_dataset_id:
-            await self._checked_dataset(spec, spec.validation_dataset_id, "spec.validation_dataset")
-        rows = report.row_count - held_out_count(report.row_count, spec.validation_fraction)
+            validation = await self._checked_dataset(spec, spec.validation_dataset_id, "spec.validation_dataset")
+            held_out = validation.row_count
         tokens = math.ceil(report.total_tokens * rows / report.row_count)
-        prepared = await self._engine.prepare_job(spec.strategy, spec.config, rows, tokens)
-        complete = TuningSpec(
-            strategy=spec.strategy,
-            dataset_id=spec.dataset_id,
-            validation_dataset_id=spec.validation_dataset_id,
-            validation_fraction=spec.validation_fraction,
-            adapter_id=spec.adapter_id,
-            config=prepared.config,
-            load=spec.load,
-            new_version=spec.new_version,
+        prepared = await self._engine.prepare_job(spec.strategy, spec.config, rows, tokens, held_out)
+        complete = msgspec.structs.replace(
+            spec, validation_fraction=fraction, config=prepared.config, choices=[*choices, *prepared.choices]
         )
         job_id = f"job-{secrets.token_hex(8)}"
         job = await asyncio.to_thread(
@@ -282,11 +281,24 @@ class JobManager:
         return context
 
 
+def _held_out_fraction(spec: TuningSpec, row_count: int) -> tuple[float, list[SettingChoice]]:
+    """The fraction of rows to hold out, and where it comes from."""
+    key = "validation_fraction"
+    if spec.validation_dataset_id:
+        return 0.0, []
+    if spec.validation_fraction is not None:
+        return spec.validation_fraction, given_settings({key: spec.validation_fraction})
+    choice = choose_held_out(spec.config, row_count)
+    if choice is None:
+        return 0.0, []
+    return choice.value, [SettingChoice(key=key, value=choice.value, reason=choice.reason)]
+
+
 def _check_spec(spec: TuningSpec) -> None:
     check_adapter_id(spec.adapter_id, "spec.adapter_id")
     if not spec.dataset_id:
         raise InvalidArgument("a job needs a data set", reason="DATASET_MISSING", field="spec.dataset")
-    fraction = spec.validation_fraction
+    fraction = spec.validation_fraction or 0.0
     if not 0 <= fraction <= MAX_VALIDATION_FRACTION:  # false for NaN, too
         raise InvalidArgument(
             f"validation_fraction must be from 0 to {MAX_VALIDATION_FRACTION}, not {fraction}",

@@ -24,6 +24,7 @@ import msgspec
 
 from graftwork_plugins import BaseModelHandle, Strategy, TrainingConfig, TrainingRow
 from graftwork_server.errors import FailedPrecondition, InvalidArgument, body_of
+from graftwork_server.last_words import exit_when_a_thread_dies
 from graftwork_server.messages import (
     Failed,
     Finished,
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True)
     connection = socket.socket(fileno=parser.parse_args().fd)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s tuner %(levelname)s %(name)s: %(message)s")
+    exit_when_a_thread_dies()
     command = command_decoder.decode(receive_frame(connection))
     threading.Thread(target=_exit_with_engine, args=(connection,), name="watchdog", daemon=True).start()
     _step_back()
@@ -110,6 +112,7 @@ def _run_job(command: StartTuning, send: Callable[[TunerEvent], None]) -> Tuning
         train_ms=state.train_ms,
         final_loss=sum(state.recent_losses) / len(state.recent_losses),
         validation_loss=state.validation_loss,
+        published_step=state.published_step,
     )
     write_json(result_file, msgspec.to_builtins(result))
     return result

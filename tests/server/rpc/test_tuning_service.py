@@ -8,12 +8,11 @@ import math
 
 import grpc
 import pytest
-from google.protobuf import struct_pb2
+from google.protobuf import json_format, struct_pb2
 from tests.server.rpc.rpc_harness import until
 
 from graftwork.v1 import adapters_pb2, generation_pb2
 from graftwork.v1 import tuning_pb2 as pb
-from graftwork_server.tuning import dataset_check
 
 ROWS = b"".join(json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}).encode() + b"\n" for n in range(10))
 STATE = pb.TuningJobState
@@ -85,10 +84,7 @@ async def test_a_hundred_bad_lines_and_the_number_of_all(shared, refused):
     assert report.errors[0].line == 11
 
 
-@pytest.mark.parametrize("in_process", [True, False])
-async def test_a_report_says_what_training_would_see(shared, monkeypatch, in_process):
-    if not in_process:
-        monkeypatch.setattr(dataset_check, "IN_PROCESS_BYTES", 0)
+async def test_a_report_says_what_training_would_see(shared):
     report = await validate(shared, ROWS)
     assert report.valid
     assert report.format == pb.DATASET_FORMAT_PROMPT_COMPLETION
@@ -145,6 +141,15 @@ async def test_a_job_ends_in_an_adapter_that_answers(server):
     assert job.state == STATE.TUNING_JOB_STATE_PENDING
     assert dict(job.spec.config) == {"rank": 4, "learning_rate": 0.5, "epochs": 1}
     assert job.estimate.trained_parameters == 64
+    assert [(choice.key, choice.automatic) for choice in job.choices] == [
+        ("validation_fraction", False),
+        ("learning_rate", False),
+        ("rank", True),
+        ("names", True),
+    ]
+    assert [json_format.MessageToDict(choice.value) for choice in job.choices] == [0.2, 0.5, 8, ["a"]]
+    assert job.choices[2].reason == "2 rows are held out"
+    assert (await job_of(server, job.name)).choices == job.choices
     events = await watch(server, job.name)
     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
     states = [event.state for event in events if event.WhichOneof("event") == "state"]

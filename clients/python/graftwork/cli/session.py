@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,12 @@ from typing import Any
 
 import typer
 
+from graftwork.cli import INTERRUPTED
 from graftwork.cli.output import plain
 from graftwork.client import Client
 from graftwork.errors import APIError, GraftworkError, JobFailedError, NotFoundError, UnavailableError, UploadError
 
-FAILED, USAGE, UNREACHABLE, NOT_FOUND, JOB_FAILED, INTERRUPTED, PIPE_CLOSED = 1, 2, 3, 4, 5, 130, 141
+FAILED, USAGE, UNREACHABLE, NOT_FOUND, JOB_FAILED, PIPE_CLOSED = 1, 2, 3, 4, 5, 141
 
 
 @contextmanager
@@ -24,7 +26,10 @@ def session(ctx: typer.Context, address: str | None, as_json: bool) -> Iterator[
 
     address: of the command's own option; None: that given before the command. as_json: errors as JSON on stderr, too.
     """
+    interrupts = signal.getsignal(signal.SIGINT)
     try:
+        if callable(interrupts):  # not where they are ignored
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with Client(address=address or ctx.obj) as client:
             yield client
         sys.stdout.flush()  # here, where a closed pipe still has a name
@@ -38,6 +43,9 @@ def session(ctx: typer.Context, address: str | None, as_json: bool) -> Iterator[
         # ValueError: an argument that fits no request, such as an adapter "x@y" or a token id below 0.
         _report(error, as_json, address or ctx.obj)
         raise typer.Exit(_exit_code(error)) from None
+    finally:
+        if callable(interrupts):
+            signal.signal(signal.SIGINT, interrupts)
 
 
 def _exit_code(error: Exception) -> int:

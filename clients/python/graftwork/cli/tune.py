@@ -30,8 +30,11 @@ def create(
         Path | None, typer.Option("--validation", metavar="F.jsonl", help="Rows to measure held-out loss on.")
     ] = None,
     validation_fraction: Annotated[
-        float, typer.Option("--validation-fraction", help="Fraction of the rows to keep out of training, 0 to 0.5.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            "--validation-fraction", help="Fraction of the rows to keep out of training, 0 to 0.5; left out: chosen."
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the strategy, as JSON or text; may be repeated."),
@@ -62,6 +65,8 @@ def create(
         if follow_it:
             if not as_json:
                 print(f"job {job.id}", flush=True)
+                for label, line in _choices(job.info):
+                    print(f"{label}    {line}", flush=True)
                 if job.info.estimate is not None:
                     print(f"estimate  {_estimate(job.info.estimate)}", flush=True)
             _follow(job, 0, as_json)
@@ -176,6 +181,7 @@ def _show(job: TuningJobInfo, as_json: bool) -> None:
         ("follows", f"{job.spec.adapter_id}@{job.follows_version}" if job.follows_version else None),
         ("data", job.spec.dataset),
         ("settings", settings),
+        *_choices(job),
         ("created", job.create_time),
     ]
     if job.error:
@@ -188,6 +194,15 @@ def _show(job: TuningJobInfo, as_json: bool) -> None:
     elif job.estimate is not None:
         pairs.append(("estimate", _estimate(job.estimate)))
     output.fields(pairs)
+
+
+def _choices(job: TuningJobInfo) -> list[tuple[str, str]]:
+    """What the server chose, and why."""
+    return [
+        ("chosen", f"{choice.key}={json.dumps(choice.value)}: {choice.reason}")
+        for choice in job.choices
+        if choice.automatic
+    ]
 
 
 def _estimate(estimate: TuningEstimate) -> str:
@@ -205,6 +220,7 @@ def _result(job: TuningJobInfo) -> list[tuple[str, Any]]:
         ("version", result.adapter_version),
         ("training loss", f"{result.final_loss:.4f}, the mean of the last tenth of the steps"),
         ("held-out loss", None if held_out is None else f"{held_out:.4f}"),
+        ("weights", f"of step {result.published_step}" if result.published_step else None),
         ("trained", f"{result.trained_parameters:,} parameters in {output.duration(result.train_ms)}"),
         ("peak memory", output.size(result.peak_memory_bytes)),
         ("artifact", output.size(result.artifact_bytes)),

@@ -29,7 +29,7 @@ class Tuning:
         adapter: str,
         config: Mapping[str, Any] | None = None,
         validation: str | Dataset | None = None,
-        validation_fraction: float = 0.0,
+        validation_fraction: float | None = None,
         load: bool = False,
         new_version: bool = False,
         request_id: str | None = None,
@@ -40,9 +40,10 @@ class Tuning:
         dataset, validation: a Dataset or its id. adapter: the id to publish to. new_version: if the adapter exists,
         publish its next version, which its name then serves; otherwise AlreadyExistsError. config: the strategy's
         settings, as client.strategies.get(strategy).config_schema says. validation_fraction: fraction of the rows in
-        [0, 0.5] kept out to measure held-out loss, not together with validation. load: load the version once it is
-        published. request_id: an id of your own, so that a repeated call returns the first one's job. Raises
-        InvalidArgumentError with the wrong settings, NotFoundError.
+        [0, 0.5] kept out to measure held-out loss, not together with validation; None: the server chooses, unless
+        config fixes the steps. load: load the version once it is published. request_id: an id of your own, so that a
+        repeated call returns the first one's job. What the server chose is in job.info.choices, with the reasons.
+        Raises InvalidArgumentError with the wrong settings, NotFoundError.
         """
         call = tuning_requests.create_job(
             strategy=strategy,
@@ -81,7 +82,7 @@ class AsyncTuning:
         adapter: str,
         config: Mapping[str, Any] | None = None,
         validation: str | Dataset | None = None,
-        validation_fraction: float = 0.0,
+        validation_fraction: float | None = None,
         load: bool = False,
         new_version: bool = False,
         request_id: str | None = None,

@@ -26,17 +26,17 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19graftwork/v1/tuning.proto\x12\x0cgraftwork.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc6\x01\n\x07\x44\x61taset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ndataset_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12+\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x1b.graftwork.v1.DatasetFormat\x12\x11\n\trow_count\x18\x05 \x01(\x03\x12\x12\n\nsize_bytes\x18\x06 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"9\n\rDatasetUpload\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"`\n\x14UploadDatasetRequest\x12-\n\x06upload\x18\x01 \x01(\x0b\x32\x1b.graftwork.v1.DatasetUploadH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\t\n\x07payload\"?\n\x15UploadDatasetResponse\x12&\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x15.graftwork.v1.Dataset\"<\n\x0c\x44\x61tasetCheck\x12\x0f\n\x07\x64\x61taset\x18\x01 \x01(\t\x12\x1b\n\x13max_sequence_tokens\x18\x02 \x01(\x05\"`\n\x16ValidateDatasetRequest\x12+\n\x05\x63heck\x18\x01 \x01(\x0b\x32\x1a.graftwork.v1.DatasetCheckH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\t\n\x07payload\")\n\tLineError\x12\x0c\n\x04line\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xff\x01\n\x17ValidateDatasetResponse\x12+\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x1b.graftwork.v1.DatasetFormat\x12\x11\n\trow_count\x18\x02 \x01(\x03\x12\'\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x17.graftwork.v1.LineError\x12\x13\n\x0b\x65rror_count\x18\x04 \x01(\x03\x12\x14\n\x0ctotal_tokens\x18\x05 \x01(\x03\x12\x13\n\x0bloss_tokens\x18\x06 \x01(\x03\x12\x1a\n\x12longest_row_tokens\x18\x07 \x01(\x05\x12\x10\n\x08\x63ut_rows\x18\x08 \x01(\x03\x12\r\n\x05valid\x18\t \x01(\x08\"\xcb\x01\n\rTuningJobSpec\x12\x10\n\x08strategy\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x01(\t\x12\x1a\n\x12validation_dataset\x18\x03 \x01(\t\x12\x1b\n\x13validation_fraction\x18\x04 \x01(\x01\x12\x12\n\nadapter_id\x18\x05 \x01(\t\x12\'\n\x06\x63onfig\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x0c\n\x04load\x18\x07 \x01(\x08\x12\x13\n\x0bnew_version\x18\x08 \x01(\x08\"\x98\x01\n\x0eTuningProgress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x13\n\x0btotal_steps\x18\x02 \x01(\x03\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\x15\n\rlearning_rate\x18\x04 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\x05 \x01(\x01\x12\x0e\n\x06\x65ta_ms\x18\x06 \x01(\x03\x12\x13\n\x0bseen_tokens\x18\x07 \x01(\x03\"\xce\x01\n\x0cTuningResult\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x01 \x01(\t\x12\x1a\n\x12trained_parameters\x18\x02 \x01(\x03\x12\x19\n\x11peak_memory_bytes\x18\x03 \x01(\x03\x12\x16\n\x0e\x61rtifact_bytes\x18\x04 \x01(\x03\x12\x10\n\x08train_ms\x18\x05 \x01(\x03\x12\x12\n\nfinal_loss\x18\x06 \x01(\x01\x12\x1c\n\x0fvalidation_loss\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x12\n\x10_validation_loss\"o\n\x0eTuningEstimate\x12\x1a\n\x12trained_parameters\x18\x01 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x16\n\x0e\x61rtifact_bytes\x18\x03 \x01(\x03\x12\x13\n\x0btotal_steps\x18\x04 \x01(\x03\"\xf6\x03\n\tTuningJob\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12)\n\x04spec\x18\x03 \x01(\x0b\x32\x1b.graftwork.v1.TuningJobSpec\x12+\n\x05state\x18\x04 \x01(\x0e\x32\x1c.graftwork.v1.TuningJobState\x12.\n\x08progress\x18\x05 \x01(\x0b\x32\x1c.graftwork.v1.TuningProgress\x12*\n\x06result\x18\x06 \x01(\x0b\x32\x1a.graftwork.v1.TuningResult\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12.\n\x08\x65stimate\x18\x08 \x01(\x0b\x32\x1c.graftwork.v1.TuningEstimate\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1c\n\x0fvalidation_loss\x18\x0c \x01(\x01H\x00\x88\x01\x01\x12\x17\n\x0f\x66ollows_version\x18\r \x01(\x05\x42\x12\n\x10_validation_loss\"W\n\x16\x43reateTuningJobRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.graftwork.v1.TuningJobSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"?\n\x17\x43reateTuningJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.graftwork.v1.TuningJob\"#\n\x13GetTuningJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x14GetTuningJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.graftwork.v1.TuningJob\">\n\x15ListTuningJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x16ListTuningJobsResponse\x12%\n\x04jobs\x18\x01 \x03(\x0b\x32\x17.graftwork.v1.TuningJob\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"&\n\x16\x43\x61ncelTuningJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x17\x43\x61ncelTuningJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.graftwork.v1.TuningJob\"=\n\x15WatchTuningJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\".\n\x10TuningEvaluation\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x0c\n\x04loss\x18\x02 \x01(\x01\"\x97\x02\n\x0bTuningEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x05state\x18\x03 \x01(\x0e\x32\x1c.graftwork.v1.TuningJobStateH\x00\x12\x30\n\x08progress\x18\x04 \x01(\x0b\x32\x1c.graftwork.v1.TuningProgressH\x00\x12\x34\n\nevaluation\x18\x05 \x01(\x0b\x32\x1e.graftwork.v1.TuningEvaluationH\x00\x12\x19\n\x0f\x63heckpoint_step\x18\x06 \x01(\x03H\x00\x12\x11\n\x07message\x18\x07 \x01(\tH\x00\x42\x07\n\x05\x65vent\"B\n\x16WatchTuningJobResponse\x12(\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x19.graftwork.v1.TuningEvent*\xa7\x01\n\rDatasetFormat\x12\x1e\n\x1a\x44\x41TASET_FORMAT_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44\x41TASET_FORMAT_CHAT\x10\x01\x12$\n DATASET_FORMAT_PROMPT_COMPLETION\x10\x02\x12\x1e\n\x1a\x44\x41TASET_FORMAT_INSTRUCTION\x10\x03\x12\x17\n\x13\x44\x41TASET_FORMAT_TEXT\x10\x04*\xcb\x01\n\x0eTuningJobState\x12 \n\x1cTUNING_JOB_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18TUNING_JOB_STATE_PENDING\x10\x01\x12\x1c\n\x18TUNING_JOB_STATE_RUNNING\x10\x02\x12\x1e\n\x1aTUNING_JOB_STATE_SUCCEEDED\x10\x03\x12\x1b\n\x17TUNING_JOB_STATE_FAILED\x10\x04\x12\x1e\n\x1aTUNING_JOB_STATE_CANCELLED\x10\x05\x32\xa0\x05\n\rTuningService\x12Z\n\rUploadDataset\x12\".graftwork.v1.UploadDatasetRequest\x1a#.graftwork.v1.UploadDatasetResponse(\x01\x12`\n\x0fValidateDataset\x12$.graftwork.v1.ValidateDatasetRequest\x1a%.graftwork.v1.ValidateDatasetResponse(\x01\x12^\n\x0f\x43reateTuningJob\x12$.graftwork.v1.CreateTuningJobRequest\x1a%.graftwork.v1.CreateTuningJobResponse\x12U\n\x0cGetTuningJob\x12!.graftwork.v1.GetTuningJobRequest\x1a\".graftwork.v1.GetTuningJobResponse\x12[\n\x0eListTuningJobs\x12#.graftwork.v1.ListTuningJobsRequest\x1a$.graftwork.v1.ListTuningJobsResponse\x12^\n\x0f\x43\x61ncelTuningJob\x12$.graftwork.v1.CancelTuningJobRequest\x1a%.graftwork.v1.CancelTuningJobResponse\x12]\n\x0eWatchTuningJob\x12#.graftwork.v1.WatchTuningJobRequest\x1a$.graftwork.v1.WatchTuningJobResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19graftwork/v1/tuning.proto\x12\x0cgraftwork.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc6\x01\n\x07\x44\x61taset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ndataset_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12+\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x1b.graftwork.v1.DatasetFormat\x12\x11\n\trow_count\x18\x05 \x01(\x03\x12\x12\n\nsize_bytes\x18\x06 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"9\n\rDatasetUpload\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"`\n\x14UploadDatasetRequest\x12-\n\x06upload\x18\x01 \x01(\x0b\x32\x1b.graftwork.v1.DatasetUploadH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\t\n\x07payload\"?\n\x15UploadDatasetResponse\x12&\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x15.graftwork.v1.Dataset\"<\n\x0c\x44\x61tasetCheck\x12\x0f\n\x07\x64\x61taset\x18\x01 \x01(\t\x12\x1b\n\x13max_sequence_tokens\x18\x02 \x01(\x05\"`\n\x16ValidateDatasetRequest\x12+\n\x05\x63heck\x18\x01 \x01(\x0b\x32\x1a.graftwork.v1.DatasetCheckH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\t\n\x07payload\")\n\tLineError\x12\x0c\n\x04line\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xff\x01\n\x17ValidateDatasetResponse\x12+\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x1b.graftwork.v1.DatasetFormat\x12\x11\n\trow_count\x18\x02 \x01(\x03\x12\'\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x17.graftwork.v1.LineError\x12\x13\n\x0b\x65rror_count\x18\x04 \x01(\x03\x12\x14\n\x0ctotal_tokens\x18\x05 \x01(\x03\x12\x13\n\x0bloss_tokens\x18\x06 \x01(\x03\x12\x1a\n\x12longest_row_tokens\x18\x07 \x01(\x05\x12\x10\n\x08\x63ut_rows\x18\x08 \x01(\x03\x12\r\n\x05valid\x18\t \x01(\x08\"\xe8\x01\n\rTuningJobSpec\x12\x10\n\x08strategy\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x01(\t\x12\x1a\n\x12validation_dataset\x18\x03 \x01(\t\x12 \n\x13validation_fraction\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nadapter_id\x18\x05 \x01(\t\x12\'\n\x06\x63onfig\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x0c\n\x04load\x18\x07 \x01(\x08\x12\x13\n\x0bnew_version\x18\x08 \x01(\x08\x42\x16\n\x14_validation_fraction\"\x98\x01\n\x0eTuningProgress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x13\n\x0btotal_steps\x18\x02 \x01(\x03\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\x15\n\rlearning_rate\x18\x04 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\x05 \x01(\x01\x12\x0e\n\x06\x65ta_ms\x18\x06 \x01(\x03\x12\x13\n\x0bseen_tokens\x18\x07 \x01(\x03\"\xe6\x01\n\x0cTuningResult\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x01 \x01(\t\x12\x1a\n\x12trained_parameters\x18\x02 \x01(\x03\x12\x19\n\x11peak_memory_bytes\x18\x03 \x01(\x03\x12\x16\n\x0e\x61rtifact_bytes\x18\x04 \x01(\x03\x12\x10\n\x08train_ms\x18\x05 \x01(\x03\x12\x12\n\nfinal_loss\x18\x06 \x01(\x01\x12\x1c\n\x0fvalidation_loss\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0epublished_step\x18\x08 \x01(\x03\x42\x12\n\x10_validation_loss\"o\n\x0eTuningEstimate\x12\x1a\n\x12trained_parameters\x18\x01 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x16\n\x0e\x61rtifact_bytes\x18\x03 \x01(\x03\x12\x13\n\x0btotal_steps\x18\x04 \x01(\x03\"f\n\rSettingChoice\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.google.protobuf.Value\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x11\n\tautomatic\x18\x04 \x01(\x08\"\xa4\x04\n\tTuningJob\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12)\n\x04spec\x18\x03 \x01(\x0b\x32\x1b.graftwork.v1.TuningJobSpec\x12+\n\x05state\x18\x04 \x01(\x0e\x32\x1c.graftwork.v1.TuningJobState\x12.\n\x08progress\x18\x05 \x01(\x0b\x32\x1c.graftwork.v1.TuningProgress\x12*\n\x06result\x18\x06 \x01(\x0b\x32\x1a.graftwork.v1.TuningResult\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12.\n\x08\x65stimate\x18\x08 \x01(\x0b\x32\x1c.graftwork.v1.TuningEstimate\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1c\n\x0fvalidation_loss\x18\x0c \x01(\x01H\x00\x88\x01\x01\x12\x17\n\x0f\x66ollows_version\x18\r \x01(\x05\x12,\n\x07\x63hoices\x18\x0e \x03(\x0b\x32\x1b.graftwork.v1.SettingChoiceB\x12\n\x10_validation_loss\"W\n\x16\x43reateTuningJobRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.graftwork.v1.TuningJobSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"?\n\x17\x43reateTuningJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.graftwork.v1.TuningJob\"#\n\x13GetTuningJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x14GetTuningJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.graftwork.v1.TuningJob\">\n\x15ListTuningJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x16ListTuningJobsResponse\x12%\n\x04jobs\x18\x01 \x03(\x0b\x32\x17.graftwork.v1.TuningJob\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"&\n\x16\x43\x61ncelTuningJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x17\x43\x61ncelTuningJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.graftwork.v1.TuningJob\"=\n\x15WatchTuningJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\".\n\x10TuningEvaluation\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x0c\n\x04loss\x18\x02 \x01(\x01\"\x97\x02\n\x0bTuningEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x05state\x18\x03 \x01(\x0e\x32\x1c.graftwork.v1.TuningJobStateH\x00\x12\x30\n\x08progress\x18\x04 \x01(\x0b\x32\x1c.graftwork.v1.TuningProgressH\x00\x12\x34\n\nevaluation\x18\x05 \x01(\x0b\x32\x1e.graftwork.v1.TuningEvaluationH\x00\x12\x19\n\x0f\x63heckpoint_step\x18\x06 \x01(\x03H\x00\x12\x11\n\x07message\x18\x07 \x01(\tH\x00\x42\x07\n\x05\x65vent\"B\n\x16WatchTuningJobResponse\x12(\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x19.graftwork.v1.TuningEvent*\xa7\x01\n\rDatasetFormat\x12\x1e\n\x1a\x44\x41TASET_FORMAT_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44\x41TASET_FORMAT_CHAT\x10\x01\x12$\n DATASET_FORMAT_PROMPT_COMPLETION\x10\x02\x12\x1e\n\x1a\x44\x41TASET_FORMAT_INSTRUCTION\x10\x03\x12\x17\n\x13\x44\x41TASET_FORMAT_TEXT\x10\x04*\xcb\x01\n\x0eTuningJobState\x12 \n\x1cTUNING_JOB_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18TUNING_JOB_STATE_PENDING\x10\x01\x12\x1c\n\x18TUNING_JOB_STATE_RUNNING\x10\x02\x12\x1e\n\x1aTUNING_JOB_STATE_SUCCEEDED\x10\x03\x12\x1b\n\x17TUNING_JOB_STATE_FAILED\x10\x04\x12\x1e\n\x1aTUNING_JOB_STATE_CANCELLED\x10\x05\x32\xa0\x05\n\rTuningService\x12Z\n\rUploadDataset\x12\".graftwork.v1.UploadDatasetRequest\x1a#.graftwork.v1.UploadDatasetResponse(\x01\x12`\n\x0fValidateDataset\x12$.graftwork.v1.ValidateDatasetRequest\x1a%.graftwork.v1.ValidateDatasetResponse(\x01\x12^\n\x0f\x43reateTuningJob\x12$.graftwork.v1.CreateTuningJobRequest\x1a%.graftwork.v1.CreateTuningJobResponse\x12U\n\x0cGetTuningJob\x12!.graftwork.v1.GetTuningJobRequest\x1a\".graftwork.v1.GetTuningJobResponse\x12[\n\x0eListTuningJobs\x12#.graftwork.v1.ListTuningJobsRequest\x1a$.graftwork.v1.ListTuningJobsResponse\x12^\n\x0f\x43\x61ncelTuningJob\x12$.graftwork.v1.CancelTuningJobRequest\x1a%.graftwork.v1.CancelTuningJobResponse\x12]\n\x0eWatchTuningJob\x12#.graftwork.v1.WatchTuningJobRequest\x1a$.graftwork.v1.WatchTuningJobResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'graftwork.v1.tuning_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATASETFORMAT']._serialized_start=3152
-  _globals['_DATASETFORMAT']._serialized_end=3319
-  _globals['_TUNINGJOBSTATE']._serialized_start=3322
-  _globals['_TUNINGJOBSTATE']._serialized_end=3525
+  _globals['_DATASETFORMAT']._serialized_start=3355
+  _globals['_DATASETFORMAT']._serialized_end=3522
+  _globals['_TUNINGJOBSTATE']._serialized_start=3525
+  _globals['_TUNINGJOBSTATE']._serialized_end=3728
   _globals['_DATASET']._serialized_start=107
   _globals['_DATASET']._serialized_end=305
   _globals['_DATASETUPLOAD']._serialized_start=307
@@ -54,39 +54,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VALIDATEDATASETRESPONSE']._serialized_start=733
   _globals['_VALIDATEDATASETRESPONSE']._serialized_end=988
   _globals['_TUNINGJOBSPEC']._serialized_start=991
-  _globals['_TUNINGJOBSPEC']._serialized_end=1194
-  _globals['_TUNINGPROGRESS']._serialized_start=1197
-  _globals['_TUNINGPROGRESS']._serialized_end=1349
-  _globals['_TUNINGRESULT']._serialized_start=1352
-  _globals['_TUNINGRESULT']._serialized_end=1558
-  _globals['_TUNINGESTIMATE']._serialized_start=1560
-  _globals['_TUNINGESTIMATE']._serialized_end=1671
-  _globals['_TUNINGJOB']._serialized_start=1674
-  _globals['_TUNINGJOB']._serialized_end=2176
-  _globals['_CREATETUNINGJOBREQUEST']._serialized_start=2178
-  _globals['_CREATETUNINGJOBREQUEST']._serialized_end=2265
-  _globals['_CREATETUNINGJOBRESPONSE']._serialized_start=2267
-  _globals['_CREATETUNINGJOBRESPONSE']._serialized_end=2330
-  _globals['_GETTUNINGJOBREQUEST']._serialized_start=2332
-  _globals['_GETTUNINGJOBREQUEST']._serialized_end=2367
-  _globals['_GETTUNINGJOBRESPONSE']._serialized_start=2369
-  _globals['_GETTUNINGJOBRESPONSE']._serialized_end=2429
-  _globals['_LISTTUNINGJOBSREQUEST']._serialized_start=2431
-  _globals['_LISTTUNINGJOBSREQUEST']._serialized_end=2493
-  _globals['_LISTTUNINGJOBSRESPONSE']._serialized_start=2495
-  _globals['_LISTTUNINGJOBSRESPONSE']._serialized_end=2583
-  _globals['_CANCELTUNINGJOBREQUEST']._serialized_start=2585
-  _globals['_CANCELTUNINGJOBREQUEST']._serialized_end=2623
-  _globals['_CANCELTUNINGJOBRESPONSE']._serialized_start=2625
-  _globals['_CANCELTUNINGJOBRESPONSE']._serialized_end=2688
-  _globals['_WATCHTUNINGJOBREQUEST']._serialized_start=2690
-  _globals['_WATCHTUNINGJOBREQUEST']._serialized_end=2751
-  _globals['_TUNINGEVALUATION']._serialized_start=2753
-  _globals['_TUNINGEVALUATION']._serialized_end=2799
-  _globals['_TUNINGEVENT']._serialized_start=2802
-  _globals['_TUNINGEVENT']._serialized_end=3081
-  _globals['_WATCHTUNINGJOBRESPONSE']._serialized_start=3083
-  _globals['_WATCHTUNINGJOBRESPONSE']._serialized_end=3149
-  _globals['_TUNINGSERVICE']._serialized_start=3528
-  _globals['_TUNINGSERVICE']._serialized_end=4200
+  _globals['_TUNINGJOBSPEC']._serialized_end=1223
+  _globals['_TUNINGPROGRESS']._serialized_start=1226
+  _globals['_TUNINGPROGRESS']._serialized_end=1378
+  _globals['_TUNINGRESULT']._serialized_start=1381
+  _globals['_TUNINGRESULT']._serialized_end=1611
+  _globals['_TUNINGESTIMATE']._serialized_start=1613
+  _globals['_TUNINGESTIMATE']._serialized_end=1724
+  _globals['_SETTINGCHOICE']._serialized_start=1726
+  _globals['_SETTINGCHOICE']._serialized_end=1828
+  _globals['_TUNINGJOB']._serialized_start=1831
+  _globals['_TUNINGJOB']._serialized_end=2379
+  _globals['_CREATETUNINGJOBREQUEST']._serialized_start=2381
+  _globals['_CREATETUNINGJOBREQUEST']._serialized_end=2468
+  _globals['_CREATETUNINGJOBRESPONSE']._serialized_start=2470
+  _globals['_CREATETUNINGJOBRESPONSE']._serialized_end=2533
+  _globals['_GETTUNINGJOBREQUEST']._serialized_start=2535
+  _globals['_GETTUNINGJOBREQUEST']._serialized_end=2570
+  _globals['_GETTUNINGJOBRESPONSE']._serialized_start=2572
+  _globals['_GETTUNINGJOBRESPONSE']._serialized_end=2632
+  _globals['_LISTTUNINGJOBSREQUEST']._serialized_start=2634
+  _globals['_LISTTUNINGJOBSREQUEST']._serialized_end=2696
+  _globals['_LISTTUNINGJOBSRESPONSE']._serialized_start=2698
+  _globals['_LISTTUNINGJOBSRESPONSE']._serialized_end=2786
+  _globals['_CANCELTUNINGJOBREQUEST']._serialized_start=2788
+  _globals['_CANCELTUNINGJOBREQUEST']._serialized_end=2826
+  _globals['_CANCELTUNINGJOBRESPONSE']._serialized_start=2828
+  _globals['_CANCELTUNINGJOBRESPONSE']._serialized_end=2891
+  _globals['_WATCHTUNINGJOBREQUEST']._serialized_start=2893
+  _globals['_WATCHTUNINGJOBREQUEST']._serialized_end=2954
+  _globals['_TUNINGEVALUATION']._serialized_start=2956
+  _globals['_TUNINGEVALUATION']._serialized_end=3002
+  _globals['_TUNINGEVENT']._serialized_start=3005
+  _globals['_TUNINGEVENT']._serialized_end=3284
+  _globals['_WATCHTUNINGJOBRESPONSE']._serialized_start=3286
+  _globals['_WATCHTUNINGJOBRESPONSE']._serialized_end=3352
+  _globals['_TUNINGSERVICE']._serialized_start=3731
+  _globals['_TUNINGSERVICE']._serialized_end=4403
 # @@protoc_insertion_point(module_scope)

@@ -376,7 +376,9 @@ class TuningJobSpec(_message.Message):
     validation_dataset: _builtins.str
     """"datasets/{id}" to measure held-out loss on. Unset: see validation_fraction."""
     validation_fraction: _builtins.float
-    """Fraction of the rows in [0, 0.5] kept out of training to measure held-out loss. Not together with validation_dataset."""
+    """Fraction of the rows in [0, 0.5] kept out of training to measure held-out loss. Not together with validation_dataset.
+    Unset: none if there is a validation_dataset or the settings fix the number of steps, else the server chooses.
+    """
     adapter_id: _builtins.str
     """Adapter to publish to. If it exists, new_version must be set. Until the job ends, no other publishes to it first."""
     load: _builtins.bool
@@ -385,7 +387,9 @@ class TuningJobSpec(_message.Message):
     """If the adapter exists: publish its next version instead of answering ALREADY_EXISTS. From then on its name serves that."""
     @_builtins.property
     def config(self) -> _struct_pb2.Struct:
-        """The strategy's settings; keys and defaults as in its JSON schema. Unknown keys are refused."""
+        """The strategy's settings; keys and defaults as in its JSON schema. Unknown keys are refused. For some that are unset
+        the server chooses instead of taking the default; see TuningJob.choices.
+        """
 
     def __init__(
         self,
@@ -393,17 +397,19 @@ class TuningJobSpec(_message.Message):
         strategy: _builtins.str = ...,
         dataset: _builtins.str = ...,
         validation_dataset: _builtins.str = ...,
-        validation_fraction: _builtins.float = ...,
+        validation_fraction: _builtins.float | None = ...,
         adapter_id: _builtins.str = ...,
         config: _struct_pb2.Struct | None = ...,
         load: _builtins.bool = ...,
         new_version: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction", "config", b"config", "validation_fraction", b"validation_fraction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "config", b"config", "dataset", b"dataset", "load", b"load", "new_version", b"new_version", "strategy", b"strategy", "validation_dataset", b"validation_dataset", "validation_fraction", b"validation_fraction"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction", "adapter_id", b"adapter_id", "config", b"config", "dataset", b"dataset", "load", b"load", "new_version", b"new_version", "strategy", b"strategy", "validation_dataset", b"validation_dataset", "validation_fraction", b"validation_fraction"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__validation_fraction: _TypeAlias = _typing.Literal["validation_fraction"]  # noqa: Y015
+    _WhichOneofArgType__validation_fraction: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_fraction) -> _WhichOneofReturnType__validation_fraction | None: ...
 
 Global___TuningJobSpec: _TypeAlias = TuningJobSpec  # noqa: Y015
 
@@ -466,6 +472,7 @@ class TuningResult(_message.Message):
     TRAIN_MS_FIELD_NUMBER: _builtins.int
     FINAL_LOSS_FIELD_NUMBER: _builtins.int
     VALIDATION_LOSS_FIELD_NUMBER: _builtins.int
+    PUBLISHED_STEP_FIELD_NUMBER: _builtins.int
     adapter_version: _builtins.str
     """"adapters/{id}/versions/{n}"."""
     trained_parameters: _builtins.int
@@ -479,7 +486,9 @@ class TuningResult(_message.Message):
     final_loss: _builtins.float
     """Mean training loss of the last tenth of the steps."""
     validation_loss: _builtins.float
-    """Held-out loss per token after the last step; unset where there is no validation set."""
+    """Held-out loss per token of the published weights; unset where no rows are held out."""
+    published_step: _builtins.int
+    """Optimizer steps after which the weights were as they are published. 0: not known, by an older server."""
     def __init__(
         self,
         *,
@@ -490,10 +499,11 @@ class TuningResult(_message.Message):
         train_ms: _builtins.int = ...,
         final_loss: _builtins.float = ...,
         validation_loss: _builtins.float | None = ...,
+        published_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "validation_loss", b"validation_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "adapter_version", b"adapter_version", "artifact_bytes", b"artifact_bytes", "final_loss", b"final_loss", "peak_memory_bytes", b"peak_memory_bytes", "train_ms", b"train_ms", "trained_parameters", b"trained_parameters", "validation_loss", b"validation_loss"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "adapter_version", b"adapter_version", "artifact_bytes", b"artifact_bytes", "final_loss", b"final_loss", "peak_memory_bytes", b"peak_memory_bytes", "published_step", b"published_step", "train_ms", b"train_ms", "trained_parameters", b"trained_parameters", "validation_loss", b"validation_loss"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__validation_loss: _TypeAlias = _typing.Literal["validation_loss"]  # noqa: Y015
     _WhichOneofArgType__validation_loss: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss"]  # noqa: Y015
@@ -536,6 +546,42 @@ class TuningEstimate(_message.Message):
 Global___TuningEstimate: _TypeAlias = TuningEstimate  # noqa: Y015
 
 @_typing.final
+class SettingChoice(_message.Message):
+    """Where a setting of a job comes from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    AUTOMATIC_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """The setting: a key of config, or "validation_fraction"."""
+    reason: _builtins.str
+    """Why it has this value."""
+    automatic: _builtins.bool
+    """True if the server chose it, false if the request set it."""
+    @_builtins.property
+    def value(self) -> _struct_pb2.Value:
+        """Its value."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        value: _struct_pb2.Value | None = ...,
+        reason: _builtins.str = ...,
+        automatic: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["automatic", b"automatic", "key", b"key", "reason", b"reason", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SettingChoice: _TypeAlias = SettingChoice  # noqa: Y015
+
+@_typing.final
 class TuningJob(_message.Message):
     """A tuning job."""
 
@@ -554,6 +600,7 @@ class TuningJob(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     VALIDATION_LOSS_FIELD_NUMBER: _builtins.int
     FOLLOWS_VERSION_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Output only. Resource name: "tuningJobs/{job_id}"."""
     job_id: _builtins.str
@@ -596,6 +643,12 @@ class TuningJob(_message.Message):
     def end_time(self) -> _timestamp_pb2.Timestamp:
         """Output only. When it ended."""
 
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___SettingChoice]:
+        """Output only. Settings that the request set or the server chose, each with the reason. Other settings are the
+        strategy's defaults.
+        """
+
     def __init__(
         self,
         *,
@@ -612,10 +665,11 @@ class TuningJob(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         validation_loss: _builtins.float | None = ...,
         follows_version: _builtins.int = ...,
+        choices: _abc.Iterable[Global___SettingChoice] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "create_time", b"create_time", "end_time", b"end_time", "estimate", b"estimate", "progress", b"progress", "result", b"result", "spec", b"spec", "start_time", b"start_time", "validation_loss", b"validation_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "estimate", b"estimate", "follows_version", b"follows_version", "job_id", b"job_id", "name", b"name", "progress", b"progress", "result", b"result", "spec", b"spec", "start_time", b"start_time", "state", b"state", "validation_loss", b"validation_loss"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "choices", b"choices", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "estimate", b"estimate", "follows_version", b"follows_version", "job_id", b"job_id", "name", b"name", "progress", b"progress", "result", b"result", "spec", b"spec", "start_time", b"start_time", "state", b"state", "validation_loss", b"validation_loss"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__validation_loss: _TypeAlias = _typing.Literal["validation_loss"]  # noqa: Y015
     _WhichOneofArgType__validation_loss: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss"]  # noqa: Y015

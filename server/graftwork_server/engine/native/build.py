@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 log = logging.getLogger("graftwork.engine")
@@ -82,6 +83,9 @@ def _key(compiler: str) -> str:
 
 def _compile(compiler: str, target: Path) -> None:
     source = Path(__file__).parent / _SOURCES[0]
+    for left in target.parent.glob("tmp*"):  # by an engine that was killed in the middle
+        if time.time() - left.stat().st_mtime > 2 * _COMPILE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         command = [compiler, *_FLAGS, "-o", str(made), str(source), "-lm"]

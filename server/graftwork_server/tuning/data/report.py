@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from graftwork_server.errors import FailedPrecondition
+from graftwork_server.errors import MESSAGE_CHARACTERS, FailedPrecondition
+from graftwork_server.printable import make_printable
 from graftwork_server.tuning.data.lines import Example, LineProblem, format_of, read_examples
 from graftwork_server.tuning.data.rows import cut, loss_tokens, tokenize_example
 from graftwork_server.types import DatasetFormat
@@ -24,6 +25,9 @@ class LineError(msgspec.Struct, frozen=True):
 
     line: int
     reason: str
+
+    def __post_init__(self) -> None:
+        make_printable(self, reason=MESSAGE_CHARACTERS)
 
     @property
     def place(self) -> str:
