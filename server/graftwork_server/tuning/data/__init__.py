@@ -16,7 +16,6 @@ from graftwork_server.tuning.data.report import (
     LineError,
     check_dataset,
     how_to_fit,
-    no_end,
 )
 from graftwork_server.tuning.data.rows import instruction_prompt, tokenize_example, tokenize_rows
 
@@ -31,7 +30,6 @@ __all__ = [
     "check_dataset",
     "how_to_fit",
     "instruction_prompt",
-    "no_end",
     "read_examples",
     "read_lines",
     "tokenize_example",
