@@ -4,7 +4,7 @@
 
 One real server with the model on board; small made-up tasks (benchmarks/tuning_tasks.py) of 100 rows each. Per task and
 strategy one job with no settings and 12 with four learning rates and three numbers of epochs, one after another; each
-version then answers 60 rows that no job saw, greedily, and only the exact text counts. The aim is 0.9 of the grid's best.
+version then answers 60 rows that no job saw, greedily; only the exact text counts. The aim is 0.9 of the grid's best.
 With --output, what was measured before is kept and not measured again, so a run that was broken off goes on.
 """
 
@@ -125,7 +125,8 @@ def table(measured: dict[str, Any]) -> str:
         ratio = default["right"] / max(1, best["right"])
         lines.append(
             f"| {TASKS[task].kind} ({task}) | {strategy} | {default['right']} of {measured['held_out_rows']} | "
-            f"{best['right']} ({len(tried)} tried) | {settings} | {ratio:.2f}{'' if ratio >= WANTED else ' (too low)'} | "
+            f"{best['right']} ({len(tried)} tried) | {settings} | "
+            f"{ratio:.2f}{'' if ratio >= WANTED else ' (too low)'} | "
             f"{default['steps']}, of step {default['published_step']} | {default['seconds']:.0f} |"
         )
     return "\n".join(lines)
