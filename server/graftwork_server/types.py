@@ -11,6 +11,9 @@ import msgspec
 BASE = "base"
 """The name under which the base model itself answers."""
 
+LATEST = "latest"
+"""In the place of a version's number: the newest one."""
+
 ADAPTER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Pattern (fullmatch) of adapter ids; BASE is reserved."""
 
