@@ -96,14 +96,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         options = ["--data-dir", f"{folder}/data", "--threads", str(arguments.threads), "--log-level", "warning"]
         with ServerProcess([*options, "--dtype", arguments.dtype]) as server, Client(address=server.address) as client:
             measured["dtype"] = server.dtype
-            for task, strategy in itertools.product(arguments.tasks, arguments.strategies):
-                for config in [{}, *grid(strategy)]:
-                    if json.dumps([task, strategy, config]) in done:
-                        continue
-                    job = run_job(client, task, strategy, config, Path(folder))
-                    measured["jobs"].append(job)
-                    store(measured, arguments.output)
-                    print(f"{task} {strategy} {config or 'no settings'}: {job['right']} right", flush=True)
+            pairs = list(itertools.product(arguments.tasks, arguments.strategies))
+            wanted = [(*pair, {}) for pair in pairs]
+            wanted += [(task, strategy, config) for task, strategy in pairs for config in grid(strategy)]
+            for task, strategy, config in wanted:
+                if json.dumps([task, strategy, config]) in done:
+                    continue
+                job = run_job(client, task, strategy, config, Path(folder))
+                measured["jobs"].append(job)
+                store(measured, arguments.output)
+                print(f"{task} {strategy} {config or 'no settings'}: {job['right']} right", flush=True)
     return measured
 
 
