@@ -26,6 +26,7 @@ from graftwork_server.types import (
     ArtifactInfo,
     LoadReport,
     ModelInfo,
+    SettingChoice,
     StrategyInfo,
     TuningEstimate,
     TuningProgress,
@@ -164,6 +165,7 @@ class PrepareJob(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     row_count: int
     total_tokens: int
     """Training tokens of one epoch."""
+    held_out_rows: int = 0
 
 
 class StartJob(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -247,10 +249,11 @@ class Pinned(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class PreparedJob(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """`config` has every default filled in and is plain JSON."""
+    """`config` has every setting filled in and is plain JSON; `choices` says where the ones that matter come from."""
 
     config: dict[str, Any]
     estimate: TuningEstimate
+    choices: list[SettingChoice] = []
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True):

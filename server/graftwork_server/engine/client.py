@@ -334,11 +334,18 @@ class EngineClient:
         return result
 
     async def prepare_job(
-        self, strategy: str, config: dict[str, Any], row_count: int, total_tokens: int
+        self, strategy: str, config: dict[str, Any], row_count: int, total_tokens: int, held_out_rows: int = 0
     ) -> PreparedJob:
-        """Checks a job's configuration and estimates it; raises InvalidArgument with the keys that are wrong."""
+        """Checks a job's configuration, completes and estimates it; raises InvalidArgument with the keys that are
+        wrong."""
         result: PreparedJob = await self._call(
-            PrepareJob, PreparedJob, strategy=strategy, config=config, row_count=row_count, total_tokens=total_tokens
+            PrepareJob,
+            PreparedJob,
+            strategy=strategy,
+            config=config,
+            row_count=row_count,
+            total_tokens=total_tokens,
+            held_out_rows=held_out_rows,
         )
         return result
 

@@ -57,6 +57,7 @@ class Strategies(Protocol):
         total_tokens: int,
         base: BaseInfo,
         device: DeviceInfo,
+        held_out_rows: int = 0,
     ) -> m.PreparedJob: ...
 
 
@@ -298,7 +299,13 @@ class EngineWorker:
             threads=self._threads,
         )
         return self._strategies.prepare_job(
-            message.strategy, message.config, message.row_count, message.total_tokens, self._base_info, device
+            message.strategy,
+            message.config,
+            message.row_count,
+            message.total_tokens,
+            self._base_info,
+            device,
+            message.held_out_rows,
         )
 
     # ------------------------------------------------------------------------------------------ adapters

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from graftwork_server.hub.data_dir import REGISTRY
 from graftwork_server.hub.database import Database
+from graftwork_server.hub.datasets import Datasets
 from graftwork_server.hub.job_registry import JobRegistry
 from graftwork_server.hub.leases import Leases
 from graftwork_server.hub.records import NewVersion, VersionRecord
@@ -30,6 +31,7 @@ class Hub:
             raise
         self.registry = Registry(self._database)
         self.jobs = JobRegistry(self._database)
+        self.datasets = Datasets(self._database, self.store)
         self.leases = Leases(self.store, self.registry)
         self.resolver = Resolver(self.store, self.registry)
         self._collect()
@@ -82,11 +84,17 @@ class Hub:
             self.leases.remove_if_unused(digest)
         return versions
 
+    def delete_version(self, adapter_id: str, number: int) -> tuple[VersionRecord, int]:
+        """Forgets a version, as registry.delete_version; its files go once nobody uses them. Blocking."""
+        version, newest = self.registry.delete_version(adapter_id, number)
+        self.leases.remove_if_unused(version.digest)
+        return version, newest
+
     def _collect(self) -> None:
         jobs = self.jobs.unfinished()
         announced = {job.publication.digest for job in jobs if job.publication is not None}
         self.store.collect(
             digests=self.registry.digests() | announced,
-            dataset_ids=self.registry.dataset_ids(),
+            dataset_ids=self.datasets.ids(),
             job_ids={job.job_id for job in jobs},
         )

@@ -9,7 +9,7 @@ import msgspec
 
 from graftwork_server.errors import ErrorBody
 from graftwork_server.messages import Checkpointed, Evaluated, Note, Progress
-from graftwork_server.types import DatasetFormat, JobState, TuningEstimate, TuningProgress, TuningResult
+from graftwork_server.types import DatasetFormat, JobState, SettingChoice, TuningEstimate, TuningProgress, TuningResult
 
 
 class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,12 +67,15 @@ class TuningSpec(msgspec.Struct, frozen=True, kw_only=True):
     strategy: str
     dataset_id: str
     validation_dataset_id: str = ""
-    validation_fraction: float = 0.0
+    validation_fraction: float | None = None
+    """None in a request: not said."""
     adapter_id: str
     config: dict[str, Any] = {}
     load: bool = False
     new_version: bool = True
     """Whether the adapter may exist. True where it is not written: in jobs from before anybody was asked."""
+    choices: list[SettingChoice] = []
+    """Of a job: where settings come from, in the request's order and then those chosen by the server."""
 
 
 class Publication(msgspec.Struct, frozen=True, kw_only=True):

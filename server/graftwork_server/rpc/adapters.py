@@ -23,7 +23,7 @@ from graftwork_server.logs import client
 from graftwork_server.pins import Pins
 from graftwork_server.rpc.convert import adapter_message, load_report_message
 from graftwork_server.rpc.generation import text_of
-from graftwork_server.rpc.names import adapter_id, adapter_version
+from graftwork_server.rpc.names import adapter_id, adapter_version, version_name
 from graftwork_server.rpc.streaming import Uploads, check_chunk, first_payload, to_its_end
 
 log = logging.getLogger("graftwork.adapters")
@@ -91,13 +91,15 @@ class AdapterService(AdapterServiceServicer):
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
         """Forgets an adapter; its files and its place on the device go once nobody uses them."""
         versions = await to_its_end(self._hub.delete_adapter, adapter_id(request.name))
-        if any(version.pinned for version in versions):
-            await self._pins.tell()
-        for digest in {version.digest for version in versions}:  # loaded or not: the host may have a copy
-            task = asyncio.create_task(self._unload_unless_published(digest))
-            self._unloads.add(task)
-            task.add_done_callback(self._unloads.discard)
+        await self._forget(versions)
         return pb.DeleteAdapterResponse(deleted_versions=len(versions))
+
+    async def DeleteVersion(self, request: pb.DeleteVersionRequest, context: Context) -> pb.DeleteVersionResponse:
+        """Forgets one version; its files and its place on the device go once nobody uses them."""
+        found, number = version_name(request.name)
+        version, newest = await to_its_end(self._hub.delete_version, found, number)
+        await self._forget([version])
+        return pb.DeleteVersionResponse(newest_version=newest)
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
         """Loads a version beside the base."""
@@ -134,6 +136,15 @@ class AdapterService(AdapterServiceServicer):
         return pb.UnpinAdapterResponse(adapter=self._message(version))
 
     # ------------------------------------------------------------------------------------------ parts
+
+    async def _forget(self, versions: list[VersionRecord]) -> None:
+        """What the engine has of deleted versions goes once nobody uses it."""
+        if any(version.pinned for version in versions):
+            await self._pins.tell()
+        for digest in {version.digest for version in versions}:  # loaded or not: the host may have a copy
+            task = asyncio.create_task(self._unload_unless_published(digest))
+            self._unloads.add(task)
+            task.add_done_callback(self._unloads.discard)
 
     def _message(self, version: VersionRecord) -> pb.Adapter:
         return adapter_message(version, loaded=version.digest in self._engine.loaded)

@@ -52,7 +52,7 @@ class EngineCalls(Protocol):
         """Whether there is an engine now."""
 
     async def prepare_job(
-        self, strategy: str, config: dict[str, Any], row_count: int, total_tokens: int
+        self, strategy: str, config: dict[str, Any], row_count: int, total_tokens: int, held_out_rows: int = 0
     ) -> PreparedJob: ...
 
     async def start_job(self, job: JobSpec) -> int: ...
@@ -267,7 +267,7 @@ class JobRun:
             config=spec.config,
             dataset_path=str(store.dataset_path(spec.dataset_id)),
             validation_path=str(store.dataset_path(validation)) if validation else None,
-            validation_fraction=spec.validation_fraction,
+            validation_fraction=spec.validation_fraction or 0.0,
             job_dir=str(self._folder),
             artifact_dir=str(self._artifact),
         )

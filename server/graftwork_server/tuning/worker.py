@@ -112,6 +112,7 @@ def _run_job(command: StartTuning, send: Callable[[TunerEvent], None]) -> Tuning
         train_ms=state.train_ms,
         final_loss=sum(state.recent_losses) / len(state.recent_losses),
         validation_loss=state.validation_loss,
+        published_step=state.published_step,
     )
     write_json(result_file, msgspec.to_builtins(result))
     return result
