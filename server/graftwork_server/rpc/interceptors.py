@@ -31,6 +31,8 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 DETAILS_BYTES = 5_000
 """gRPC clients refuse trailers over 8 KiB by default, so the details, in base64, and the message stay below that."""
 MESSAGE_CHARACTERS = 600
+VIOLATION_BYTES = 100
+LONGEST_REASON_BYTES = 1_000
 READ_THE_REST_SECONDS = 0.5
 
 Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
@@ -262,14 +264,18 @@ def to_status(error: GraftworkServerError) -> status_pb2.Status:
 
 
 def _bad_request(error: GraftworkServerError, budget: int) -> error_details_pb2.BadRequest:
-    """Every violation, each cut to its share of what the trailers have room for."""
-    share = max(budget // len(error.violations), 24)
+    """Violations as long as the trailers have room for them, each whole; then how many there are beside them."""
     details = error_details_pb2.BadRequest()
-    for violation in error.violations[: max(budget // 24, 1)]:
-        field = _cut(violation.field, share // 2)
-        details.field_violations.add(
-            field=field, description=_cut(violation.description, max(share - len(field.encode()) - 8, 8))
-        )
+    budget -= VIOLATION_BYTES  # for the last one, which counts the others
+    for index, violation in enumerate(error.violations):
+        field, description = _cut(violation.field, VIOLATION_BYTES), _cut(violation.description, LONGEST_REASON_BYTES)
+        size = len(field.encode()) + len(description.encode()) + 16
+        if size > budget:
+            left = len(error.violations) - index
+            details.field_violations.add(field="more", description=f"{left} more, which an answer has no room for")
+            break
+        details.field_violations.add(field=field, description=description)
+        budget -= size
     return details
 
 

@@ -29,7 +29,14 @@ def upload_bar(label: str, as_json: bool) -> Iterator[Callable[[int, int], None]
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(escape(label), total=None)
-        yield lambda sent, total: bar.update(task, completed=sent, total=total)
+
+        def update(sent: int, total: int) -> None:
+            if sent < total:
+                bar.update(task, description=escape(label), completed=sent, total=total)
+            else:  # the server has it all, and may have much to check
+                bar.update(task, description=f"{escape(label)}: sent, is being checked", completed=sent, total=None)
+
+        yield update
 
 
 def follow(job: TuningJob, after_sequence: int, as_json: bool) -> None:
