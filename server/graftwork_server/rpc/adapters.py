@@ -19,7 +19,7 @@ from graftwork_server.hub.records import VersionRecord
 from graftwork_server.hub.registry import RequestKey, check_adapter_id, request_key
 from graftwork_server.hub.uploads import ArtifactUpload, UploadFile
 from graftwork_server.isolated_text import IsolatedTexts
-from graftwork_server.logs import client, log_event, note
+from graftwork_server.logs import log_event, note
 from graftwork_server.pins import Pins
 from graftwork_server.rpc.convert import adapter_message, load_report_message
 from graftwork_server.rpc.generation import text_of
@@ -192,7 +192,7 @@ class AdapterService(AdapterServiceServicer):
                 check_chunk(request.chunk.data, "chunk.data")
                 await to_its_end(received.write, request.chunk.name, request.chunk.data)
             folder = await to_its_end(received.finish)
-            await self._texts.read(folder, f"client {client.get()}")
+            await self._texts.read(folder)
             info = await self._engine.inspect(str(folder), upload.strategy or None)
             return await to_its_end(
                 self._hub.publish,

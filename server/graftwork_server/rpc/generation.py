@@ -34,6 +34,7 @@ from graftwork_server.rpc.limits import (
     check_scheduling,
     context_limit,
     invalid,
+    off_loop_if_large,
 )
 from graftwork_server.rpc.samples import Samples, samplings_of
 from graftwork_server.rpc.sampling import SampleCounts, prompt_logprobs_of, sample_counts, sampling_of
@@ -146,10 +147,13 @@ class GenerationService(GenerationServiceServicer):
                 ids = await chat_ids(request, tokenizer, self._texts)
             else:
                 ids = await self._text_ids(request.text, tokenizer)
-            return pb.TokenizeResponse(
-                token_ids=ids,
-                tokens=[tokenizer.token_text(id) for id in ids],
-                context_tokens=context_limit(self._engine.model),
+            return await off_loop_if_large(
+                len(ids),
+                lambda: pb.TokenizeResponse(
+                    token_ids=ids,
+                    tokens=[tokenizer.token_text(id) for id in ids],
+                    context_tokens=context_limit(self._engine.model),
+                ),
             )
 
     @asynccontextmanager
