@@ -134,6 +134,8 @@ def _draw(job: TuningJob, events: Iterator[TuningEvent]) -> None:
             progress = event.progress
             if progress is not None:
                 _advance(bar, task, progress)
+            elif event.state is not None:
+                bar.update(task, facts=event.state)
             if progress is None or progress.step >= next_step or progress.step == progress.total_steps:
                 bar.console.print(_line(event), markup=False, highlight=False)
             if progress is not None and progress.step >= next_step:
