@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 
@@ -17,6 +18,7 @@ from graftwork_server.errors import FailedPrecondition, GraftworkServerError, In
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import VersionRecord
 from graftwork_server.hub.registry import RequestKey, check_adapter_id, request_key
+from graftwork_server.hub.store import manifest_end_tokens
 from graftwork_server.hub.uploads import ArtifactUpload, UploadFile
 from graftwork_server.isolated_text import IsolatedTexts
 from graftwork_server.logs import log_event, note
@@ -192,7 +194,7 @@ class AdapterService(AdapterServiceServicer):
                 check_chunk(request.chunk.data, "chunk.data")
                 await to_its_end(received.write, request.chunk.name, request.chunk.data)
             folder = await to_its_end(received.finish)
-            await self._texts.read(folder)
+            ends = await self._end_tokens(folder)
             info = await self._engine.inspect(str(folder), upload.strategy or None)
             return await to_its_end(
                 self._hub.publish,
@@ -200,9 +202,22 @@ class AdapterService(AdapterServiceServicer):
                 adapter_id=upload.adapter_id,
                 info=info,
                 base_fingerprint=self._engine.model.fingerprint,
+                end_token_ids=ends,
                 adapter_may_exist=upload.new_version,
                 request=key,
             )
+
+    async def _end_tokens(self, folder: Path) -> list[int]:
+        """Tokens that end what the uploaded files write: by their manifest, and by a tokenizer and chat template of
+        their own. Raises FailedPrecondition for a tokenizer that cannot be used."""
+        text = await self._texts.read(folder)
+        ends = await asyncio.to_thread(manifest_end_tokens, folder, self._engine.model.vocab_size)
+        if text is None or text is self._texts.base:
+            return ends
+        with contextlib.suppress(GraftworkServerError):  # a template that fails or loops says no end; the rest works
+            own = await self._texts.run(text, 0, lambda text: text.end_tokens(), "messages")
+            ends = sorted({*ends, *own})
+        return ends
 
     async def _load(self, version: VersionRecord) -> pb.LoadReport:
         begun = time.monotonic()

@@ -47,11 +47,13 @@ Context = grpc.aio.ServicerContext
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What a sequence continues. field: where the request has it. echo: its text, for those who want it back."""
+    """What a sequence continues. field: where the request has it. echo: its text, for those who want it back.
+    joined: the sequence's text goes on in it, and is no message of its own."""
 
     ids: list[int]
     field: str
     echo: str = ""
+    joined: bool = True
 
 
 class GenerationService(GenerationServiceServicer):
@@ -95,7 +97,8 @@ class GenerationService(GenerationServiceServicer):
                     what = "has nothing to repeat in Chat but a message that is continued; set continue_final_message"
                     raise invalid([Violation("sampling.echo", what)])
                 ids = await chat_ids(request, _needed(text), self._texts)
-                prompt = _Prompt(ids, "messages", request.messages[-1].content)
+                last = request.messages[-1].content
+                prompt = _Prompt(ids, "messages", last, joined=request.continue_final_message)
                 await self._stream(resolved, text, prompt, request, pb.ChatResponse, context)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
@@ -197,9 +200,9 @@ class GenerationService(GenerationServiceServicer):
         counts = sample_counts(parameters, self._admission.limit, wrong)
         top = prompt_logprobs_of(parameters, len(prompt.ids), wrong)
         sampling = await self._sampling(parameters, len(prompt.ids), text, wrong)
-        own_end = text.eos_token_id if text and text is not self._texts.base else None
-        if own_end is not None and own_end not in self._engine.model.eos_token_ids and not sampling.ignore_eos:
-            sampling = msgspec.structs.replace(sampling, stop_token_ids=[*sampling.stop_token_ids, own_end])
+        ends = self._ends_beside_the_base(resolved, text)
+        if ends and not sampling.ignore_eos:
+            sampling = msgspec.structs.replace(sampling, stop_token_ids=[*sampling.stop_token_ids, *ends])
         if parameters.stop or parameters.echo:
             _needed(text)
 
@@ -213,13 +216,14 @@ class GenerationService(GenerationServiceServicer):
                 priority=request.priority,
             )
 
+        before = prompt.ids if prompt.joined else ()
         completions = [
             Completion(
                 response_type,
                 resolved,
                 sampling,
                 partial(_logprob, text=text),
-                IncrementalDetokenizer(text, parameters.stop) if text else None,
+                IncrementalDetokenizer(text, parameters.stop, before=before) if text else None,
                 index=index,
                 echo=prompt.echo if parameters.echo else "",
                 has_stops=bool(parameters.stop),
@@ -246,6 +250,14 @@ class GenerationService(GenerationServiceServicer):
         if text is None or not parameters.bad_words:  # the only ones that need tokens of a text
             return made(text)
         return await self._texts.run(text, 0, made, "sampling.bad_words")
+
+    def _ends_beside_the_base(self, resolved: Resolved, text: TextProcessor | None) -> list[int]:
+        """Tokens that end the texts of who answers: those of its version, and its own tokenizer's, which versions that
+        are older than the list of theirs do not name."""
+        ends = set(resolved.adapter.end_token_ids if resolved.adapter else ())
+        if text is not None and text is not self._texts.base and text.eos_token_id is not None:
+            ends.add(text.eos_token_id)
+        return sorted(ends - set(self._engine.model.eos_token_ids))
 
     async def _prompt_logprobs(self, resolved: Resolved, prompt_ids: list[int], top: int) -> list[TokenLogprobs]:
         entries: list[TokenLogprobs] = []

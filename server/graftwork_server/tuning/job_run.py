@@ -322,6 +322,7 @@ class JobRun:
                 parameter_count=parameter_count,
                 rank=rank,
                 created_by="tuning",
+                end_token_ids=result.end_token_ids,
             )
             digest = digest_of(self._artifact)
         publication = Publication(digest=digest, parameter_count=parameter_count, rank=rank, result=result)
@@ -365,6 +366,7 @@ class JobRun:
             parameter_count=publication.parameter_count,
             rank=publication.rank,
             tuning_job=self._job.job_id,
+            end_token_ids=publication.result.end_token_ids,
         )
         failpoints.reach("publish.before_commit")
         _, published = self._hub.jobs.publish(self._job.job_id, version, publication.result, notes)
