@@ -91,6 +91,11 @@ class AdapterTexts:
             )
         return text
 
+    @property
+    def base_bytes(self) -> int:
+        """Size of the base's tokenizer.json, 0 without one."""
+        return self._base_files.tokenizer.stat().st_size if self._base_files.tokenizer else 0
+
     def brings_nothing(self, folder: str | Path) -> bool:
         """Whether the files of `folder`, if there are any, are byte for byte the base's. What they say is not read."""
         return not any(_plain(self._changed(folder)))

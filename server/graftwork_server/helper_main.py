@@ -69,6 +69,7 @@ class _Strangers:
             self._base, base_dir, vocab_size, compile_template=_BoundedTemplate, source_dir=source_dir
         )
         self._texts: OrderedDict[str, TextProcessor | None] = OrderedDict()
+        self._base_json = self._base.to_json() if self._base else None
         size = (Path(base_dir) / "tokenizer.json").stat().st_size if base_dir else 0
         self._headroom = MEMORY_BYTES + MEMORY_PER_FILE_BYTE * 2 * size
         self._most = 2 * self._headroom + _address_space()
@@ -117,9 +118,10 @@ class _Strangers:
     def _facts(self, text: TextProcessor | None) -> TextFacts:
         if text is None or text is self._base:
             return TextFacts(is_base=True)
-        text.encode(_TRIAL)  # what fails on any text is to fail now
+        with contextlib.suppress(Exception):  # a panic, which is no Exception, is to come now and not with each request
+            text.encode(_TRIAL)
         as_json = text.to_json()
-        same = self._base is not None and as_json == self._base.to_json()
+        same = as_json == self._base_json
         return TextFacts(
             is_base=False,
             has_chat_template=text.has_chat_template,

@@ -45,6 +45,7 @@ class DatasetChecker:
                 seconds=seconds,
                 at_once=self._pool.count,
                 slow=slow,
+                blame=False,
                 ends_with_caller=True,
             )
         except HelperStopped as stopped:

@@ -40,7 +40,7 @@ from graftwork_server.text import TextProcessor
 from graftwork_server.tuning.data import how_to_fit, no_end, read_lines, tokenize_rows
 from graftwork_server.tuning.data.rows import learned_ends, loss_tokens
 from graftwork_server.tuning.files import write_artifact, write_json
-from graftwork_server.tuning.memory import PeakMemory
+from graftwork_server.tuning.memory import peak_memory
 from graftwork_server.tuning.schedule import split_rows
 from graftwork_server.types import TuningResult
 
@@ -91,7 +91,6 @@ def _run_job(command: StartTuning, send: Callable[[TunerEvent], None]) -> Tuning
     if artifact_dir.is_dir() and result_file.is_file():
         send(Note(text="the job had ended before; its artifact is whole"))
         return msgspec.json.decode(result_file.read_bytes(), type=TuningResult)
-    peak = PeakMemory(command.model.device.partition(":")[0])
     strategy = PluginHost().strategy(job.strategy)
     config = parse_config(strategy, job.config)
     rows, ends = _read_rows(command, config, send)
@@ -107,7 +106,7 @@ def _run_job(command: StartTuning, send: Callable[[TunerEvent], None]) -> Tuning
     artifact_bytes = write_artifact(saved, artifact_dir)
     result = TuningResult(
         trained_parameters=sum(parameter.numel() for parameter in run.trainable.parameters.values()),
-        peak_memory_bytes=peak.bytes(),
+        peak_memory_bytes=peak_memory(command.model.device.partition(":")[0]),
         artifact_bytes=artifact_bytes,
         train_ms=state.train_ms,
         final_loss=sum(state.recent_losses) / len(state.recent_losses),

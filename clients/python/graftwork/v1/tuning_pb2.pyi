@@ -709,7 +709,7 @@ class TuningEstimate(_message.Message):
     artifact_bytes: _builtins.int
     """Bytes of the artifact."""
     total_steps: _builtins.int
-    """Optimizer steps."""
+    """Optimizer steps; fewer if training stops early."""
     def __init__(
         self,
         *,
