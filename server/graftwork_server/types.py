@@ -72,6 +72,8 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     path: str
     strategy: str
+    name: str = ""
+    """Resource name of a version with these files, for people."""
     end_token_ids: list[int] = []
     """Tokens that end its texts beside those of the base model."""
 

@@ -61,7 +61,11 @@ class Resolver:
         """What the engine needs to serve `version`."""
         path = str(self._store.artifact_path(version.digest))
         return AdapterRef(
-            digest=version.digest, path=path, strategy=version.strategy, end_token_ids=version.end_token_ids
+            digest=version.digest,
+            path=path,
+            strategy=version.strategy,
+            end_token_ids=version.end_token_ids,
+            name=version.name,
         )
 
 

@@ -21,6 +21,7 @@ from graftwork_server.hub.registry import RequestKey, check_adapter_id, request_
 from graftwork_server.hub.store import manifest_end_tokens
 from graftwork_server.hub.uploads import ArtifactUpload, UploadFile
 from graftwork_server.isolated_text import IsolatedTexts
+from graftwork_server.logs import log_event, note
 from graftwork_server.pins import Pins
 from graftwork_server.rpc.convert import adapter_message, load_report_message
 from graftwork_server.rpc.generation import text_of
@@ -65,6 +66,8 @@ class AdapterService(AdapterServiceServicer):
             version = await asyncio.to_thread(self._hub.registry.find_request, key)
             if version is None:
                 version = await self._receive(upload, files, key, requests)
+                log_event(log, "adapter published", adapter=version.name, strategy=version.strategy)
+        note(adapter=version.name)
         report = await self._load(version) if upload.load else None
         return pb.CreateAdapterResponse(adapter=self._message(version), load_report=report)
 
@@ -92,6 +95,7 @@ class AdapterService(AdapterServiceServicer):
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
         """Forgets an adapter; its files and its place on the device go once nobody uses them."""
         versions = await to_its_end(self._hub.delete_adapter, adapter_id(request.name))
+        log_event(log, "adapter deleted", adapter=f"adapters/{adapter_id(request.name)}", versions=len(versions))
         await self._forget(versions)
         return pb.DeleteAdapterResponse(deleted_versions=len(versions))
 
@@ -99,6 +103,7 @@ class AdapterService(AdapterServiceServicer):
         """Forgets one version; its files and its place on the device go once nobody uses them."""
         found, number = version_name(request.name)
         version, newest = await to_its_end(self._hub.delete_version, found, number)
+        log_event(log, "version deleted", adapter=version.name, newest_version=newest)
         await self._forget([version])
         return pb.DeleteVersionResponse(newest_version=newest)
 
@@ -152,7 +157,9 @@ class AdapterService(AdapterServiceServicer):
 
     async def _version(self, name: str) -> VersionRecord:
         found, number = adapter_version(name)
-        return await asyncio.to_thread(self._hub.registry.get_version, found, number)
+        version = await asyncio.to_thread(self._hub.registry.get_version, found, number)
+        note(adapter=version.name)
+        return version
 
     async def _set_pinned(self, version: VersionRecord, pinned: bool) -> VersionRecord:
         changed = await to_its_end(self._hub.registry.set_pinned, version, pinned)
@@ -188,7 +195,7 @@ class AdapterService(AdapterServiceServicer):
                 await to_its_end(received.write, request.chunk.name, request.chunk.data)
             folder = await to_its_end(received.finish)
             ends = await self._end_tokens(folder)
-            info = await self._engine.inspect(str(folder), upload.strategy or None)
+            info = await self._engine.inspect(str(folder), upload.strategy or None, received.content)
             return await to_its_end(
                 self._hub.publish,
                 folder,

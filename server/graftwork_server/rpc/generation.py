@@ -21,6 +21,7 @@ from graftwork_server.errors import FailedPrecondition, Internal, InvalidArgumen
 from graftwork_server.hub.leases import Leases
 from graftwork_server.hub.resolver import Resolved, Resolver
 from graftwork_server.isolated_text import IsolatedTexts
+from graftwork_server.logs import note, note_first_token
 from graftwork_server.messages import Pool, Sampling, SequenceOutput, TokenLogprobs
 from graftwork_server.rpc import pooled
 from graftwork_server.rpc.chat import chat_ids
@@ -111,6 +112,7 @@ class GenerationService(GenerationServiceServicer):
                 check_prompt_logprobs(request.top_logprobs, "top_logprobs", len(prompt_ids), wrong)
                 wrong.raise_if_any()
                 check_prompt(prompt_ids, field, self._engine.model, room_for=0)
+                note(prompt_tokens=len(prompt_ids))
                 entries = await self._prompt_logprobs(resolved, prompt_ids, request.top_logprobs)
             return pb.ScoreResponse(
                 tokens=[_logprob(entry, text) for entry in entries],
@@ -161,6 +163,7 @@ class GenerationService(GenerationServiceServicer):
     async def _held(self, model: str) -> AsyncIterator[tuple[Resolved, TextProcessor | None]]:
         """Who answers, kept from being removed while the block runs, and whose tokens it speaks."""
         resolved = await self._resolver.resolve(model)
+        note(model=resolved.model, version=resolved.version)
         async with self._leases.hold(resolved):
             yield resolved, await text_of(self._texts, resolved)
 
@@ -233,7 +236,10 @@ class GenerationService(GenerationServiceServicer):
             sampling = msgspec.structs.replace(sampling, logprobs=0)
         with self._admission.admit(counts.sampled - 1):
             async with Samples(start, samplings_of(sampling, counts.sampled)) as samples:
-                await _write(samples, completions, counts, len(prompt.ids), context)
+                try:
+                    await _write(samples, completions, counts, len(prompt.ids), context)
+                finally:
+                    note(completion_tokens=sum(completion.tokens for completion in completions))
 
     async def _sampling(
         self, parameters: pb.SamplingParameters, prompt_tokens: int, text: TextProcessor | None, wrong: Wrong
@@ -273,7 +279,9 @@ async def _write(
     ranking = BestOf() if counts.scored else None
     prompt_logprobs: list[pb.TokenLogprob] = []
     usage = pb.Usage(prompt_tokens=prompt_tokens)
+    note(prompt_tokens=prompt_tokens)
     async for index, output in samples:
+        note_first_token()
         completion = completions[index]
         if index == 0:
             usage.cached_tokens += output.cached_tokens
