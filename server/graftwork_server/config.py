@@ -21,8 +21,11 @@ from typing import Annotated, Any, Literal, NoReturn, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 ENVIRONMENT_PREFIX = "GRAFTWORK_"
-OTHER_ENVIRONMENT = frozenset({"GRAFTWORK_ADDRESS", "GRAFTWORK_CONFIG", "GRAFTWORK_FAILPOINT"})
-"""GRAFTWORK_ variables that are no settings here: the client's address, the settings file, a test's failpoint."""
+OTHER_ENVIRONMENT = frozenset(
+    {"GRAFTWORK_ADDRESS", "GRAFTWORK_CONFIG", "GRAFTWORK_FAILPOINT", "GRAFTWORK_KERNELS_MARCH"}
+)
+"""GRAFTWORK_ variables that are no settings here: the client's address, the settings file, a test's failpoint, what the
+CPU kernels are compiled for."""
 
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{suffix}": base**power
@@ -104,6 +107,12 @@ class ServerConfig(BaseModel):
     """Size that one adapter upload may have. Default: 4294967296 (4GiB)."""
     max_dataset_bytes: Bytes = Field(1 << 30, ge=1)
     """Size that one data set may have. Default: 1073741824 (1GiB)."""
+    max_uploads: int = Field(256, ge=1, le=100_000)
+    """Uploads of adapters and data sets that may be open at once. Default: 256."""
+    max_uploads_per_client: int = Field(64, ge=1, le=100_000)
+    """Uploads that clients of one host may have open at once. Default: 64."""
+    upload_idle_seconds: float = Field(60.0, gt=0, le=86_400)
+    """Seconds after which an upload that sends nothing is ended. Default: 60."""
     max_concurrent_jobs: int = Field(1, ge=1, le=64)
     """Tuning jobs that run at once; others wait. Default: 1."""
     tuning_yield_ms: int = Field(100, ge=0, le=60_000)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftwork_server.errors import FailedPrecondition, body_of
+from graftwork_server.last_words import exit_when_a_thread_dies
 from graftwork_server.logs import set_up
 from graftwork_server.messages import StartFailed, encode_frame
 
@@ -41,6 +42,7 @@ def main() -> int:
     parser.add_argument("--settings", required=True)
     arguments = parser.parse_args()
     settings: dict[str, Any] = json.loads(arguments.settings)
+    exit_when_a_thread_dies()
     connection = socket.socket(fileno=arguments.fd)
     started = threading.Event()
     threading.Thread(target=_end_with_front, args=(connection, started), name="front", daemon=True).start()

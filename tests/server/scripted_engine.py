@@ -23,6 +23,7 @@ from graftwork_server.types import (
     ArtifactInfo,
     LoadReport,
     ModelInfo,
+    SettingChoice,
     StrategyInfo,
     TuningEstimate,
     TuningProgress,
@@ -195,6 +196,8 @@ class ScriptedEngine:
         config = Path(message.path) / "adapter_config.json"
         if not config.exists():
             raise Refusal("FAILED_PRECONDITION", "ARTIFACT_UNKNOWN", "no strategy recognises these files")
+        if "CRASH" in config.read_text():
+            os._exit(7)
         if "REFUSE" in config.read_text():
             raise Refusal("FAILED_PRECONDITION", "UNKNOWN_TENSOR", "tensor 'x' binds nowhere")
         return m.InspectReply(
@@ -207,7 +210,13 @@ class ScriptedEngine:
         if message.strategy not in ("lora", "full"):
             raise Refusal("NOT_FOUND", "STRATEGY_NOT_FOUND", f"there is no strategy {message.strategy!r}")
         estimate = TuningEstimate(trained_parameters=64, memory_bytes=4096, artifact_bytes=512, total_steps=3)
-        return m.PreparedJob(config={"rank": 8, "epochs": 1, **message.config}, estimate=estimate)
+        choices = [
+            SettingChoice(key="learning_rate", value=0.5, reason="set in the request", automatic=False),
+            SettingChoice(key="rank", value=8, reason=f"{message.held_out_rows} rows are held out"),
+            SettingChoice(key="names", value=["a"], reason="all there are"),
+        ]
+        config = {"rank": 8, "epochs": 1, **message.config}
+        return m.PreparedJob(config=config, estimate=estimate, choices=choices)
 
     def on_startjob(self, message: m.StartJob) -> m.Started:
         threading.Thread(target=self.train, args=(message.job,), daemon=True).start()

@@ -27,7 +27,7 @@ from graftwork_server.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from graftwork_server.messages import Failed, JobEvent, JobSpec, Sampling
+from graftwork_server.messages import Failed, JobEvent, JobSpec, Note, Sampling
 from graftwork_server.types import AdapterRef
 
 COMMAND = (sys.executable, script.__file__)
@@ -254,12 +254,126 @@ async def test_gives_up_after_five_failures_in_a_row(options):
         await client.stop()
 
 
+async def test_what_cannot_be_sent_fails_its_own_request(engine):
+    """The engine and everybody's streams stay."""
+    before = engine.process_id
+    stream = asyncio.create_task(collect(engine.generate([1], sampling(30))))
+    calls = [
+        engine.inspect("\ud800"),
+        engine.load(AdapterRef(digest="\udfff", path="x", strategy="lora")),
+        engine.prepare_job("lora", {"key": "\ud800"}, 1, 1),
+        engine.prepare_job("lora", {"key": 1 << 64}, 1, 1),
+        collect(engine.generate([1], sampling(3), cache_salt="\ud800")),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidArgument) as caught:
+            await call
+        assert caught.value.reason == "MESSAGE_NOT_SENDABLE"
+    assert await stream == list(range(2, 32))
+    assert engine.process_id == before
+    assert not engine._calls
+    assert not engine._streams
+
+
+async def test_a_listener_that_fails_on_news_harms_nobody(engine):
+    class Clumsy(Recorder):
+        def on_job_event(self, event: JobEvent) -> None:
+            raise KeyError("clumsy")
+
+    after = Recorder()
+    engine.add_listener(Clumsy())
+    engine.add_listener(after)
+    before = engine.process_id
+    event = JobEvent(job_id="j", event=Note(text="x"))
+    engine._dispatch(event)
+    assert after.events == [event]
+    assert await collect(engine.generate([1], sampling(3))) == [2, 3, 4]
+    assert engine.process_id == before
+
+
+async def test_a_start_that_fails_anyhow_is_tried_again(engine, monkeypatch):
+    """No socket or process to be had for a moment: the server does not stay without an engine for ever."""
+    launch, failed = engine._process.launch, []
+
+    async def fail_once():
+        if not failed:
+            failed.append(OSError("no more files"))
+            raise failed[0]
+        return await launch()
+
+    monkeypatch.setattr(engine._process, "launch", fail_once)
+    with pytest.raises(Unavailable):
+        await collect(engine.generate([script.CRASH], sampling()))
+    await until(lambda: engine.ready)
+    assert failed
+    assert await collect(engine.generate([1], sampling(3))) == [2, 3, 4]
+
+
 async def test_another_base_after_a_restart_is_refused(engine, options):
     options(fingerprint="sha256:other")
     with pytest.raises(Unavailable):
         await collect(engine.generate([script.CRASH], sampling()))
     error = await asyncio.wait_for(engine.failure, 20)
     assert "changed while the server ran" in error.message
+
+
+def artifact(folder: Path, text: str) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(text)
+    return str(folder)
+
+
+async def test_inputs_that_end_the_engine_do_not_end_the_server(engine, tmp_path):
+    """Ten of them in a row, each another; whoever sends one again is told, and nobody else is."""
+    for number in range(10):
+        await until(lambda: engine.ready)
+        with pytest.raises(Unavailable):
+            await engine.inspect(artifact(tmp_path / f"a{number}", "CRASH"), content=str(number))
+    await until(lambda: engine.ready)
+    assert not engine.failure.done()
+    for _ in range(2):
+        await until(lambda: engine.ready)
+        with pytest.raises(Unavailable):
+            await engine.inspect(artifact(tmp_path / "b", "CRASH"), content="b")
+    await until(lambda: engine.ready)
+    process = engine.process_id
+    with pytest.raises(FailedPrecondition) as caught:
+        await engine.inspect(artifact(tmp_path / "elsewhere", "CRASH"), content="b")
+    assert caught.value.reason == "ENGINE_DIED_BEFORE"
+    assert (await engine.inspect(artifact(tmp_path / "c", "fine"), content="c")).rank == 8
+    assert await collect(engine.generate([1], sampling(3))) == [2, 3, 4]
+    assert engine.process_id == process
+
+
+async def test_what_was_beside_it_is_not_blamed_for_it(engine, tmp_path):
+    """A stream is under way at each death, as a popular one is; an upload that was done in between is forgotten."""
+    fine = artifact(tmp_path / "fine", "fine")
+    for number in range(4):
+        await until(lambda: engine.ready)
+        stream = asyncio.create_task(collect(engine.generate([script.HANG, 1], sampling(3))))
+        await until(lambda: engine.running)
+        beside = asyncio.create_task(engine.inspect(artifact(tmp_path / f"d{number}", "CRASH"), content=str(number)))
+        after = asyncio.create_task(engine.inspect(fine, content="fine"))
+        for task in (stream, beside, after):
+            with pytest.raises(Unavailable):
+                await task
+        await until(lambda: engine.ready)
+        await engine.inspect(fine, content="fine")
+    assert not engine.failure.done()
+
+
+async def test_a_request_that_is_left_before_it_ends_the_engine_counts_too(engine):
+    for number in range(6):
+        await until(lambda: engine.ready)
+        outputs = engine.generate([script.CRASH, number], sampling())
+        task = asyncio.create_task(anext(outputs))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await outputs.aclose()
+        await until(lambda: not engine.ready)
+    await until(lambda: engine.ready)
+    assert not engine.failure.done()
 
 
 async def test_stop_lets_running_sequences_finish(options):

@@ -20,12 +20,13 @@ EventKind: TypeAlias = Literal["state", "progress", "evaluation", "checkpoint", 
 class Message(TypedDict):
     """One message of a conversation: role is "system", "user" or "assistant", or another that the template knows.
 
+    content: a text, or a list of parts {"type": "text", "text": ...}, which are joined as they are.
     tool_calls: what the assistant called, as the template reads it. tool_call_id: the call that a message answers.
     name: who speaks, such as a tool.
     """
 
     role: str
-    content: str
+    content: str | Sequence[Mapping[str, Any]]
     tool_calls: NotRequired[Sequence[Mapping[str, Any]]]
     tool_call_id: NotRequired[str]
     name: NotRequired[str]
@@ -273,11 +274,22 @@ class LineError:
 
 
 @dataclass(frozen=True)
+class LineErrorKind:
+    """Bad lines whose reasons differ in values alone: the first one's reason and line, and how many there are."""
+
+    reason: str
+    count: int
+    first_line: int
+
+
+@dataclass(frozen=True)
 class DatasetReport:
     """What a check of a data set found.
 
-    errors holds the first 100 bad lines, error_count counts them all. total_tokens and loss_tokens count after rows
-    were cut to the sequence length, longest_row_tokens before.
+    errors holds the first 100 bad lines, error_count counts them all; more_errors: those after the first ten, by kind.
+    What is wrong in the same way with every row, such as an unknown field, is one error. total_tokens and loss_tokens
+    count after rows were cut to the sequence length, longest_row_tokens before. warnings: what a job would do, but
+    hardly as meant.
     """
 
     valid: bool
@@ -289,6 +301,8 @@ class DatasetReport:
     loss_tokens: int
     longest_row_tokens: int
     cut_rows: int
+    more_errors: tuple[LineErrorKind, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -303,6 +317,16 @@ class TuningSpec:
     config: Mapping[str, Any]
     load: bool
     new_version: bool = False
+
+
+@dataclass(frozen=True)
+class SettingChoice:
+    """Where a setting of a job comes from: chosen by the server (automatic) or set by the request, and why."""
+
+    key: str
+    value: Any
+    reason: str
+    automatic: bool
 
 
 @dataclass(frozen=True)
@@ -341,7 +365,8 @@ class TuningResult:
     """What a job left behind.
 
     adapter_version is "adapters/{id}/versions/{n}". final_loss is the mean training loss of the last tenth of the
-    steps; validation_loss is None without a validation set.
+    steps; validation_loss is the published weights', None where no rows are held out; published_step is the step after
+    which the weights were as they are published, 0 if the server does not say.
     """
 
     adapter_version: str
@@ -351,6 +376,7 @@ class TuningResult:
     train_ms: int
     final_loss: float
     validation_loss: float | None
+    published_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -387,6 +413,8 @@ class TuningJobInfo:
     end_time: datetime | None
     validation_loss: float | None
     follows_version: int = 0
+    choices: tuple[SettingChoice, ...] = ()
+    """Settings that the request set or the server chose; others are the strategy's defaults."""
 
     @property
     def done(self) -> bool:

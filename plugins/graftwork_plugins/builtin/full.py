@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -31,6 +31,7 @@ from graftwork_plugins import (
     UnsupportedBase,
     hookimpl,
 )
+from graftwork_plugins.automatic import FULL_RATE, FULL_WIDTH, Automatic, Choice, full_rate, model_width
 from graftwork_plugins.derived import without_derived
 from graftwork_plugins.estimates import activation_bytes
 
@@ -57,10 +58,20 @@ _LIMITS = frozenset({"max_position_embeddings", "n_positions", "n_ctx"})
 end. What a kind of rotary positions derives from the limit is another matter (_derives_from_limit)."""
 
 
+def _rate(config: FullConfig, base: BaseInfo) -> Choice:
+    rate = float(f"{full_rate(base):.2g}")
+    return Choice(
+        rate,
+        f"{FULL_RATE:g} is usual at width {FULL_WIDTH}, and the best rate falls as width rises: {model_width(base)}",
+    )
+
+
 class FullConfig(TrainingConfig):
     """Settings of full tuning."""
 
-    learning_rate: float = Field(5e-5, gt=0, le=10, description="Peak learning rate of AdamW; a tenth of LoRA's.")
+    learning_rate: Annotated[float, Automatic(_rate)] = Field(
+        5e-5, gt=0, le=10, description="Peak learning rate of AdamW; left open: by the model's width."
+    )
 
 
 @dataclass

@@ -1,17 +1,17 @@
 """PEFT's adapter_config.json for LoRA and IA3, and PEFT's rules for which module it means.
 
 The document comes from a client. Nothing in it names code to run: which keys are accepted is said in peft_keys.py, and
-patterns are matched with a time limit.
+patterns are matched within limits (patterns.py).
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from graftwork_plugins.builtin.patterns import PatternMatcher
 from graftwork_plugins.builtin.peft_keys import (
     DESCRIPTIVE,
     LORA_DESCRIPTIVE,
@@ -34,53 +34,6 @@ LABEL_KEYS = frozenset({"id2label", "label2id", "num_labels", "problem_type"})
 
 _TIED_NAMES = ("embed_tokens", "lm_head")
 """Names of layers for which PEFT heeds ensure_weight_tying."""
-
-_SECONDS = 2.0
-_MAX_PATTERN = 4096
-
-
-class PatternError(ValueError):
-    """A name pattern cannot be used."""
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(message)
-        self.key = key
-
-
-class PatternMatcher:
-    """Regular expressions of a client's, with one time limit for all matches made by this object."""
-
-    def __init__(self) -> None:
-        self._compiled: dict[str, Any] = {}
-        self._seconds_left = _SECONDS
-
-    def fullmatch(self, pattern: str, name: str) -> bool:
-        """Whether all of `name` matches. Raises PatternError."""
-        import regex
-
-        started = time.monotonic()
-        try:
-            if pattern not in self._compiled:
-                if len(pattern) > _MAX_PATTERN:
-                    raise PatternError(
-                        pattern[:80], f"the pattern {pattern[:80]!r}... is over {_MAX_PATTERN} characters"
-                    )
-                self._compiled[pattern] = regex.compile(pattern)
-            # concurrent: other threads run meanwhile.
-            if self._seconds_left <= 0:
-                raise TimeoutError
-            match = self._compiled[pattern].fullmatch(name, timeout=self._seconds_left, concurrent=True)
-            return match is not None
-        except TimeoutError:
-            raise PatternError(pattern, f"the pattern {pattern!r} takes too long to match; use a plainer one") from None
-        except (regex.error, RecursionError, OverflowError) as error:
-            raise PatternError(pattern, f"{pattern!r} is no regular expression: {error}") from None
-        finally:
-            self._seconds_left -= time.monotonic() - started
-
-    def first_match(self, patterns: Iterable[str], name: str) -> str | None:
-        """The first pattern that matches `name` or its last dotted parts, as PEFT's rank_pattern does."""
-        return next((key for key in patterns if self.fullmatch(rf"(.*\.)?({key})", name)), None)
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,16 @@ class LayerShape:
         return self.kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
 
 
-def root_key(digest: str | None, cache_salt: str) -> bytes:
-    """What the keys of all blocks of an adapter (None: the base) under a salt begin with.
+def root_key(digest: str | None, cache_salt: str, rope_regime: int = 0) -> bytes:
+    """What the keys of all blocks of an adapter (None: the base) under a salt begin with. rope_regime: which rotary
+    frequencies their keys were turned with (Sequence.rope_regime).
 
     The digest stands for the adapter's virtual tokens too: those of one digest are always the same.
     """
     who = b"base" if digest is None else b"adapter " + digest.encode()
     salt = cache_salt.encode()
     # Both lengths first: no two pairs of digest and salt give the same bytes.
-    return hashlib.sha256(struct.pack("<QQ", len(who), len(salt)) + who + salt).digest()
+    return hashlib.sha256(struct.pack("<QQQ", len(who), len(salt), rope_regime) + who + salt).digest()
 
 
 def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:

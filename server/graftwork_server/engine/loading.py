@@ -83,7 +83,7 @@ def _bind_prefix(base: BaseModel, digest: str, deltas: Sequence[Delta], delta: P
     tensors = [delta.embeddings] if delta.embeddings is not None else [*delta.keys, *delta.values]
     return PreparedAdapter(
         digest=digest,
-        modules_bound=len(prefix.keys),
+        modules_bound=len(prefix.keys[0]),
         rank=0,
         parameter_count=sum(tensor.numel() for tensor in tensors),
         device_bytes=prefix.device_bytes,

@@ -21,6 +21,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from graftwork_server.engine.attention import packed
+from graftwork_server.engine.attention.rotary import rotate_by_length
 from graftwork_server.engine.quantization import quantized_skeleton
 from graftwork_server.errors import Internal
 from graftwork_server.messages import SharedWeightsInfo, TensorLayout
@@ -101,6 +102,7 @@ def empty_model(config: Any, quantization: str = "none") -> torch.nn.Module:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=packed.NAME)
         quantized_skeleton(model, quantization)
+    rotate_by_length(model)
     return model
 
 

@@ -14,6 +14,7 @@ from graftwork.v1 import generation_pb2 as pb
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.errors import FailedPrecondition, Internal, InvalidArgument, Violation
 from graftwork_server.hub.resolver import Resolved
+from graftwork_server.isolated_text import IsolatedTexts
 from graftwork_server.messages import HeadInfo, Pool, Pooled
 from graftwork_server.rpc.limits import check_prompt, invalid, off_loop_if_large
 from graftwork_server.text import TextProcessor
@@ -53,7 +54,9 @@ class Row:
     token_type_ids: list[int] = field(default_factory=list)
 
 
-async def rows_of(inputs: Sequence[pb.TextInput], text: TextProcessor | None, model: ModelInfo) -> list[Row]:
+async def rows_of(
+    inputs: Sequence[pb.TextInput], text: TextProcessor | None, model: ModelInfo, texts: IsolatedTexts
+) -> list[Row]:
     """The tokens of each input.
 
     Raises InvalidArgument naming the input that is wrong, FailedPrecondition (TOKENIZER_MISSING) for texts that nothing
@@ -62,10 +65,14 @@ async def rows_of(inputs: Sequence[pb.TextInput], text: TextProcessor | None, mo
     if not 1 <= len(inputs) <= MAX_INPUTS:
         raise invalid([Violation("inputs", f"has {len(inputs)} texts; 1 to {MAX_INPUTS} are accepted")])
     size = sum(len(one.text) + len(one.text_pair) for one in inputs)
-    rows = await off_loop_if_large(size, lambda: [_row(one, index, text) for index, one in enumerate(inputs)])
+
+    def made(text: TextProcessor | None) -> list[Row]:
+        return [_row(one, index, text) for index, one in enumerate(inputs)]
+
+    rows = made(text) if text is None or not size else await texts.run(text, size, made, "inputs")
     for index, row in enumerate(rows):
         check_prompt(row.ids, f"inputs[{index}].{inputs[index].WhichOneof('input')}", model, room_for=0)
-    total = _tokens(rows)
+    total = token_count(rows)
     if total > MAX_INPUT_TOKENS:
         raise invalid([Violation("inputs", f"has {total} tokens in all; at most {MAX_INPUT_TOKENS} are accepted")])
     return rows
@@ -119,7 +126,7 @@ def embed_pool(request: pb.EmbedRequest, model: ModelInfo) -> Pool:
     )
 
 
-def _tokens(rows: Sequence[Row]) -> int:
+def token_count(rows: Sequence[Row]) -> int:
     return sum(len(row.ids) for row in rows)
 
 
@@ -166,7 +173,7 @@ async def classify_response(answers: Sequence[Pooled], rows: Sequence[Row], reso
         lambda: pb.ClassifyResponse(
             results=[_classification(_floats(a), head, len(r.ids)) for a, r in zip(answers, rows, strict=True)],
             problem_type=_PROBLEM_TYPES[head.problem_type],
-            usage=pb.Usage(prompt_tokens=_tokens(rows)),
+            usage=pb.Usage(prompt_tokens=token_count(rows)),
             model=resolved.model,
             version=resolved.version,
         ),
@@ -185,7 +192,7 @@ async def embed_response(
                 for answer, row in zip(answers, rows, strict=True)
             ],
             pooling=_POOLING_VALUES.get(pool.pooling, pb.POOLING_SEVERAL),
-            usage=pb.Usage(prompt_tokens=_tokens(rows)),
+            usage=pb.Usage(prompt_tokens=token_count(rows)),
             model=resolved.model,
             version=resolved.version,
         ),

@@ -21,6 +21,7 @@ from graftwork.v1.strategies_pb2_grpc import StrategyServiceServicer, add_Strate
 from graftwork.v1.tuning_pb2_grpc import TuningServiceServicer, add_TuningServiceServicer_to_server
 from graftwork_server.config import parse_listen
 from graftwork_server.messages import JobEvent
+from graftwork_server.rpc.health import HealthService
 from graftwork_server.rpc.interceptors import CallInterceptor, Drain
 
 log = logging.getLogger("graftwork.server")
@@ -93,7 +94,7 @@ class RpcServer:
     def __init__(self, max_queue: int, drain: Drain) -> None:
         self._drain = drain
         self._server = grpc.aio.server(interceptors=[CallInterceptor(drain)], options=_options(max_queue))
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # loaded lazily by the package
+        self._health = HealthService()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server, pool=_MethodsToo())  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import JobHappening, JobRecord, NewVersion, Publication, StateChanged
 from graftwork_server.hub.safetensors_check import check_safetensors
 from graftwork_server.hub.store import StoredArtifact, artifact_files, digest_of, write_manifest
+from graftwork_server.logs import log_event
 from graftwork_server.messages import Checkpointed, Failed, Finished, JobSpec, Note, PreparedJob, Progress, TunerEvent
 from graftwork_server.types import AdapterRef, ArtifactInfo, JobState, LoadReport, StrategyInfo, TuningResult
 
@@ -43,7 +44,7 @@ FIRST_PAUSE_SECONDS = 1.0
 LEAST_ROOM_BYTES = 1 << 20
 """Without as much, a paused job need not try again."""
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("graftwork.tuning")
 T = TypeVar("T")
 
 
@@ -55,7 +56,7 @@ class EngineCalls(Protocol):
         """Whether there is an engine now."""
 
     async def prepare_job(
-        self, strategy: str, config: dict[str, Any], row_count: int, total_tokens: int
+        self, strategy: str, config: dict[str, Any], row_count: int, total_tokens: int, held_out_rows: int = 0
     ) -> PreparedJob: ...
 
     async def start_job(self, job: JobSpec) -> int: ...
@@ -168,10 +169,13 @@ class JobRun:
                 await self._train_and_publish()
         except _CancelledByUser:
             await self._end([StateChanged(state=JobState.CANCELLED)])
+            log_event(_log, "job cancelled", job=self._job.job_id)
         except Exception as error:
             if not isinstance(error, GraftworkServerError):
                 _log.exception("job %s ended by a defect", self._job.job_id)
-            await self._end_failed(body_of(error))
+            body = body_of(error)
+            log_event(_log, "job failed", logging.ERROR, job=self._job.job_id, reason=body.reason, error=body.message)
+            await self._end_failed(body)
         else:
             await self._in_thread(lambda: self._hub.store.discard(self._folder))
 
@@ -191,6 +195,9 @@ class JobRun:
         engine_number = self._around.status.lost
         running = self._job.state is JobState.RUNNING
         await self._record([Note(text="resumed") if running else StateChanged(state=JobState.RUNNING)])
+        log_event(
+            _log, "job resumed" if running else "job started", job=self._job.job_id, adapter=self._job.spec.adapter_id
+        )
         spec = await self._in_thread(self._prepare_folder)
         try:
             await self._engine.start_job(spec)
@@ -279,7 +286,7 @@ class JobRun:
             config=spec.config,
             dataset_path=str(store.dataset_path(spec.dataset_id)),
             validation_path=str(store.dataset_path(validation)) if validation else None,
-            validation_fraction=spec.validation_fraction,
+            validation_fraction=spec.validation_fraction or 0.0,
             job_dir=str(self._folder),
             artifact_dir=str(self._artifact),
             reported_step=self._job.progress.step if self._job.progress is not None else 0,
@@ -328,6 +335,7 @@ class JobRun:
                 parameter_count=parameter_count,
                 rank=rank,
                 created_by="tuning",
+                end_token_ids=result.end_token_ids,
             )
             digest = digest_of(self._artifact)
         publication = Publication(digest=digest, parameter_count=parameter_count, rank=rank, result=result)
@@ -371,9 +379,19 @@ class JobRun:
             parameter_count=publication.parameter_count,
             rank=publication.rank,
             tuning_job=self._job.job_id,
+            end_token_ids=publication.result.end_token_ids,
         )
         failpoints.reach("publish.before_commit")
-        self._hub.jobs.publish(self._job.job_id, version, publication.result, notes)
+        _, published = self._hub.jobs.publish(self._job.job_id, version, publication.result, notes)
+        result = publication.result
+        log_event(
+            _log,
+            "job published",
+            job=self._job.job_id,
+            adapter=published.name,
+            train_ms=result.train_ms,
+            final_loss=round(result.final_loss, 4),
+        )
         failpoints.reach("publish.after_commit")
 
     # ------------------------------------------------------------------------------------------ its end
@@ -452,4 +470,5 @@ class JobRun:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             await asyncio.wait([task])
+            task.exception()  # nobody is left to hear of it
             raise

@@ -193,6 +193,32 @@ async def test_counts_are_those_of_the_rows_that_are_trained_on(tmp_path: Path) 
         assert cut == 60 < tokens
 
 
+async def test_what_was_set_and_chosen_is_in_the_record(tmp_path: Path) -> None:
+    engine = ScriptedEngine(never)
+    async with server(tmp_path, engine) as (hub, manager):
+        many = add_dataset(hub, [{"prompt": f"{n} ->", "completion": "x"} for n in range(100)])
+        job = await manager.create(spec(many))
+        assert job.spec.validation_fraction == 0.1
+        assert engine.prepared[-1][0] == 90
+        assert [choice.key for choice in job.spec.choices] == ["validation_fraction", "rank"]
+        assert "10 of 100 rows" in job.spec.choices[0].reason
+        assert (await manager.get(job.job_id)).spec == job.spec
+        assert engine.held_out == [10]
+        await until(lambda: len(engine.started) == 1)
+        assert engine.started[0].validation_fraction == 0.1
+
+        explicit = await manager.create(spec(many, validation_fraction=0.0))
+        assert (explicit.spec.validation_fraction, engine.prepared[-1][0], engine.held_out[-1]) == (0.0, 100, 0)
+        assert (explicit.spec.choices[0].automatic, explicit.spec.choices[0].value) == (False, 0.0)
+        fixed = await manager.create(spec(many, config={"max_steps": 40}))
+        assert (fixed.spec.validation_fraction, engine.prepared[-1][0], engine.held_out[-1]) == (0.0, 100, 0)
+        few = await create(hub, manager)
+        assert (few.spec.validation_fraction, engine.prepared[-1][0], engine.held_out[-1]) == (0.0, 10, 0)
+        given = await manager.create(spec(many, validation_dataset_id=add_dataset(hub, ROWS)))
+        assert (given.spec.validation_fraction, engine.prepared[-1][0], engine.held_out[-1]) == (0.0, 100, 10)
+        assert [choice.key for choice in given.spec.choices] == ["rank"]
+
+
 # ------------------------------------------------------------------------------------------- refusals
 
 
