@@ -211,7 +211,7 @@ def _explained(error: Exception) -> Exception:
 
 
 def _step_back() -> None:
-    """Serving comes first: for the scheduler, and when the kernel has to choose whom to kill for memory."""
+    """Serving comes first: for the scheduler, and when the kernel kills a process for its memory."""
     os.nice(_NICENESS)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
