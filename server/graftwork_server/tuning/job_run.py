@@ -362,7 +362,8 @@ class JobRun:
     async def _load_if_asked(self, stored: StoredArtifact) -> list[JobHappening]:
         if not self._job.spec.load:
             return []
-        adapter = AdapterRef(digest=stored.digest, path=stored.path, strategy=self._job.spec.strategy)
+        name = f"adapters/{self._job.spec.adapter_id}"
+        adapter = AdapterRef(digest=stored.digest, path=stored.path, strategy=self._job.spec.strategy, name=name)
         try:
             await self._engine.load(adapter)
         except GraftworkServerError as error:

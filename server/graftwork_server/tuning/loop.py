@@ -32,7 +32,7 @@ _RATE_STEPS = 20
 
 @dataclass(frozen=True)
 class Run:
-    """What a run trains, on what, and whom it tells."""
+    """What a run trains, on what, and who hears of it."""
 
     strategy: Strategy
     config: TrainingConfig

@@ -25,6 +25,7 @@ import msgspec
 from graftwork_plugins import BaseModelHandle, Strategy, TrainingConfig, TrainingRow
 from graftwork_server.errors import FailedPrecondition, InvalidArgument, body_of
 from graftwork_server.last_words import exit_when_a_thread_dies
+from graftwork_server.logs import set_up
 from graftwork_server.messages import (
     Failed,
     Finished,
@@ -63,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     connection = socket.socket(fileno=parser.parse_args().fd)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s tuner %(levelname)s %(name)s: %(message)s")
+    set_up("info", "text")
     exit_when_a_thread_dies()
     command = command_decoder.decode(receive_frame(connection))
     threading.Thread(target=_exit_with_engine, args=(connection,), name="watchdog", daemon=True).start()
@@ -211,7 +212,7 @@ def _explained(error: Exception) -> Exception:
 
 
 def _step_back() -> None:
-    """Serving comes first: for the scheduler, and when the kernel has to choose whom to kill for memory."""
+    """Serving comes first: for the scheduler, and when the kernel kills a process for its memory."""
     os.nice(_NICENESS)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
