@@ -93,6 +93,14 @@ class IsolatedText(TextProcessor):
         """See TextProcessor."""
         return list(self._call("encode_plain", text=text))
 
+    def encode_following(self, text: str) -> list[int]:
+        """See TextProcessor."""
+        return list(self._call("encode_following", text=text))
+
+    def end_tokens(self) -> list[int]:
+        """See TextProcessor."""
+        return list(self._call("end_tokens"))
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **variables: Any) -> str:
         """See TextProcessor."""
         arguments = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **variables}

@@ -126,8 +126,15 @@ class APIError(GraftworkError):
 
     @property
     def unsaid_violations(self) -> tuple[FieldViolation, ...]:
-        """The field violations that the message does not tell already."""
-        return tuple(v for v in self.field_violations if v.description not in self._sent)
+        """The field violations that the message does not tell already; of several with one description it tells one."""
+        said: set[str] = set()
+        unsaid = []
+        for violation in self.field_violations:
+            if violation.description in self._sent and violation.description not in said:
+                said.add(violation.description)
+            else:
+                unsaid.append(violation)
+        return tuple(unsaid)
 
     def __str__(self) -> str:
         said = [f"{self.message} {self.facts}"]

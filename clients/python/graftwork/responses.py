@@ -328,6 +328,7 @@ def dataset_report(message: tuning_pb2.ValidateDatasetResponse) -> types.Dataset
         longest_row_tokens=message.longest_row_tokens,
         cut_rows=message.cut_rows,
         more_errors=tuple(types.LineErrorKind(**_scalars(kind, types.LineErrorKind)) for kind in message.more_errors),
+        warnings=tuple(message.warnings),
     )
 
 

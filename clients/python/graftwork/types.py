@@ -288,7 +288,8 @@ class DatasetReport:
 
     errors holds the first 100 bad lines, error_count counts them all; more_errors: those after the first ten, by kind.
     What is wrong in the same way with every row, such as an unknown field, is one error. total_tokens and loss_tokens
-    count after rows were cut to the sequence length, longest_row_tokens before.
+    count after rows were cut to the sequence length, longest_row_tokens before. warnings: what a job would do, but
+    hardly as meant.
     """
 
     valid: bool
@@ -301,6 +302,7 @@ class DatasetReport:
     longest_row_tokens: int
     cut_rows: int
     more_errors: tuple[LineErrorKind, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from graftwork_server.hub.data_dir import REGISTRY
@@ -49,11 +50,13 @@ class Hub:
         info: ArtifactInfo,
         base_fingerprint: str,
         adapter_may_exist: bool,
+        end_token_ids: Sequence[int] = (),
         request: RequestKey | None = None,
     ) -> VersionRecord:
         """Makes the uploaded files in `folder` the next version of an adapter, whole or not at all. Blocking.
 
-        `info` is what the engine found in them. Raises AlreadyExists (ADAPTER_EXISTS), storage errors.
+        `info` is what the engine found in them, `end_token_ids` what ends its texts. Raises AlreadyExists
+        (ADAPTER_EXISTS), storage errors.
         """
         write_manifest(
             folder,
@@ -62,6 +65,7 @@ class Hub:
             parameter_count=info.parameter_count,
             rank=info.rank,
             created_by="upload",
+            end_token_ids=end_token_ids,
         )
         digest = digest_of(folder)
         with self.leases.claimed(digest):
@@ -74,6 +78,7 @@ class Hub:
                 size_bytes=stored.size_bytes,
                 parameter_count=info.parameter_count,
                 rank=info.rank,
+                end_token_ids=list(end_token_ids),
             )
             return self.registry.add_version(version, adapter_may_exist=adapter_may_exist, request=request)
 

@@ -60,7 +60,13 @@ class Resolver:
     def adapter_ref(self, version: VersionRecord) -> AdapterRef:
         """What the engine needs to serve `version`."""
         path = str(self._store.artifact_path(version.digest))
-        return AdapterRef(digest=version.digest, path=path, strategy=version.strategy)
+        return AdapterRef(
+            digest=version.digest,
+            path=path,
+            strategy=version.strategy,
+            end_token_ids=version.end_token_ids,
+            name=version.name,
+        )
 
 
 def parse_model(model: str, field: str = "model") -> tuple[str, int | None]:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 
@@ -17,8 +18,10 @@ from graftwork_server.errors import FailedPrecondition, GraftworkServerError, In
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import VersionRecord
 from graftwork_server.hub.registry import RequestKey, check_adapter_id, request_key
+from graftwork_server.hub.store import manifest_end_tokens
 from graftwork_server.hub.uploads import ArtifactUpload, UploadFile
 from graftwork_server.isolated_text import IsolatedTexts
+from graftwork_server.logs import log_event, note
 from graftwork_server.pins import Pins
 from graftwork_server.rpc.convert import adapter_message, load_report_message
 from graftwork_server.rpc.generation import text_of
@@ -63,6 +66,8 @@ class AdapterService(AdapterServiceServicer):
             version = await asyncio.to_thread(self._hub.registry.find_request, key)
             if version is None:
                 version = await self._receive(upload, files, key, requests)
+                log_event(log, "adapter published", adapter=version.name, strategy=version.strategy)
+        note(adapter=version.name)
         report = await self._load(version) if upload.load else None
         return pb.CreateAdapterResponse(adapter=self._message(version), load_report=report)
 
@@ -90,6 +95,7 @@ class AdapterService(AdapterServiceServicer):
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
         """Forgets an adapter; its files and its place on the device go once nobody uses them."""
         versions = await to_its_end(self._hub.delete_adapter, adapter_id(request.name))
+        log_event(log, "adapter deleted", adapter=f"adapters/{adapter_id(request.name)}", versions=len(versions))
         await self._forget(versions)
         return pb.DeleteAdapterResponse(deleted_versions=len(versions))
 
@@ -97,6 +103,7 @@ class AdapterService(AdapterServiceServicer):
         """Forgets one version; its files and its place on the device go once nobody uses them."""
         found, number = version_name(request.name)
         version, newest = await to_its_end(self._hub.delete_version, found, number)
+        log_event(log, "version deleted", adapter=version.name, newest_version=newest)
         await self._forget([version])
         return pb.DeleteVersionResponse(newest_version=newest)
 
@@ -150,7 +157,9 @@ class AdapterService(AdapterServiceServicer):
 
     async def _version(self, name: str) -> VersionRecord:
         found, number = adapter_version(name)
-        return await asyncio.to_thread(self._hub.registry.get_version, found, number)
+        version = await asyncio.to_thread(self._hub.registry.get_version, found, number)
+        note(adapter=version.name)
+        return version
 
     async def _set_pinned(self, version: VersionRecord, pinned: bool) -> VersionRecord:
         changed = await to_its_end(self._hub.registry.set_pinned, version, pinned)
@@ -185,17 +194,30 @@ class AdapterService(AdapterServiceServicer):
                 check_chunk(request.chunk.data, "chunk.data")
                 await to_its_end(received.write, request.chunk.name, request.chunk.data)
             folder = await to_its_end(received.finish)
-            await self._texts.read(folder)
-            info = await self._engine.inspect(str(folder), upload.strategy or None)
+            ends = await self._end_tokens(folder)
+            info = await self._engine.inspect(str(folder), upload.strategy or None, received.content)
             return await to_its_end(
                 self._hub.publish,
                 folder,
                 adapter_id=upload.adapter_id,
                 info=info,
                 base_fingerprint=self._engine.model.fingerprint,
+                end_token_ids=ends,
                 adapter_may_exist=upload.new_version,
                 request=key,
             )
+
+    async def _end_tokens(self, folder: Path) -> list[int]:
+        """Tokens that end what the uploaded files write: by their manifest, and by a tokenizer and chat template of
+        their own. Raises FailedPrecondition for a tokenizer that cannot be used."""
+        text = await self._texts.read(folder)
+        ends = await asyncio.to_thread(manifest_end_tokens, folder, self._engine.model.vocab_size)
+        if text is None or text is self._texts.base:
+            return ends
+        with contextlib.suppress(GraftworkServerError):  # a template that fails or loops says no end; the rest works
+            own = await self._texts.run(text, 0, lambda text: text.end_tokens(), "messages")
+            ends = sorted({*ends, *own})
+        return ends
 
     async def _load(self, version: VersionRecord) -> pb.LoadReport:
         begun = time.monotonic()

@@ -121,6 +121,7 @@ def report_message(report: DatasetReport) -> tuning_pb2.ValidateDatasetResponse:
             tuning_pb2.LineErrorKind(reason=kind.reason, count=kind.count, first_line=kind.first_line)
             for kind in report.more_errors
         ],
+        warnings=report.warnings,
     )
 
 

@@ -9,7 +9,6 @@ import inspect
 import logging
 import re
 import secrets
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from graftwork_server.errors import GraftworkServerError, Internal, InvalidArgument, Unavailable
+from graftwork_server.logs import begin_call, log_event
 from graftwork_server.logs import client as current_client
 from graftwork_server.logs import request_id as current_request_id
 
@@ -109,7 +109,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             token = current_request_id.set(request_id)
             current_client.set(_host(context.peer()))
-            begun, outcome = time.monotonic(), "OK"
+            facts, outcome = begin_call(), "OK"
             trailing = ((REQUEST_ID_KEY, request_id),)
             entered = False
             try:
@@ -131,7 +131,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if entered:
                     self._drain.leave()
                 if is_ours:
-                    access_log.info("%s %s %.1f ms", method, outcome, (time.monotonic() - begun) * 1000)
+                    log_event(
+                        access_log,
+                        f"{method} {outcome}",
+                        said={"method": method, "outcome": outcome},
+                        total_ms=facts.milliseconds,
+                        **facts.fields,
+                    )
                 current_request_id.reset(token)
 
         return call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
@@ -13,12 +14,15 @@ from graftwork.v1.tuning_pb2_grpc import TuningServiceServicer
 from graftwork_server.errors import InvalidArgument, Unavailable
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.uploads import DatasetUpload
+from graftwork_server.logs import log_event, note
 from graftwork_server.rpc.convert import dataset_message, event_message, job_message, report_message, tuning_spec
 from graftwork_server.rpc.interceptors import Drain
 from graftwork_server.rpc.names import dataset_id, job_id
 from graftwork_server.rpc.streaming import Uploads, check_chunk, first_payload, to_its_end
 from graftwork_server.tuning.dataset_check import DatasetChecker, refuse_bad_lines
 from graftwork_server.tuning.jobs import JobManager
+
+log = logging.getLogger("graftwork.tuning")
 
 MAX_DISPLAY_NAME = 200
 
@@ -65,6 +69,7 @@ class TuningService(TuningServiceServicer):
                     format=report.format,
                     row_count=report.row_count,
                 )
+        log_event(log, "data set stored", dataset=dataset.dataset_id, rows=dataset.row_count, bytes=dataset.size_bytes)
         return pb.UploadDatasetResponse(dataset=dataset_message(dataset))
 
     async def ValidateDataset(
@@ -102,7 +107,9 @@ class TuningService(TuningServiceServicer):
 
     async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Context) -> pb.DeleteDatasetResponse:
         """Forgets a data set that no job needs."""
-        await to_its_end(self._hub.datasets.delete, dataset_id(request.name, "name"))
+        identifier = dataset_id(request.name, "name")
+        await to_its_end(self._hub.datasets.delete, identifier)
+        log_event(log, "data set deleted", dataset=identifier)
         return pb.DeleteDatasetResponse()
 
     # ------------------------------------------------------------------------------------------ jobs
@@ -113,6 +120,7 @@ class TuningService(TuningServiceServicer):
             await self._jobs.check(tuning_spec(request.spec))
             return pb.CreateTuningJobResponse(job=pb.TuningJob(spec=request.spec))
         job = await self._jobs.create(tuning_spec(request.spec), request.request_id)
+        note(job=job.job_id)
         return pb.CreateTuningJobResponse(job=job_message(job))
 
     async def GetTuningJob(self, request: pb.GetTuningJobRequest, context: Context) -> pb.GetTuningJobResponse:
@@ -131,7 +139,9 @@ class TuningService(TuningServiceServicer):
 
     async def DeleteTuningJob(self, request: pb.DeleteTuningJobRequest, context: Context) -> pb.DeleteTuningJobResponse:
         """Forgets a job that has ended."""
-        await self._jobs.delete(job_id(request.name))
+        identifier = job_id(request.name)
+        await self._jobs.delete(identifier)
+        log_event(log, "job deleted", job=identifier)
         return pb.DeleteTuningJobResponse()
 
     async def WatchTuningJob(  # type: ignore[override]  # writes to the context instead of yielding

@@ -20,10 +20,11 @@ from typing import Any
 
 import msgspec
 
-from graftwork_server.errors import FailedPrecondition, InvalidArgument, Unavailable
+from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument, Unavailable
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import JobEventRecord, JobRecord, StateChanged, TuningSpec
 from graftwork_server.hub.registry import check_adapter_id, request_key
+from graftwork_server.logs import log_event
 from graftwork_server.messages import JobEvent
 from graftwork_server.tasks import require_generation
 from graftwork_server.text import TextProcessor
@@ -41,7 +42,7 @@ _NOMINAL_ROWS, _NOMINAL_TOKENS = 1_000, 100_000
 
 DatasetCheck = Callable[[Path, int], Awaitable[DatasetReport]]
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("graftwork.tuning")
 
 
 class JobManager:
@@ -145,6 +146,16 @@ class JobManager:
         job = await asyncio.to_thread(
             self._hub.jobs.create, job_id, complete, prepared.estimate, self._model.fingerprint, request
         )
+        log_event(
+            _log,
+            "job created",
+            job=job.job_id,
+            strategy=spec.strategy,
+            adapter=spec.adapter_id,
+            dataset=spec.dataset_id,
+            rows=report.row_count,
+            steps=job.estimate.total_steps,
+        )
         self._later(self._start_next())
         return job
 
@@ -177,6 +188,7 @@ class JobManager:
                 if not job.state.final:
                     ended = [StateChanged(state=JobState.CANCELLED)]
                     job = await asyncio.to_thread(self._hub.jobs.record, job_id, ended)
+                    log_event(_log, "job cancelled", job=job_id)
                     self._notify(job_id)
         if active is not None:
             run, task = active
@@ -246,7 +258,9 @@ class JobManager:
     def _ended(self, job_id: str, task: asyncio.Task[None]) -> None:
         self._active.pop(job_id, None)
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("job %s is left as it is until the next start", job_id, exc_info=error)
+            expected = isinstance(error, GraftworkServerError)  # a full disk, say: no defect, so no traceback
+            what = f"job {job_id} is left as it is until the next start"
+            _log.error("%s: %s", what, error, exc_info=None if expected else error)
             return
         if not self._stopping:
             self._later(self._start_next())

@@ -99,7 +99,9 @@ def _print(report: DatasetReport, file: Path) -> None:
     hidden = report.error_count - len(report.errors[:_SHOWN]) - sum(kind.count for kind in report.more_errors)
     if hidden > 0:
         print(f"... and {hidden:,} more problems")
-    if report.errors:
+    for warning in report.warnings:
+        print(output.readable(f"warning: {warning}"))
+    if report.errors or report.warnings:
         print()
     output.fields(
         (

@@ -484,6 +484,7 @@ class ValidateDatasetResponse(_message.Message):
     CUT_ROWS_FIELD_NUMBER: _builtins.int
     VALID_FIELD_NUMBER: _builtins.int
     MORE_ERRORS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     format: Global___DatasetFormat.ValueType
     """The form that was detected."""
     row_count: _builtins.int
@@ -508,6 +509,10 @@ class ValidateDatasetResponse(_message.Message):
     def more_errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___LineErrorKind]:
         """The bad lines after the first 10, by kind, the most frequent first."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What a job would do as asked, but hardly as meant: rows without an end, for one."""
+
     def __init__(
         self,
         *,
@@ -521,10 +526,11 @@ class ValidateDatasetResponse(_message.Message):
         cut_rows: _builtins.int = ...,
         valid: _builtins.bool = ...,
         more_errors: _abc.Iterable[Global___LineErrorKind] | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut_rows", b"cut_rows", "error_count", b"error_count", "errors", b"errors", "format", b"format", "longest_row_tokens", b"longest_row_tokens", "loss_tokens", b"loss_tokens", "more_errors", b"more_errors", "row_count", b"row_count", "total_tokens", b"total_tokens", "valid", b"valid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut_rows", b"cut_rows", "error_count", b"error_count", "errors", b"errors", "format", b"format", "longest_row_tokens", b"longest_row_tokens", "loss_tokens", b"loss_tokens", "more_errors", b"more_errors", "row_count", b"row_count", "total_tokens", b"total_tokens", "valid", b"valid", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,6 +16,7 @@ from graftwork_server.tuning.data.report import (
     LineError,
     check_dataset,
     how_to_fit,
+    no_end,
 )
 from graftwork_server.tuning.data.rows import instruction_prompt, tokenize_example, tokenize_rows
 
@@ -30,6 +31,7 @@ __all__ = [
     "check_dataset",
     "how_to_fit",
     "instruction_prompt",
+    "no_end",
     "read_examples",
     "read_lines",
     "tokenize_example",

@@ -11,7 +11,7 @@ import msgspec
 from graftwork_server.errors import MESSAGE_CHARACTERS, FailedPrecondition
 from graftwork_server.printable import make_printable
 from graftwork_server.tuning.data.lines import Example, ExtraFields, LineProblem, format_of, read_examples
-from graftwork_server.tuning.data.rows import cut, loss_tokens, tokenize_example
+from graftwork_server.tuning.data.rows import cut, learned_ends, loss_tokens, tokenize_example
 from graftwork_server.types import DatasetFormat
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ class DatasetReport(msgspec.Struct, frozen=True, kw_only=True):
     """Rows longer than max_sequence_tokens."""
     valid: bool
     """True if a job would take it."""
+    warnings: list[str] = []
+    """What a job would do as asked, but hardly as meant."""
 
 
 def check_dataset(
@@ -106,6 +108,7 @@ class _Check:
         """Unknown fields: in how many rows, and the first one's line."""
         self._extra_accepted = ""
         self._unusable: str | None = None
+        self._ends = False
 
     def refuse(self, line: int, problem: LineProblem) -> None:
         if isinstance(problem, ExtraFields):
@@ -158,6 +161,7 @@ class _Check:
                 self._loss += loss_tokens(kept)
                 self._longest = max(self._longest, len(row.input_ids))
                 self._cut += len(kept.input_ids) < len(row.input_ids)
+                self._ends = self._ends or bool(learned_ends(kept, self._text))
         self._rows += 1
 
     def report(self) -> DatasetReport:
@@ -183,6 +187,7 @@ class _Check:
             longest_row_tokens=self._longest,
             cut_rows=self._cut,
             valid=self._error_count == 0,
+            warnings=[no_end(self._text)] if self._text is not None and self._loss and not self._ends else [],
         )
 
     def _no_loss(self) -> str:
@@ -192,6 +197,16 @@ class _Check:
                 f"tokens, before their completion begins; {how_to_fit(self._max_sequence_tokens, self._context_tokens)}"
             )
         return "no token carries loss, so there is nothing to learn"
+
+
+def no_end(text: TextProcessor) -> str:
+    """Why a model that learns from a data set will not learn to stop."""
+    if text.end_ids:
+        return "every row is cut before its end, so the tuned model will not learn to stop; max_tokens ends its texts"
+    return (
+        "neither the tokenizer, nor the base model's configuration, nor the chat template names a token that ends a "
+        "text, so the tuned model will not learn to stop; max_tokens and stop texts end its texts"
+    )
 
 
 def how_to_fit(max_sequence_tokens: int, context_tokens: int) -> str:
