@@ -1,5 +1,6 @@
 # make demo    everything once: serve, hot-load, tune with two strategies, compare (about ten minutes on two cores)
 # make test    formatting, types, import rules, proto lint and all tests
+# make test-kinds  the numeric tests as on other kinds of processors (hours on two cores; KINDS='--kind avx2' for one)
 # make bench   the benchmarks, into benchmarks/results and the README; VLLM=DIR LLAMA_CPP=DIR name peers' environments
 # make proto   regenerates the committed stubs
 # make clean   removes what the other targets made
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench proto install clean
+.PHONY: demo test test-kinds lint bench proto install clean
 
 install: $(STAMP)
 
@@ -34,6 +35,9 @@ lint: $(STAMP)
 # Toy models are too small for two threads each; two test processes use the cores better.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-kinds: $(STAMP)
+	$(BIN)/python -m tests.kinds $(KINDS)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.serving $(if $(VLLM),--vllm $(VLLM)) $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) --output benchmarks/results/serving.json

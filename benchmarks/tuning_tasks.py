@@ -31,8 +31,10 @@ class Task:
 
 
 def prompt_of(row: Row) -> str:
-    """What tells a row from others."""
-    return json.dumps(row.get("messages", [row.get("prompt"), row.get("input")])[: 1 if "messages" in row else 2])
+    """All that comes before the answer."""
+    if "messages" in row:
+        return json.dumps(row["messages"][:-1])
+    return json.dumps([row.get("prompt"), row.get("instruction"), row.get("input")])
 
 
 def answer_of(row: Row) -> str:

@@ -38,11 +38,14 @@ class AdapterTexts:
         base_dir: str | None,
         vocab_size: int,
         compile_template: CompileTemplate = ChatTemplate,
+        source_dir: str | None = None,
     ) -> None:
         """`vocab_size`: rows of the base model's embeddings; a tokenizer may use no id beyond them.
-        `compile_template`: for templates of adapters."""
+        `compile_template`: for templates of adapters.
+        `source_dir`: the checkpoint that `base_dir` was resolved from; an adapter's files may be as in either."""
         self.base = base
         self._base_files = TokenizerFiles.of(Path(base_dir)) if base_dir else TokenizerFiles(None, None, None)
+        self._source_files = TokenizerFiles.of(Path(source_dir)) if source_dir else self._base_files
         self._vocab_size = vocab_size
         self._compile_strange = compile_template
         self._lock = threading.Lock()
@@ -63,21 +66,23 @@ class AdapterTexts:
 
     def read(self, folder: str | Path) -> TextProcessor | None:
         """As `of`, for files that have no digest yet."""
-        own = TokenizerFiles.of(Path(folder))
-        if self.brings_nothing(folder):
+        own = self._changed(folder)
+        if not any(_plain(own)):
             return self.base
-        for mine, base in zip(_three(own), _three(self._base_files), strict=True):
-            _check_size(mine, base)
+        for mine, source in zip(_plain(own), _plain(self._source_files), strict=True):
+            _check_size(mine, source)
         files = TokenizerFiles(
             own.tokenizer or self._base_files.tokenizer,
             own.config or self._base_files.config,
             own.template or (None if own.config else self._base_files.template),
+            own.special_tokens_map,
         )
         text = TextProcessor.from_files(
             files,
             self._compile,
-            self.base.chat_template_source if self.base else None,
+            self.base.chat_templates if self.base else None,
             tokenizer=self._tokenizer(own.tokenizer),
+            facts=self.base.facts if self.base else None,
         )
         if text.greatest_id >= self._vocab_size:
             raise _mismatch(
@@ -86,16 +91,26 @@ class AdapterTexts:
             )
         return text
 
+    @property
+    def base_bytes(self) -> int:
+        """Size of the base's tokenizer.json, 0 without one."""
+        return self._base_files.tokenizer.stat().st_size if self._base_files.tokenizer else 0
+
     def brings_nothing(self, folder: str | Path) -> bool:
         """Whether the files of `folder`, if there are any, are byte for byte the base's. What they say is not read."""
-        own = TokenizerFiles.of(Path(folder))
-        return not any(
-            mine is not None and (base is None or not _same(mine, base))
-            for mine, base in zip(_three(own), _three(self._base_files), strict=True)
+        return not any(_plain(self._changed(folder)))
+
+    def _changed(self, folder: str | Path) -> TokenizerFiles:
+        """The files of `folder` that are no copies of the base's."""
+        copies = (_plain(self._source_files), _plain(self._base_files))
+        tokenizer, config, template, special_tokens_map = (
+            None if mine is None or any(base is not None and _same(mine, base) for base in bases) else mine
+            for mine, *bases in zip(_plain(TokenizerFiles.of(Path(folder))), *copies, strict=True)
         )
+        return TokenizerFiles(tokenizer, config, template, special_tokens_map)
 
     def _compile(self, source: str, variables: Mapping[str, str]) -> Template:
-        trusted = self.base is not None and source == self.base.chat_template_source
+        trusted = self.base is not None and source in self.base.chat_templates.values()
         return ChatTemplate(source, variables) if trusted else self._compile_strange(source, variables)
 
     def _tokenizer(self, file: Path | None) -> Tokenizer | None:
@@ -108,10 +123,10 @@ class AdapterTexts:
         if file is None:
             return None
         mine, base = _document(file), _document(self._base_files.tokenizer)
-        differing = [rule for rule in _RULES if not _same_rule(rule, mine.get(rule), base.get(rule))]
-        parameters = _parameters(mine["model"]), _parameters(base["model"])
-        names = sorted(parameters[0].keys() | parameters[1].keys())
-        differing += [f"model.{name}" for name in names if not _equal(*(known.get(name) for known in parameters))]
+        differing = _differing(mine, base)
+        if differing and self._source_files.tokenizer is not None:
+            # What transformers makes of the checkpoint's file may be another thing than the file says.
+            differing = _differing(mine, _document(self._source_files.tokenizer)) and differing
         if differing:
             raise _mismatch(
                 f"{', '.join(differing)} must be as in the base model's tokenizer; tokens, merges and special tokens "
@@ -133,6 +148,14 @@ _PARTS = ("vocab", "merges")
 """Parts of its model that an adapter may have of its own."""
 _DEFAULTS: dict[str, Any] = {"max_input_chars_per_word": 100}
 """Parameters of models whose default is something else than nothing."""
+
+
+def _differing(mine: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+    """Rules and parameters of the model that differ."""
+    rules = [rule for rule in _RULES if not _same_rule(rule, mine.get(rule), base.get(rule))]
+    parameters = _parameters(mine["model"]), _parameters(base["model"])
+    names = sorted(parameters[0].keys() | parameters[1].keys())
+    return rules + [f"model.{name}" for name in names if not _equal(*(known.get(name) for known in parameters))]
 
 
 def _document(file: Path) -> dict[str, Any]:
@@ -212,8 +235,9 @@ def _mismatch(what: str) -> FailedPrecondition:
     return FailedPrecondition(f"tokenizer.json: {what}", reason="TOKENIZER_MISMATCH", field="tokenizer.json")
 
 
-def _three(files: TokenizerFiles) -> tuple[Path | None, Path | None, Path | None]:
-    return files.tokenizer, files.config, files.template
+def _plain(files: TokenizerFiles) -> tuple[Path | None, Path | None, Path | None, Path | None]:
+    """The files that an adapter may bring."""
+    return files.tokenizer, files.config, files.template, files.special_tokens_map
 
 
 def _same(mine: Path, base: Path) -> bool:

@@ -88,10 +88,11 @@ class Front:
         model = (await self.engine.start()).model
         hub.resolver.base_fingerprint = model.fingerprint
         text = await asyncio.to_thread(_tokenizer, model)
-        arguments = [str(model.vocab_size), *([model.tokenizer_dir] if model.tokenizer_dir else [])]
+        arguments = [str(model.vocab_size), *([model.tokenizer_dir, model.source] if model.tokenizer_dir else [])]
         # Apart, so that no check of a large data set lets a conversation wait.
         self._pools = [HelperPool("the text of prompts and adapters", arguments), HelperPool("data sets", arguments)]
-        texts = IsolatedTexts(AdapterTexts(text, model.tokenizer_dir, model.vocab_size), self._pools[0])
+        files = AdapterTexts(text, model.tokenizer_dir, model.vocab_size, source_dir=model.source)
+        texts = IsolatedTexts(files, self._pools[0])
         config = self._config
         uploads = Uploads(config.max_uploads, config.max_uploads_per_client, config.upload_idle_seconds)
         checker = DatasetChecker(self._pools[1], model.context_tokens)

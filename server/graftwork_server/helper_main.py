@@ -1,6 +1,6 @@
 """A helper process: reads strangers' tokenizers, templates and data sets within limits. See helper.py.
 
-python -m graftwork_server.helper_main FD FRONT_PID VOCAB_SIZE [BASE_DIR]
+python -m graftwork_server.helper_main FD FRONT_PID VOCAB_SIZE [BASE_DIR SOURCE_DIR]
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ MEMORY_PER_FILE_BYTE = 24
 MAX_CHARACTERS = 4 << 20
 """Characters of a rendered conversation."""
 MAX_TEMPLATE_CHARACTERS = 256 << 10
-METHODS = frozenset({"encode", "encode_pair", "encode_plain", "encode_chat", "render_chat"})
+METHODS = frozenset(
+    {"encode", "encode_pair", "encode_plain", "encode_following", "encode_chat", "render_chat", "end_tokens"}
+)
 _KEPT = 8
 _NICENESS = 10
 _PR_SET_PDEATHSIG = 1
@@ -61,10 +63,13 @@ _TRIAL = "The fox: 1, 2.\n\n\u00e9\u4e16\U0001f98a"
 class _Strangers:
     """Answers requests; keeps the texts it read last."""
 
-    def __init__(self, vocab_size: int, base_dir: str | None) -> None:
+    def __init__(self, vocab_size: int, base_dir: str | None, source_dir: str | None) -> None:
         self._base = TextProcessor.from_dir(base_dir) if base_dir else None
-        self._readers = AdapterTexts(self._base, base_dir, vocab_size, compile_template=_BoundedTemplate)
+        self._readers = AdapterTexts(
+            self._base, base_dir, vocab_size, compile_template=_BoundedTemplate, source_dir=source_dir
+        )
         self._texts: OrderedDict[str, TextProcessor | None] = OrderedDict()
+        self._base_json = self._base.to_json() if self._base else None
         size = (Path(base_dir) / "tokenizer.json").stat().st_size if base_dir else 0
         self._headroom = MEMORY_BYTES + MEMORY_PER_FILE_BYTE * 2 * size
         self._most = 2 * self._headroom + _address_space()
@@ -113,9 +118,10 @@ class _Strangers:
     def _facts(self, text: TextProcessor | None) -> TextFacts:
         if text is None or text is self._base:
             return TextFacts(is_base=True)
-        text.encode(_TRIAL)  # what fails on any text is to fail now
+        with contextlib.suppress(Exception):  # a panic, which is no Exception, is to come now and not with each request
+            text.encode(_TRIAL)
         as_json = text.to_json()
-        same = self._base is not None and as_json == self._base.to_json()
+        same = as_json == self._base_json
         return TextFacts(
             is_base=False,
             has_chat_template=text.has_chat_template,
@@ -208,7 +214,9 @@ def _end_with_front(pid: int) -> None:
         sys.exit(0)
 
 
-def main(descriptor: str, front_pid: str, vocab_size: str, base_dir: str | None = None) -> None:
+def main(
+    descriptor: str, front_pid: str, vocab_size: str, base_dir: str | None = None, source_dir: str | None = None
+) -> None:
     """Answers requests until the socket is closed."""
     _end_with_front(int(front_pid))
     os.nice(_NICENESS)
@@ -216,7 +224,7 @@ def main(descriptor: str, front_pid: str, vocab_size: str, base_dir: str | None 
         Path("/proc/self/oom_score_adj").write_text("1000")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the front ends its helpers
     with socket.socket(fileno=int(descriptor)) as front:
-        strangers = _Strangers(int(vocab_size), base_dir)
+        strangers = _Strangers(int(vocab_size), base_dir, source_dir)
         front.sendall(encode_frame(Ready()))
         with contextlib.suppress(EOFError, ConnectionError):
             while True:

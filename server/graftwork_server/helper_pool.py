@@ -52,6 +52,7 @@ class _Place:
     number: int
     at_once: int
     slow: bool
+    blame: bool
     helper: asyncio.Future[Helper]
 
 
@@ -105,18 +106,20 @@ class HelperPool:
         seconds: float,
         at_once: int = 1,
         slow: bool = False,
+        blame: bool = True,
         ends_with_caller: bool = False,
     ) -> T:
         """The result of `work`, which may ask its helper for `seconds` in all. `at_once`: helpers that `key` may hold.
 
-        `slow`: it may take minutes, so one helper is left to what is not. A caller that is cancelled does not wait for
-        the end; the helper works on, unless it `ends_with_caller`.
+        `slow`: it may take minutes, so one helper is left to what is not. `blame`: `key` is marked if this goes over a
+        limit; not where many share a key, as those who come from one host do. A caller that is cancelled does not wait
+        for the end; the helper works on, unless it `ends_with_caller`.
         Raises ResourceExhausted (QUEUE_FULL), and HelperStopped if the helper gave no answer.
         """
         loop = asyncio.get_running_loop()
         entry = self._admit(key)
         self._numbers += 1
-        place = _Place(self._numbers, at_once, slow, loop.create_future())
+        place = _Place(self._numbers, at_once, slow, blame, loop.create_future())
         entry.waiting.append(place)
         self._hand_out()
         try:
@@ -124,6 +127,7 @@ class HelperPool:
         except asyncio.CancelledError:
             if place in entry.waiting:
                 entry.waiting.remove(place)
+                self._forget_if_unused(key)
             elif not place.helper.cancelled():
                 self._give_back(key, place, place.helper.result())
             raise
@@ -209,14 +213,18 @@ class HelperPool:
         entry.used_seconds, entry.used_at = entry.used(now) + now - begun, now
         error = None if done.cancelled() else done.exception()
         if isinstance(error, HelperStopped) and error.why != "killed":
-            entry.marks += 1
-            entry.marked_until = now + min(MARK_SECONDS * 2 ** (entry.marks - 1), MOST_MARK_SECONDS)
             log.warning("%s: a request was ended, it took too much %s", self._what, error.why)
-            while len(entry.waiting) > QUEUE_PER_MARKED_KEY:
-                last = entry.waiting.pop().helper
-                if not last.cancelled():
-                    last.set_exception(self._full(entry))
+            if place.blame:
+                self._mark(entry, now)
         self._give_back(key, place, helper)
+
+    def _mark(self, entry: _Key, now: float) -> None:
+        entry.marks += 1
+        entry.marked_until = now + min(MARK_SECONDS * 2 ** (entry.marks - 1), MOST_MARK_SECONDS)
+        while len(entry.waiting) > QUEUE_PER_MARKED_KEY:
+            last = entry.waiting.pop().helper
+            if not last.cancelled():
+                last.set_exception(self._full(entry))
 
     def _give_back(self, key: str, place: _Place, helper: Helper) -> None:
         entry = self._keys[key]
@@ -224,6 +232,10 @@ class HelperPool:
         self._slow_running -= place.slow
         self._idle.append(helper)
         self._hand_out()
+        self._forget_if_unused(key)
+
+    def _forget_if_unused(self, key: str) -> None:
+        entry = self._keys[key]
         if not entry.waiting and not entry.running:
             self._active.pop(key, None)
 

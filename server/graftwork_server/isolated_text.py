@@ -26,6 +26,8 @@ from graftwork_server.text import TextProcessor
 
 SECONDS = 5.0
 """Longest time of one request in a helper."""
+FILE_BYTES_PER_SECOND = 500_000
+"""Reading the files of an adapter gets a second more for so many bytes of the base's tokenizer."""
 KEPT = 32
 """Texts of adapters in memory."""
 CHARACTERS_PER_SECOND = 50_000
@@ -91,14 +93,25 @@ class IsolatedText(TextProcessor):
         """See TextProcessor."""
         return list(self._call("encode_plain", text=text))
 
+    def encode_following(self, text: str) -> list[int]:
+        """See TextProcessor."""
+        return list(self._call("encode_following", text=text))
+
+    def end_tokens(self) -> list[int]:
+        """See TextProcessor."""
+        return list(self._call("end_tokens"))
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **variables: Any) -> str:
         """See TextProcessor."""
         arguments = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **variables}
         return str(self._call("render_chat", **arguments))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *arguments: Any, **named: Any) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **named: Any
+    ) -> list[int]:
         """See TextProcessor."""
-        return list(self._call("encode_chat", messages=list(messages), **named))
+        arguments = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **named}
+        return list(self._call("encode_chat", **arguments))
 
     def _encode(self, *arguments: Any, **named: Any) -> NoReturn:
         raise RuntimeError("a stranger's tokenizer encodes in a helper only")
@@ -133,21 +146,24 @@ class IsolatedTexts:
             return self._kept[digest]
         # One reading for all who wait; it goes on when one of them goes away.
         if digest not in self._reading:
-            task = self._reading[digest] = asyncio.create_task(self.read(folder, str(folder)))
+            task = self._reading[digest] = asyncio.create_task(self._read_in_helper(folder, str(folder), blame=True))
             task.add_done_callback(lambda done: self._read(digest, done))
         return await asyncio.shield(self._reading[digest])
 
-    async def read(self, folder: str | Path, key: str) -> TextProcessor | None:
-        """As `of`, for files that have no digest yet. `key`: on whose account."""
+    async def read(self, folder: str | Path) -> TextProcessor | None:
+        """As `of`, for files that have no digest yet: on their sender's account."""
+        return await self._read_in_helper(folder, f"upload of {client.get()}", blame=False)
+
+    async def _read_in_helper(self, folder: str | Path, key: str, *, blame: bool) -> TextProcessor | None:
         if await asyncio.to_thread(self._files.brings_nothing, folder):
             return self.base
+        seconds = SECONDS + self._files.base_bytes / FILE_BYTES_PER_SECOND
+        request = ReadTexts(str(folder))
         try:
-            facts = await self._pool.run(key, lambda helper: helper.ask(ReadTexts(str(folder))), seconds=SECONDS)
+            facts = await self._pool.run(key, lambda helper: helper.ask(request), seconds=seconds, blame=blame)
         except HelperStopped as stopped:
-            what = "reading the adapter's tokenizer files"
-            raise stopped_error(
-                stopped, what, reason="TOKENIZER_INVALID", field="tokenizer.json", seconds=SECONDS
-            ) from None
+            what, field = "reading the adapter's tokenizer files", "tokenizer.json"
+            raise stopped_error(stopped, what, reason="TOKENIZER_INVALID", field=field, seconds=seconds) from None
         assert isinstance(facts, TextFacts)
         if facts.is_base or self.base is None:
             return self.base
@@ -160,16 +176,17 @@ class IsolatedTexts:
         too much time or memory, Unavailable (HELPER_DIED), ResourceExhausted (QUEUE_FULL).
         """
         if isinstance(text, IsolatedText):
-            isolated, key, at_once = text, text.folder, 1
+            isolated, key, at_once, blame = text, text.folder, 1, True
         elif size <= LARGE_TEXT_CHARACTERS:
             return work(text)
         else:
             assert self._base_in_helpers is not None
-            isolated, key, at_once = self._base_in_helpers, f"client {client.get()}", max(self._pool.count - 1, 1)
+            isolated, key, blame = self._base_in_helpers, f"text of {client.get()}", False
+            at_once = max(self._pool.count - 1, 1)
         seconds = SECONDS + size / CHARACTERS_PER_SECOND
         try:
             return await self._pool.run(
-                key, lambda helper: work(isolated.through(helper)), seconds=seconds, at_once=at_once
+                key, lambda helper: work(isolated.through(helper)), seconds=seconds, at_once=at_once, blame=blame
             )
         except HelperStopped as stopped:
             if field == "messages":

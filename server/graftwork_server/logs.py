@@ -1,4 +1,8 @@
-"""Log lines of the front on stderr, as text or JSON, each with the id of the request that it belongs to."""
+"""Log lines on stderr, as text or JSON, each with the id of the request that it belongs to.
+
+An event has a sentence of few words and fields: `log_event(log, "job created", job=..., adapter=...)`. As text they
+follow as key=value, as JSON they are keys of the object. The line of a call has what the call noted on its way.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,9 @@ import datetime
 import json
 import logging
 import sys
+import time
+from collections.abc import Mapping
+from typing import Any
 
 from graftwork_server.printable import printable
 
@@ -18,6 +25,59 @@ request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", d
 
 client: contextvars.ContextVar[str] = contextvars.ContextVar("client", default="")
 """Host of the client whose request is being served; "" outside of one."""
+
+
+_FIELDS, _SAID = "graftwork_fields", "graftwork_said"
+
+
+class Call:
+    """The call that is being served: when it began, and what its line in the log is to say."""
+
+    def __init__(self) -> None:
+        self.begun = time.monotonic()
+        self.fields: dict[str, Any] = {}
+
+    @property
+    def milliseconds(self) -> float:
+        """Since it began."""
+        return round((time.monotonic() - self.begun) * 1000, 1)
+
+
+_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("call", default=None)
+
+
+def begin_call() -> Call:
+    """The call that this task serves from now on."""
+    call = Call()
+    _call.set(call)
+    return call
+
+
+def note(**fields: Any) -> None:
+    """Adds to what the line of the present call says; outside of one, nothing happens."""
+    call = _call.get()
+    if call is not None:
+        call.fields.update(fields)
+
+
+def note_first_token() -> None:
+    """Notes how long the present call took to its first token, once."""
+    call = _call.get()
+    if call is not None and "first_token_ms" not in call.fields:
+        call.fields["first_token_ms"] = call.milliseconds
+
+
+def log_event(
+    log: logging.Logger, what: str, level: int = logging.INFO, /, said: Mapping[str, Any] | None = None, **fields: Any
+) -> None:
+    """Logs that something happened. `fields`: plain values; None is left out. `said`: those that the sentence has."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    log.log(level, what, extra={_FIELDS: given, _SAID: said or {}})
+
+
+def _fields(record: logging.LogRecord, which: str) -> dict[str, Any]:
+    fields: dict[str, Any] = getattr(record, which, {})
+    return fields
 
 
 class _Formatter(logging.Formatter):
@@ -37,7 +97,8 @@ class _TextFormatter(_Formatter):
         fields = [_time(record), record.levelname, record.name]
         if identifier := request_id.get():
             fields.append(f"[{identifier}]")
-        text = f"{' '.join(fields)} {self.message(record)}"
+        told = "".join(f" {name}={value}" for name, value in _fields(record, _FIELDS).items())
+        text = f"{' '.join(fields)} {self.message(record)}{printable(told, LINE_CHARACTERS)}"
         exception = self.exception(record)
         return f"{text}\n{exception}" if exception else text
 
@@ -50,9 +111,14 @@ class _JsonFormatter(_Formatter):
             "logger": record.name,
             "request_id": request_id.get() or None,
             "message": self.message(record),
+            **{name: _plain(value) for which in (_SAID, _FIELDS) for name, value in _fields(record, which).items()},
             "exception": self.exception(record),
         }
         return json.dumps({key: value for key, value in entry.items() if value is not None}, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    return printable(value, LINE_CHARACTERS) if isinstance(value, str) else value
 
 
 def set_up(level: str, format: str) -> None:

@@ -11,6 +11,9 @@ import msgspec
 BASE = "base"
 """The name under which the base model itself answers."""
 
+LATEST = "latest"
+"""In the place of a version's number: the newest one."""
+
 ADAPTER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Pattern (fullmatch) of adapter ids; BASE is reserved."""
 
@@ -69,6 +72,10 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     path: str
     strategy: str
+    name: str = ""
+    """Resource name of a version with these files, for people."""
+    end_token_ids: list[int] = []
+    """Tokens that end its texts beside those of the base model."""
 
 
 class ArtifactInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,3 +164,5 @@ class TuningResult(msgspec.Struct, frozen=True, kw_only=True):
     """Of the published weights."""
     published_step: int = 0
     """Optimizer steps after which the weights were as they are published; 0: not known, by an older version."""
+    end_token_ids: list[int] = []
+    """Tokens that end the rows it learned; none where no row has such an end."""

@@ -137,12 +137,15 @@ def test_generate_logprobs_as_text(server: ScriptedServer, run: Any) -> None:
         ["generate"],
         ["nonsense"],
         ["adapter", "show", "dates@x"],
-        ["adapter", "delete", "dates@1"],
+        ["adapter", "delete", "dates@x"],
+        ["adapter", "delete", "dates@latest"],
         ["adapter", "versions", "dates@1"],
         ["adapter", "create", "dates", "/nowhere/at/all"],
         ["dataset", "check", "/nowhere/at/all"],
         ["tune", "create", "--strategy", "lora", "--data", "/nowhere", "--adapter", "x"],
         ["tune", "create", "--strategy", "lora", "--data", "/nowhere", "--adapter", "x", "--set", "rank"],
+        ["tune", "create", "--strategy", "lora", "--data", "/nowhere", "--adapter", "x", "--set", "names=[q_proj]"],
+        ["tune", "create", "--strategy", "lora", "--data", __file__, "--validation", "/nowhere", "--adapter", "x"],
     ],
 )
 def test_bad_usage_exits_with_2(server: ScriptedServer, run: Any, arguments: list[str]) -> None:
@@ -172,7 +175,7 @@ def test_violations_have_a_line_each(server: ScriptedServer, run: Any) -> None:
     bad = fail(grpc.StatusCode.INVALID_ARGUMENT, "bad", violations={"sampling.top_p": "is 2", "model": "empty"})
     server.on("Generate", bad)
     lines = run("generate", "base", "hi", code=1).stderr.splitlines()
-    assert lines[1:] == ["  sampling.top_p: is 2", "  model: empty"]
+    assert lines[1:] == ["  --top-p: is 2", "  model: empty"]
 
 
 def test_errors_as_json(server: ScriptedServer, run: Any) -> None:
@@ -325,10 +328,19 @@ def test_tune_create(server: ScriptedServer, run: Any, tuning: list[str]) -> Non
     (created,) = objects(run(*tuning, *flags, "--load", "--json"))
     assert (created["job_id"], created["state"]) == ("j1", "pending")
     assert created["spec"]["config"] == {"rank": 8, "learning_rate": 0.0002}
-    assert not server.requests("CreateTuningJob")[0].spec.new_version
+    assert [seen.method for seen in server.seen] == [
+        "CreateTuningJob",  # validates only, before anything is uploaded
+        "UploadDataset",
+        "UploadDataset",
+        "CreateTuningJob",
+    ]
+    checked, asked = server.requests("CreateTuningJob")
+    assert (checked.validate_only, asked.validate_only) == (True, False)
+    assert (checked.spec.config, checked.spec.dataset) == (asked.spec.config, "")
+    assert not asked.spec.new_version
     run(*tuning, "--new-version")
-    assert server.requests("CreateTuningJob")[1].spec.new_version
-    spec = server.requests("CreateTuningJob")[0].spec
+    assert all(request.spec.new_version for request in server.requests("CreateTuningJob")[2:])
+    spec = asked.spec
     assert (spec.dataset, spec.validation_dataset, spec.load) == ("datasets/d.jsonl", "datasets/v.jsonl", True)
     config = spec.config
     assert (config["rank"], config["learning_rate"]) == (16.0, 2e-4)
@@ -451,3 +463,49 @@ def test_status_shows_what_is_served_and_what_goes_on(server: ScriptedServer, ru
     assert found["base_model"]["context_tokens"] == 2048
     assert found["jobs"][0]["job_id"] == "j9"
     assert found["versions"] == {"torch": "2.13"}
+
+
+def test_errors_name_options(server: ScriptedServer, run: Any, tmp_path: Path) -> None:
+    violations = {"sampling.top_p": "is 3; (0, 1] is accepted"}
+    step = fail(grpc.StatusCode.INVALID_ARGUMENT, "sampling.top_p is 3; (0, 1] is accepted", violations=violations)
+    server.on("Generate", step)
+    assert run("generate", "base", "hi", "--top-p", "3", code=1).stderr.startswith("error: --top-p is 3; (0, 1] is")
+    violations = {"spec.config.r": "is -1", "spec.adapter_id": "is bad"}
+    server.on("CreateTuningJob", fail(grpc.StatusCode.INVALID_ARGUMENT, "2 settings", violations=violations))
+    server.on("UploadDataset", t.UploadDatasetResponse(dataset=t.Dataset(name="datasets/d", dataset_id="d")))
+    (tmp_path / "d.jsonl").write_text("{}")
+    arguments = ("--strategy", "lora", "--data", str(tmp_path / "d.jsonl"), "--adapter", "x")
+    lines = run("tune", "create", *arguments, code=1).stderr.splitlines()
+    assert lines[1:] == ["  --set r: is -1", "  --adapter: is bad"]
+
+
+def test_one_version_is_deleted(server: ScriptedServer, run: Any) -> None:
+    server.on("DeleteVersion", a.DeleteVersionResponse(newest_version=1))
+    server.on("GetAdapter", a.GetAdapterResponse(adapter=adapter(version=1)))
+    assert run("adapter", "delete", "dates@2").stdout == "deleted dates@2; dates means version 1 now\n"
+    server.on("GetAdapter", fail(grpc.StatusCode.NOT_FOUND))
+    assert run("adapter", "delete", "dates@1").stdout == "deleted dates@1; it was the last version of dates\n"
+    assert objects(run("adapter", "delete", "dates@1", "--json")) == [{"adapter_id": "dates", "deleted_versions": 1}]
+
+
+def test_data_sets_and_jobs_are_listed_and_deleted(server: ScriptedServer, run: Any) -> None:
+    stored = t.Dataset(
+        name="datasets/ds-1",
+        dataset_id="ds-1",
+        display_name="rows.jsonl",
+        format=t.DATASET_FORMAT_CHAT,
+        row_count=12345,
+        size_bytes=2_000_000,
+    )
+    server.on("ListDatasets", t.ListDatasetsResponse(datasets=[stored]))
+    server.on("GetDataset", t.GetDatasetResponse(dataset=stored))
+    server.on("DeleteDataset", t.DeleteDatasetResponse())
+    server.on("DeleteTuningJob", t.DeleteTuningJobResponse())
+    assert run("dataset", "list").stdout.splitlines() == [
+        "DATA SET  NAME        FORM  ROWS    SIZE    CREATED",
+        "ds-1      rows.jsonl  chat  12,345  2.0 MB  -",
+    ]
+    assert "rows      12,345" in run("dataset", "show", "ds-1").stdout
+    assert run("dataset", "delete", "ds-1").stdout == "deleted ds-1\n"
+    assert run("tune", "delete", "j1", "--yes").stdout == "deleted j1\n"
+    assert objects(run("tune", "delete", "j1", "--json")) == [{"job_id": "j1"}]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import pytest
 from tests.clients.protos import adapter, as_chat, event, job, last, piece, step_event, succeeded
 from tests.clients.scripted_server import ScriptedServer, fail, hold
 
+from graftwork.cli.progress import LossCurve, _sparkline
+from graftwork.types import TuningEvent, TuningProgress
 from graftwork.v1 import adapters_pb2 as a
 from graftwork.v1 import tuning_pb2 as t
 
@@ -194,3 +197,40 @@ def test_serve_without_the_server(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert 'pip install "graftwork[server]"' in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_a_terminal_keeps_the_loss_curve(server: ScriptedServer) -> None:
+    def step(number: int) -> t.WatchTuningJobResponse:
+        loss = 4.0 - number / 50
+        progress = t.TuningProgress(step=number, total_steps=100, loss=loss, learning_rate=1e-4, eta_ms=1000)
+        return event(number, progress=progress)
+
+    server.on("GetTuningJob", t.GetTuningJobResponse(job=job()), t.GetTuningJobResponse(job=succeeded()))
+    server.on(
+        "WatchTuningJob", [*map(step, range(1, 101)), event(101, evaluation=t.TuningEvaluation(step=100, loss=2))]
+    )
+    shown, code = on_terminal(server, "tune", "watch", "j1")
+    assert code == 0
+    assert [int(step) for step in re.findall(r"step (\d+)(?:/100)?  ", shown)] == [*range(1, 101, 5), 100, 100]
+    assert "loss           3.9800 █" in shown
+    assert "▁ 2.0000  (steps 1 to 100)" in shown
+    server.on("GetTuningJob", t.GetTuningJobResponse(job=job()), t.GetTuningJobResponse(job=succeeded()))
+    plain, _ = start(server, "tune", "watch", "j1", env={"PYTHONIOENCODING": "utf-8"}).communicate(timeout=20)
+    assert plain.count(b"\nstep ") == 100
+    assert "█".encode() in plain
+
+
+def test_a_long_curve_is_kept_in_little_memory() -> None:
+    def steps(count: int) -> Iterator[TuningEvent]:
+        for step in range(1, count + 1):
+            progress = TuningProgress(step, count, 5.0 - 4 * step / count, 0.0, 0.0, 0, 0)
+            yield TuningEvent(sequence=step, time=None, kind="progress", progress=progress)
+
+    curve = LossCurve()
+    assert sum(1 for _ in curve.watch(steps(60_000))) == 60_000
+    assert len(curve._training) <= 5_001
+    assert curve._training[-1] == (60_000, 1.0)
+    drawn = _sparkline([value for _, value in curve._training])
+    assert len(drawn) == 50
+    assert drawn == "".join(sorted(drawn, reverse=True))
+    assert [drawn.count(block) for block in "▇▆▅▄▃▂"] == pytest.approx([7] * 6, abs=1)

@@ -155,7 +155,7 @@ async def test_a_hostile_tokenizer_is_refused_and_nobody_notices(
     bad = brings(tmp_path / "bad", document=hostile.TOKENIZERS[what](document))
     before = psutil.Process().memory_info().rss
     with pytest.raises(FailedPrecondition) as caught:
-        await texts.read(bad, "client")
+        await texts.read(bad)
     assert caught.value.reason in ("TOKENIZER_INVALID", "TOKENIZER_MISMATCH")
     assert str(tmp_path) not in caught.value.message
     assert psutil.Process().memory_info().rss - before < 64 * MEBIBYTE

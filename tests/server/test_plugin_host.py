@@ -116,6 +116,14 @@ def test_a_job_is_prepared_with_every_default(host: PluginHost) -> None:
         ({"r": True}, "r", "^r = True: a number is accepted, not true or false"),
         ({"learning_rate": float("nan")}, "learning_rate", "finite"),
         ({"lr_scheduler": "step"}, "lr_scheduler", "linear"),
+        (
+            {"target_modules": "q_proj"},
+            "target_modules",
+            r"""^target_modules: all-linear or a list of texts is accepted, such as \["q_proj", "v_proj"\] """
+            r"""\(on the command line: --set target_modules='\["q_proj", "v_proj"\]'\)$""",
+        ),
+        ({"target_modules": [1, 2]}, "target_modules", "^target_modules: all-linear or a list of texts is accepted"),
+        ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern.q_proj", "integer"),
         ({"target_modules": ["w_proj"]}, "target_modules", "end in q_proj, up_proj"),
     ],
 )

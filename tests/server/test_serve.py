@@ -197,5 +197,8 @@ def test_log_lines_are_json_if_asked_for(serve):
     _, err = process.communicate(timeout=20)
     entries = [json.loads(line) for line in err.splitlines()]
     access = next(entry for entry in entries if entry["logger"] == "graftwork.access")
-    assert access["message"].startswith("Generate OK")
+    assert access["message"] == "Generate OK"
     assert len(access["request_id"]) == 16
+    assert (access["method"], access["outcome"], access["model"], access["version"]) == ("Generate", "OK", "base", 0)
+    assert (access["prompt_tokens"], access["completion_tokens"]) == (1, 1)
+    assert 0 < access["first_token_ms"] <= access["total_ms"]

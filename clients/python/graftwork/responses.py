@@ -293,9 +293,17 @@ def server(message: server_pb2.GetServerResponse) -> types.ServerInfo:
     )
 
 
-def dataset(message: tuning_pb2.UploadDatasetResponse) -> types.Dataset:
+def dataset(message: tuning_pb2.UploadDatasetResponse | tuning_pb2.GetDatasetResponse) -> types.Dataset:
     """A stored data set."""
-    data = message.dataset
+    return _dataset(message.dataset)
+
+
+def dataset_page(message: tuning_pb2.ListDatasetsResponse) -> Page[types.Dataset]:
+    """One page of data sets."""
+    return Page(tuple(_dataset(item) for item in message.datasets), message.next_page_token)
+
+
+def _dataset(data: tuning_pb2.Dataset) -> types.Dataset:
     return types.Dataset(
         name=data.name,
         dataset_id=data.dataset_id,
@@ -319,6 +327,8 @@ def dataset_report(message: tuning_pb2.ValidateDatasetResponse) -> types.Dataset
         loss_tokens=message.loss_tokens,
         longest_row_tokens=message.longest_row_tokens,
         cut_rows=message.cut_rows,
+        more_errors=tuple(types.LineErrorKind(**_scalars(kind, types.LineErrorKind)) for kind in message.more_errors),
+        warnings=tuple(message.warnings),
     )
 
 

@@ -20,12 +20,13 @@ EventKind: TypeAlias = Literal["state", "progress", "evaluation", "checkpoint", 
 class Message(TypedDict):
     """One message of a conversation: role is "system", "user" or "assistant", or another that the template knows.
 
+    content: a text, or a list of parts {"type": "text", "text": ...}, which are joined as they are.
     tool_calls: what the assistant called, as the template reads it. tool_call_id: the call that a message answers.
     name: who speaks, such as a tool.
     """
 
     role: str
-    content: str
+    content: str | Sequence[Mapping[str, Any]]
     tool_calls: NotRequired[Sequence[Mapping[str, Any]]]
     tool_call_id: NotRequired[str]
     name: NotRequired[str]
@@ -273,11 +274,22 @@ class LineError:
 
 
 @dataclass(frozen=True)
+class LineErrorKind:
+    """Bad lines whose reasons differ in values alone: the first one's reason and line, and how many there are."""
+
+    reason: str
+    count: int
+    first_line: int
+
+
+@dataclass(frozen=True)
 class DatasetReport:
     """What a check of a data set found.
 
-    errors holds the first 100 bad lines, error_count counts them all. total_tokens and loss_tokens count after rows
-    were cut to the sequence length, longest_row_tokens before.
+    errors holds the first 100 bad lines, error_count counts them all; more_errors: those after the first ten, by kind.
+    What is wrong in the same way with every row, such as an unknown field, is one error. total_tokens and loss_tokens
+    count after rows were cut to the sequence length, longest_row_tokens before. warnings: what a job would do, but
+    hardly as meant.
     """
 
     valid: bool
@@ -289,6 +301,8 @@ class DatasetReport:
     loss_tokens: int
     longest_row_tokens: int
     cut_rows: int
+    more_errors: tuple[LineErrorKind, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ class LoraConfig(TrainingConfig):
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead (arXiv:2312.03732).")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear",
+        examples=[["q_proj", "v_proj"]],
         description="Linear layers to update, by full name or last parts of it; all-linear: all but the output layer.",
     )
     rank_pattern: dict[str, int] = Field(

@@ -23,6 +23,7 @@ from graftwork_server.errors import (
     body_of,
     from_body,
 )
+from graftwork_server.logs import log_event
 from graftwork_server.messages import (
     Cancel,
     EngineMessage,
@@ -66,6 +67,9 @@ FAST_FAILURE_SECONDS = 30.0
 FIRST_BACKOFF_SECONDS = 0.25
 LONGEST_BACKOFF_SECONDS = 10.0
 EXIT_SECONDS = 5.0
+SHOWN_DIGEST = 19
+"""Characters of a digest that a log line has: "sha256:" and twelve more."""
+MAX_NAMES = 10_000
 
 
 class EngineListener(Protocol):
@@ -97,6 +101,8 @@ class EngineClient:
         self._calls: dict[int, asyncio.Future[Result]] = {}
         self.loaded: set[str] = set()
         """Digests on the device now."""
+        self._names: dict[str, str] = {}
+        """What was asked for last by these digests, for the log."""
         self.failure: asyncio.Future[GraftworkServerError] = asyncio.get_running_loop().create_future()
         """Done once restarts were given up, with the error that says why."""
 
@@ -257,11 +263,23 @@ class EngineClient:
                     elif message.result is not None:
                         call.set_result(message.result)
             case LoadedChanged():
-                self.loaded = set(message.digests)
+                self._tell_loaded(set(message.digests))
             case JobEvent():
                 self._tell(lambda listener: listener.on_job_event(message))
             case _:
                 raise ValueError(f"{type(message).__name__} is no message for a running engine")
+
+    def _tell_loaded(self, loaded: set[str]) -> None:
+        for digest in loaded - self.loaded:
+            log_event(log, "adapter loaded", adapter=self._names.get(digest), digest=digest[:SHOWN_DIGEST])
+        for digest in self.loaded - loaded:
+            log_event(log, "adapter unloaded", adapter=self._names.pop(digest, None), digest=digest[:SHOWN_DIGEST])
+        self.loaded = loaded
+
+    def _keep_name(self, adapter: AdapterRef) -> None:
+        if len(self._names) >= MAX_NAMES and adapter.digest not in self._names:
+            self._names.clear()
+        self._names[adapter.digest] = adapter.name
 
     # ------------------------------------------------------------------------------------------ what it is told
 
@@ -291,6 +309,8 @@ class EngineClient:
         Raises the sequence's own error, Unavailable when the engine dies, ResourceExhausted (SLOW_CONSUMER) when more
         than a bounded amount waits for the reader.
         """
+        if adapter is not None:
+            self._keep_name(adapter)
         sequence_id = self._take_id()
         message = Generate(
             id=sequence_id,
@@ -361,6 +381,7 @@ class EngineClient:
 
     async def load(self, adapter: AdapterRef) -> LoadReport:
         """Loads an adapter beside the base, if it is not there yet."""
+        self._keep_name(adapter)
         result: LoadReply = await self._call(Load, LoadReply, adapter=adapter)
         return result.report
 

@@ -26,7 +26,6 @@ from graftwork_server.engine.heads import bind_head
 from graftwork_server.engine.model import (
     BaseModel,
     EngineModel,
-    fast_tokenizer,
     load_base,
 )
 from graftwork_server.engine.native import NativeKernels, native_kernels
@@ -35,8 +34,10 @@ from graftwork_server.engine.routing import Routing
 from graftwork_server.engine.runner import ChunkLogits, packing_order, spans_of
 from graftwork_server.engine.sentence_files import asked_pooling
 from graftwork_server.engine.sequence import ScheduledChunk, Sequence
+from graftwork_server.engine.tokenizer import resolved_tokenizer
 from graftwork_server.engine.weights import SharedWeights
 from graftwork_server.errors import FailedPrecondition
+from graftwork_server.text import ModelFacts
 from graftwork_server.types import ModelInfo
 
 log = logging.getLogger("graftwork.engine")
@@ -253,7 +254,9 @@ def _load_encoder(
         parameter_count=sum(parameter.numel() for parameter in whole.parameters()),
         weight_bytes=weights.size_bytes,
         eos_token_ids=[],
-        tokenizer_dir=fast_tokenizer(source, cache_dir, print_of_base),
+        tokenizer_dir=resolved_tokenizer(
+            source, cache_dir, print_of_base, ModelFacts(embedding_rows=int(config.vocab_size))
+        ),
         kv_tokens=0,
         max_sequences=0,
         generates=False,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer
 
 from graftwork_server.engine.adapted_linear import LinearGroup, StepRouting, wrap_linears
 from graftwork_server.engine.attention import paged
@@ -24,9 +23,11 @@ from graftwork_server.engine.pretrained import causal_model
 from graftwork_server.engine.probe import PROBE_ROWS, logprobs_alone, logprobs_packed, probe_layers
 from graftwork_server.engine.quantization import check_available, quantize_linears
 from graftwork_server.engine.routing import Routing
+from graftwork_server.engine.tokenizer import resolved_tokenizer
 from graftwork_server.engine.triton_kernels import triton_kernels
 from graftwork_server.engine.weights import SharedWeights, assign_tensors, empty_model, pack
 from graftwork_server.errors import FailedPrecondition
+from graftwork_server.text import ModelFacts
 from graftwork_server.types import ModelInfo
 
 if TYPE_CHECKING:
@@ -202,6 +203,7 @@ def load_base(
     _check_probe(engine_model, expected, exact=dtype == torch.float32 and quantization != "int8")
     _fuse_layers(engine_model, shapes, settings, device)
     config = model.config.get_text_config()
+    ends = _eos_token_ids(model)
     info = ModelInfo(
         fingerprint=print_of_base,
         source=source,
@@ -213,8 +215,8 @@ def load_base(
         context_tokens=int(config.max_position_embeddings),
         parameter_count=parameter_count,
         weight_bytes=weights.size_bytes,
-        eos_token_ids=_eos_token_ids(model),
-        tokenizer_dir=fast_tokenizer(source, cache_dir, print_of_base),
+        eos_token_ids=ends,
+        tokenizer_dir=resolved_tokenizer(source, cache_dir, print_of_base, ModelFacts(ends, int(config.vocab_size))),
         kv_tokens=0,
         max_sequences=0,
         quantization=quantization,
@@ -317,20 +319,3 @@ def _eos_token_ids(model: Any) -> list[int]:
         if ids is not None:
             return [int(i) for i in ids] if isinstance(ids, list | tuple) else [int(ids)]
     return []
-
-
-def fast_tokenizer(source: str, cache_dir: Path, name: str) -> str | None:
-    """A directory with the model's tokenizer as tokenizer.json, converted if need be; None if the model has none."""
-    if (Path(source) / "tokenizer.json").is_file():
-        return str(Path(source).resolve())
-    target = cache_dir / "tokenizers" / name.removeprefix("sha256:")[:32]
-    if not (target / "tokenizer.json").is_file():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except Exception:
-            # No tokenizer files at all: the model still answers token ids, and the front says so for text.
-            return None
-        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
-            return None  # transformers made one up from the configuration: nothing but special tokens
-        tokenizer.save_pretrained(target)
-    return str(target) if (target / "tokenizer.json").is_file() else None

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from graftwork_server.errors import ErrorBody, FailedPrecondition, NotFound
 from graftwork_server.hub.database import Database, now
-from graftwork_server.hub.models import Job, JobEvent
+from graftwork_server.hub.models import Dataset, Job, JobEvent
 from graftwork_server.hub.pages import check_page_size, page_after, page_token
 from graftwork_server.hub.publishing import FINAL, check_target, insert_version, newest_version
 from graftwork_server.hub.records import (
@@ -50,6 +50,7 @@ class JobRegistry:
         with self._database.write() as session:
             if request is not None and (resource := recall(session, request)) is not None:
                 return _record(_job(session, resource))
+            _check_datasets(session, spec)
             _check_target(session, spec)
             newest = newest_version(session, spec.adapter_id)
             job = Job(
@@ -105,6 +106,16 @@ class JobRegistry:
             rows = session.scalars(select(Job).where(Job.state.not_in(FINAL)).order_by(Job.position))
             return [_record(row) for row in rows]
 
+    def delete(self, job_id: str) -> None:
+        """Forgets a job and its events. Raises NotFound, FailedPrecondition (JOB_NOT_ENDED)."""
+        with self._database.write() as session:
+            job = _job(session, job_id)
+            if not JobState(job.state).final:
+                raise FailedPrecondition(
+                    f"job {job_id} has not ended ({job.state}); cancel it first", reason="JOB_NOT_ENDED", field="name"
+                )
+            session.delete(job)
+
     def events(self, job_id: str, after_sequence: int, limit: int) -> tuple[Sequence[JobEventRecord], bool]:
         """The next events, at most `limit`, and whether none can follow them."""
         query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.sequence > after_sequence)
@@ -149,6 +160,14 @@ class JobRegistry:
             job.result = _to_json(result)
             _append(session, job, [*happenings, StateChanged(state=JobState.SUCCEEDED)])
             return _record(job), published
+
+
+def _check_datasets(session: Session, spec: TuningSpec) -> None:
+    """In the job's own transaction: what is not there any more now was deleted since it was checked."""
+    fields = (("spec.dataset", spec.dataset_id), ("spec.validation_dataset", spec.validation_dataset_id))
+    for field, dataset_id in fields:
+        if dataset_id and session.get(Dataset, dataset_id) is None:
+            raise NotFound(f"the data set {dataset_id} was deleted just now", reason="DATASET_NOT_FOUND", field=field)
 
 
 def _check_target(session: Session, spec: TuningSpec) -> None:

@@ -27,6 +27,8 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Id of the job that made it."""
     pinned: bool = False
     """Kept on the device."""
+    end_token_ids: list[int] = []
+    """Tokens that it was taught to end with; they end its texts beside those of the base model."""
     follows: int = 0
     """Number of the version that the name served before; 0: none."""
     create_time: datetime.datetime
@@ -48,6 +50,7 @@ class NewVersion(msgspec.Struct, frozen=True, kw_only=True):
     parameter_count: int
     rank: int
     tuning_job: str | None = None
+    end_token_ids: list[int] = []
 
 
 class DatasetRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""Adapters, versions, data sets and answered requests: what the database knows about the store's files. Blocking."""
+"""Adapters, versions and answered requests: what the database knows about the store's files. Blocking."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from sqlalchemy.orm import Session
 
 from graftwork_server.errors import InvalidArgument, NotFound
 from graftwork_server.hub.database import Database, now
-from graftwork_server.hub.models import Adapter, Dataset, DeletedAdapter, Request, Version
+from graftwork_server.hub.models import Adapter, DeletedAdapter, Request, Version
 from graftwork_server.hub.pages import check_page_size, page_after, page_token
-from graftwork_server.hub.publishing import check_target, insert_version, version_record
-from graftwork_server.hub.records import DatasetRecord, NewVersion, VersionRecord
-from graftwork_server.types import ADAPTER_ID, BASE, DatasetFormat
+from graftwork_server.hub.publishing import check_target, insert_version, newest_version, version_record
+from graftwork_server.hub.records import NewVersion, VersionRecord
+from graftwork_server.types import ADAPTER_ID, BASE
 
 VERSION_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 _MOST_REMEMBERED = 10_000
@@ -64,7 +64,7 @@ def request_key(method: str, request_id: str, content: Any) -> RequestKey | None
 
 
 class Registry:
-    """Adapters, versions, data sets and requests.
+    """Adapters, versions and requests.
 
     Every request of an adapter asks for its version, so the versions read last are remembered until this process writes
     to the database. No other process does: a data directory belongs to one server.
@@ -107,14 +107,7 @@ class Registry:
             row = session.scalar(query if number is None else query.where(Version.number == number))
             if row is not None:
                 return remembered.keep(number, version_record(row))
-            newest = session.scalar(select(func.max(Version.number)).where(Version.adapter_id == adapter_id))
-            if newest is not None:
-                raise NotFound(
-                    f"adapter {adapter_id!r} has no version {number}; its newest is {newest}",
-                    reason="VERSION_NOT_FOUND",
-                    field=field,
-                )
-            raise adapter_not_found(adapter_id, session.scalars(select(Adapter.id)).all(), field)
+            raise _version_not_found(session, adapter_id, number, field)
 
     def recent_version(self, adapter_id: str, number: int | None = None) -> VersionRecord | None:
         """As get_version if it is remembered, else None. Does not block."""
@@ -170,9 +163,25 @@ class Registry:
                 raise adapter_not_found(adapter_id, session.scalars(select(Adapter.id)).all(), "name")
             rows = session.scalars(select(Version).where(Version.adapter_id == adapter_id).order_by(Version.number))
             versions = [version_record(row) for row in rows]
-            session.merge(DeletedAdapter(id=adapter_id, next_number=adapter.next_number))
-            session.execute(delete(Adapter).where(Adapter.id == adapter_id))
+            _forget_adapter(session, adapter)
             return versions
+
+    def delete_version(self, adapter_id: str, number: int) -> tuple[VersionRecord, int]:
+        """Forgets a version and gives it, and the number that is the newest now; an adapter goes with its last (0).
+
+        Raises NotFound (ADAPTER_NOT_FOUND, VERSION_NOT_FOUND).
+        """
+        with self._database.write() as session:
+            row = session.get(Version, (adapter_id, number))
+            if row is None:
+                raise _version_not_found(session, adapter_id, number, "name")
+            version = version_record(row)
+            session.delete(row)
+            session.flush()
+            newest = newest_version(session, adapter_id)
+            if newest is None:
+                _forget_adapter(session, session.get_one(Adapter, adapter_id))
+            return version, newest.number if newest is not None else 0
 
     def set_pinned(self, version: VersionRecord, pinned: bool) -> VersionRecord:
         """Pins or unpins a version. Raises NotFound (VERSION_NOT_FOUND) if it was deleted since."""
@@ -209,43 +218,6 @@ class Registry:
         """Whether any version has this digest."""
         with self._database.read() as session:
             return session.scalar(select(Version.number).where(Version.digest == digest).limit(1)) is not None
-
-    # ------------------------------------------------------------------------------------------ data sets
-
-    def add_dataset(
-        self, dataset_id: str, *, display_name: str, format: DatasetFormat, row_count: int, size_bytes: int
-    ) -> DatasetRecord:
-        """Registers a data set whose lines are in the store. The same content a second time is the first one."""
-        with self._database.write() as session:
-            row = session.get(Dataset, dataset_id)
-            if row is None:
-                row = Dataset(
-                    id=dataset_id,
-                    display_name=display_name,
-                    format=format.value,
-                    row_count=row_count,
-                    size_bytes=size_bytes,
-                    create_time=now(),
-                )
-                session.add(row)
-            return _dataset_record(row)
-
-    def get_dataset(self, dataset_id: str, field: str = "name") -> DatasetRecord:
-        """A data set. Raises NotFound (DATASET_NOT_FOUND)."""
-        with self._database.read() as session:
-            row = session.get(Dataset, dataset_id)
-            if row is None:
-                raise NotFound(
-                    f"there is no data set {dataset_id[:100]!r}; upload it first",
-                    reason="DATASET_NOT_FOUND",
-                    field=field,
-                )
-            return _dataset_record(row)
-
-    def dataset_ids(self) -> set[str]:
-        """Ids of all data sets."""
-        with self._database.read() as session:
-            return set(session.scalars(select(Dataset.id)))
 
     # ------------------------------------------------------------------------------------------ requests
 
@@ -306,6 +278,23 @@ def remember(session: Session, request: RequestKey, resource: str) -> None:
     )
 
 
+def _forget_adapter(session: Session, adapter: Adapter) -> None:
+    """Removes an adapter with what versions it has; its numbers are not given again."""
+    session.merge(DeletedAdapter(id=adapter.id, next_number=adapter.next_number))
+    session.execute(delete(Adapter).where(Adapter.id == adapter.id))
+
+
+def _version_not_found(session: Session, adapter_id: str, number: int | None, field: str) -> NotFound:
+    newest = newest_version(session, adapter_id)
+    if newest is None:
+        return adapter_not_found(adapter_id, session.scalars(select(Adapter.id)).all(), field)
+    return NotFound(
+        f"adapter {adapter_id!r} has no version {number}; its newest is {newest.number}",
+        reason="VERSION_NOT_FOUND",
+        field=field,
+    )
+
+
 def adapter_not_found(adapter_id: str, known: Sequence[str], field: str) -> NotFound:
     """The error for an unknown adapter; it names up to three with similar ids."""
     close = difflib.get_close_matches(adapter_id, known, n=3)
@@ -321,14 +310,3 @@ def _version_by_name(session: Session, name: str) -> VersionRecord:
             f"{name}, which this request created, was deleted since", reason="VERSION_NOT_FOUND", field="request_id"
         )
     return version_record(row)
-
-
-def _dataset_record(row: Dataset) -> DatasetRecord:
-    return DatasetRecord(
-        dataset_id=row.id,
-        display_name=row.display_name,
-        format=DatasetFormat(row.format),
-        row_count=row.row_count,
-        size_bytes=row.size_bytes,
-        create_time=row.create_time,
-    )

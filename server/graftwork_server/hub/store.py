@@ -21,7 +21,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from graftwork_server.hub.data_dir import open_data_dir
 from graftwork_server.hub.durable import storage_errors, sync
 
 MANIFEST = "manifest.json"
+_MOST_END_TOKENS = 64
 MANIFEST_FORMAT = 1
 FILE_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md")
 MAX_FILES = 1000
@@ -232,8 +233,29 @@ def digest_of(folder: Path) -> str:
     return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def manifest_end_tokens(folder: Path, vocab_size: int) -> list[int]:
+    """Tokens that end a version's texts, by the manifest.json that a download brought along; none where it is no such.
+
+    Of a manifest it is all that an upload keeps: everything else is found in the files themselves.
+    """
+    try:
+        ids = json.loads((folder / MANIFEST).read_bytes())["end_token_ids"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return []
+    if not isinstance(ids, list) or len(ids) > _MOST_END_TOKENS:
+        return []
+    return ids if all(type(id) is int and 0 <= id < vocab_size for id in ids) else []
+
+
 def write_manifest(
-    folder: Path, *, strategy: str, base_fingerprint: str, parameter_count: int, rank: int, created_by: str
+    folder: Path,
+    *,
+    strategy: str,
+    base_fingerprint: str,
+    parameter_count: int,
+    rank: int,
+    created_by: str,
+    end_token_ids: Sequence[int] = (),
 ) -> None:
     """Writes manifest.json, over any that is there. It holds no times: the same content has the same digest."""
     files: dict[str, Any] = {
@@ -250,5 +272,7 @@ def write_manifest(
         "created_by": created_by,
         "files": files,
     }
+    if end_token_ids:
+        manifest["end_token_ids"] = list(end_token_ids)
     with storage_errors("writing a manifest"):
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -117,6 +117,11 @@ def report_message(report: DatasetReport) -> tuning_pb2.ValidateDatasetResponse:
         longest_row_tokens=report.longest_row_tokens,
         cut_rows=report.cut_rows,
         valid=report.valid,
+        more_errors=[
+            tuning_pb2.LineErrorKind(reason=kind.reason, count=kind.count, first_line=kind.first_line)
+            for kind in report.more_errors
+        ],
+        warnings=report.warnings,
     )
 
 
@@ -135,7 +140,7 @@ def tuning_spec(spec: tuning_pb2.TuningJobSpec) -> TuningSpec:
     validation = spec.validation_dataset
     return TuningSpec(
         strategy=spec.strategy,
-        dataset_id=dataset_id(spec.dataset, "spec.dataset"),
+        dataset_id=dataset_id(spec.dataset, "spec.dataset") if spec.dataset else "",
         validation_dataset_id=dataset_id(validation, "spec.validation_dataset") if validation else "",
         validation_fraction=spec.validation_fraction if spec.HasField("validation_fraction") else None,
         adapter_id=spec.adapter_id,

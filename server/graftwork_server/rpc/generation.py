@@ -21,6 +21,7 @@ from graftwork_server.errors import FailedPrecondition, Internal, InvalidArgumen
 from graftwork_server.hub.leases import Leases
 from graftwork_server.hub.resolver import Resolved, Resolver
 from graftwork_server.isolated_text import IsolatedTexts
+from graftwork_server.logs import note, note_first_token
 from graftwork_server.messages import Pool, Sampling, SequenceOutput, TokenLogprobs
 from graftwork_server.rpc import pooled
 from graftwork_server.rpc.chat import chat_ids
@@ -33,6 +34,7 @@ from graftwork_server.rpc.limits import (
     check_scheduling,
     context_limit,
     invalid,
+    off_loop_if_large,
 )
 from graftwork_server.rpc.samples import Samples, samplings_of
 from graftwork_server.rpc.sampling import SampleCounts, prompt_logprobs_of, sample_counts, sampling_of
@@ -45,11 +47,13 @@ Context = grpc.aio.ServicerContext
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What a sequence continues. field: where the request has it. echo: its text, for those who want it back."""
+    """What a sequence continues. field: where the request has it. echo: its text, for those who want it back.
+    joined: the sequence's text goes on in it, and is no message of its own."""
 
     ids: list[int]
     field: str
     echo: str = ""
+    joined: bool = True
 
 
 class GenerationService(GenerationServiceServicer):
@@ -93,7 +97,8 @@ class GenerationService(GenerationServiceServicer):
                     what = "has nothing to repeat in Chat but a message that is continued; set continue_final_message"
                     raise invalid([Violation("sampling.echo", what)])
                 ids = await chat_ids(request, _needed(text), self._texts)
-                prompt = _Prompt(ids, "messages", request.messages[-1].content)
+                last = request.messages[-1].content
+                prompt = _Prompt(ids, "messages", last, joined=request.continue_final_message)
                 await self._stream(resolved, text, prompt, request, pb.ChatResponse, context)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
@@ -107,6 +112,7 @@ class GenerationService(GenerationServiceServicer):
                 check_prompt_logprobs(request.top_logprobs, "top_logprobs", len(prompt_ids), wrong)
                 wrong.raise_if_any()
                 check_prompt(prompt_ids, field, self._engine.model, room_for=0)
+                note(prompt_tokens=len(prompt_ids))
                 entries = await self._prompt_logprobs(resolved, prompt_ids, request.top_logprobs)
             return pb.ScoreResponse(
                 tokens=[_logprob(entry, text) for entry in entries],
@@ -144,16 +150,20 @@ class GenerationService(GenerationServiceServicer):
                 ids = await chat_ids(request, tokenizer, self._texts)
             else:
                 ids = await self._text_ids(request.text, tokenizer)
-            return pb.TokenizeResponse(
-                token_ids=ids,
-                tokens=[tokenizer.token_text(id) for id in ids],
-                context_tokens=context_limit(self._engine.model),
+            return await off_loop_if_large(
+                len(ids),
+                lambda: pb.TokenizeResponse(
+                    token_ids=ids,
+                    tokens=[tokenizer.token_text(id) for id in ids],
+                    context_tokens=context_limit(self._engine.model),
+                ),
             )
 
     @asynccontextmanager
     async def _held(self, model: str) -> AsyncIterator[tuple[Resolved, TextProcessor | None]]:
         """Who answers, kept from being removed while the block runs, and whose tokens it speaks."""
         resolved = await self._resolver.resolve(model)
+        note(model=resolved.model, version=resolved.version)
         async with self._leases.hold(resolved):
             yield resolved, await text_of(self._texts, resolved)
 
@@ -190,9 +200,9 @@ class GenerationService(GenerationServiceServicer):
         counts = sample_counts(parameters, self._admission.limit, wrong)
         top = prompt_logprobs_of(parameters, len(prompt.ids), wrong)
         sampling = await self._sampling(parameters, len(prompt.ids), text, wrong)
-        own_end = text.eos_token_id if text and text is not self._texts.base else None
-        if own_end is not None and own_end not in self._engine.model.eos_token_ids and not sampling.ignore_eos:
-            sampling = msgspec.structs.replace(sampling, stop_token_ids=[*sampling.stop_token_ids, own_end])
+        ends = self._ends_beside_the_base(resolved, text)
+        if ends and not sampling.ignore_eos:
+            sampling = msgspec.structs.replace(sampling, stop_token_ids=[*sampling.stop_token_ids, *ends])
         if parameters.stop or parameters.echo:
             _needed(text)
 
@@ -206,13 +216,14 @@ class GenerationService(GenerationServiceServicer):
                 priority=request.priority,
             )
 
+        before = prompt.ids if prompt.joined else ()
         completions = [
             Completion(
                 response_type,
                 resolved,
                 sampling,
                 partial(_logprob, text=text),
-                IncrementalDetokenizer(text, parameters.stop) if text else None,
+                IncrementalDetokenizer(text, parameters.stop, before=before) if text else None,
                 index=index,
                 echo=prompt.echo if parameters.echo else "",
                 has_stops=bool(parameters.stop),
@@ -225,7 +236,10 @@ class GenerationService(GenerationServiceServicer):
             sampling = msgspec.structs.replace(sampling, logprobs=0)
         with self._admission.admit(counts.sampled - 1):
             async with Samples(start, samplings_of(sampling, counts.sampled)) as samples:
-                await _write(samples, completions, counts, len(prompt.ids), context)
+                try:
+                    await _write(samples, completions, counts, len(prompt.ids), context)
+                finally:
+                    note(completion_tokens=sum(completion.tokens for completion in completions))
 
     async def _sampling(
         self, parameters: pb.SamplingParameters, prompt_tokens: int, text: TextProcessor | None, wrong: Wrong
@@ -236,6 +250,14 @@ class GenerationService(GenerationServiceServicer):
         if text is None or not parameters.bad_words:  # the only ones that need tokens of a text
             return made(text)
         return await self._texts.run(text, 0, made, "sampling.bad_words")
+
+    def _ends_beside_the_base(self, resolved: Resolved, text: TextProcessor | None) -> list[int]:
+        """Tokens that end the texts of who answers: those of its version, and its own tokenizer's, which versions that
+        are older than the list of theirs do not name."""
+        ends = set(resolved.adapter.end_token_ids if resolved.adapter else ())
+        if text is not None and text is not self._texts.base and text.eos_token_id is not None:
+            ends.add(text.eos_token_id)
+        return sorted(ends - set(self._engine.model.eos_token_ids))
 
     async def _prompt_logprobs(self, resolved: Resolved, prompt_ids: list[int], top: int) -> list[TokenLogprobs]:
         entries: list[TokenLogprobs] = []
@@ -257,7 +279,9 @@ async def _write(
     ranking = BestOf() if counts.scored else None
     prompt_logprobs: list[pb.TokenLogprob] = []
     usage = pb.Usage(prompt_tokens=prompt_tokens)
+    note(prompt_tokens=prompt_tokens)
     async for index, output in samples:
+        note_first_token()
         completion = completions[index]
         if index == 0:
             usage.cached_tokens += output.cached_tokens

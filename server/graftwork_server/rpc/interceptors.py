@@ -9,7 +9,6 @@ import inspect
 import logging
 import re
 import secrets
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from graftwork_server.errors import GraftworkServerError, Internal, InvalidArgument, Unavailable
+from graftwork_server.logs import begin_call, log_event
 from graftwork_server.logs import client as current_client
 from graftwork_server.logs import request_id as current_request_id
 
@@ -31,6 +31,8 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 DETAILS_BYTES = 5_000
 """gRPC clients refuse trailers over 8 KiB by default, so the details, in base64, and the message stay below that."""
 MESSAGE_CHARACTERS = 600
+VIOLATION_BYTES = 100
+LONGEST_REASON_BYTES = 1_000
 READ_THE_REST_SECONDS = 0.5
 
 Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
@@ -107,7 +109,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             token = current_request_id.set(request_id)
             current_client.set(_host(context.peer()))
-            begun, outcome = time.monotonic(), "OK"
+            facts, outcome = begin_call(), "OK"
             trailing = ((REQUEST_ID_KEY, request_id),)
             entered = False
             try:
@@ -129,7 +131,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if entered:
                     self._drain.leave()
                 if is_ours:
-                    access_log.info("%s %s %.1f ms", method, outcome, (time.monotonic() - begun) * 1000)
+                    log_event(
+                        access_log,
+                        f"{method} {outcome}",
+                        said={"method": method, "outcome": outcome},
+                        total_ms=facts.milliseconds,
+                        **facts.fields,
+                    )
                 current_request_id.reset(token)
 
         return call
@@ -262,14 +270,18 @@ def to_status(error: GraftworkServerError) -> status_pb2.Status:
 
 
 def _bad_request(error: GraftworkServerError, budget: int) -> error_details_pb2.BadRequest:
-    """Every violation, each cut to its share of what the trailers have room for."""
-    share = max(budget // len(error.violations), 24)
+    """Violations as long as the trailers have room for them, each whole; then how many there are beside them."""
     details = error_details_pb2.BadRequest()
-    for violation in error.violations[: max(budget // 24, 1)]:
-        field = _cut(violation.field, share // 2)
-        details.field_violations.add(
-            field=field, description=_cut(violation.description, max(share - len(field.encode()) - 8, 8))
-        )
+    budget -= VIOLATION_BYTES  # for the last one, which counts the others
+    for index, violation in enumerate(error.violations):
+        field, description = _cut(violation.field, VIOLATION_BYTES), _cut(violation.description, LONGEST_REASON_BYTES)
+        size = len(field.encode()) + len(description.encode()) + 16
+        if size > budget:
+            left = len(error.violations) - index
+            details.field_violations.add(field="more", description=f"{left} more, which an answer has no room for")
+            break
+        details.field_violations.add(field=field, description=description)
+        budget -= size
     return details
 
 

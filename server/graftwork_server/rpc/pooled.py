@@ -72,7 +72,7 @@ async def rows_of(
     rows = made(text) if text is None or not size else await texts.run(text, size, made, "inputs")
     for index, row in enumerate(rows):
         check_prompt(row.ids, f"inputs[{index}].{inputs[index].WhichOneof('input')}", model, room_for=0)
-    total = _tokens(rows)
+    total = token_count(rows)
     if total > MAX_INPUT_TOKENS:
         raise invalid([Violation("inputs", f"has {total} tokens in all; at most {MAX_INPUT_TOKENS} are accepted")])
     return rows
@@ -126,7 +126,7 @@ def embed_pool(request: pb.EmbedRequest, model: ModelInfo) -> Pool:
     )
 
 
-def _tokens(rows: Sequence[Row]) -> int:
+def token_count(rows: Sequence[Row]) -> int:
     return sum(len(row.ids) for row in rows)
 
 
@@ -173,7 +173,7 @@ async def classify_response(answers: Sequence[Pooled], rows: Sequence[Row], reso
         lambda: pb.ClassifyResponse(
             results=[_classification(_floats(a), head, len(r.ids)) for a, r in zip(answers, rows, strict=True)],
             problem_type=_PROBLEM_TYPES[head.problem_type],
-            usage=pb.Usage(prompt_tokens=_tokens(rows)),
+            usage=pb.Usage(prompt_tokens=token_count(rows)),
             model=resolved.model,
             version=resolved.version,
         ),
@@ -192,7 +192,7 @@ async def embed_response(
                 for answer, row in zip(answers, rows, strict=True)
             ],
             pooling=_POOLING_VALUES.get(pool.pooling, pb.POOLING_SEVERAL),
-            usage=pb.Usage(prompt_tokens=_tokens(rows)),
+            usage=pb.Usage(prompt_tokens=token_count(rows)),
             model=resolved.model,
             version=resolved.version,
         ),

@@ -13,7 +13,7 @@ from graftwork_server.helper import CheckDataset, HelperStopped, Value
 from graftwork_server.helper_pool import HelperPool
 from graftwork_server.isolated_text import stopped_error
 from graftwork_server.logs import client
-from graftwork_server.tuning.data import DatasetReport
+from graftwork_server.tuning.data import FIRST_ERRORS, DatasetReport
 
 SECONDS = 60.0
 """Longest time of a check, and a second more for every BYTES_PER_SECOND."""
@@ -45,6 +45,7 @@ class DatasetChecker:
                 seconds=seconds,
                 at_once=self._pool.count,
                 slow=slow,
+                blame=False,
                 ends_with_caller=True,
             )
         except HelperStopped as stopped:
@@ -54,18 +55,29 @@ class DatasetChecker:
         return msgspec.convert(answer.value, DatasetReport)
 
 
-def refuse_bad_lines(report: DatasetReport) -> None:
-    """Raises InvalidArgument with one violation per bad line, up to 100, and the number of all."""
+def refuse_bad_lines(report: DatasetReport, dataset: str = "the data set", field: str = "") -> None:
+    """Raises InvalidArgument with the first ten bad lines as violations, then those after them by kind.
+
+    `dataset` names it in the message, `field` is the request's, before each line.
+    """
     if report.valid:
         return
-    violations = [Violation(error.place or "data", error.reason) for error in report.errors]
-    first = violations[0]
-    lines = "1 line" if report.error_count == 1 else f"{report.error_count} lines"
+    prefix = f"{field}: " if field else ""
+    violations = [
+        Violation(prefix + error.place if error.place else field or "data", error.reason)
+        for error in report.errors[:FIRST_ERRORS]
+    ]
+    violations += [
+        Violation(f"{prefix}{kind.count:,} more, the first in line {kind.first_line}", kind.reason)
+        for kind in report.more_errors
+    ]
+    first = report.errors[0]
+    place = f"{first.place}: " if first.place else ""
+    problems = "" if report.error_count == 1 else f"{report.error_count} problems; the first: "
+    no_loss = report.error_count == 1 and report.total_tokens > 0 and report.loss_tokens == 0
     raise InvalidArgument(
-        f"the data set cannot be used: {first.description}"
-        if first.field == "data"
-        else f"{lines} of the data set cannot be used; {first.field}: {first.description}",
-        reason="DATASET_INVALID",
+        f"{dataset} cannot be trained on: {problems}{place}{first.reason}",
+        reason="DATASET_NO_LOSS" if no_loss else "DATASET_INVALID",
         violations=violations,
         metadata={"error_count": str(report.error_count)},
     )

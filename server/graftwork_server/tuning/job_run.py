@@ -30,6 +30,7 @@ from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import JobHappening, JobRecord, NewVersion, Publication, StateChanged
 from graftwork_server.hub.safetensors_check import check_safetensors
 from graftwork_server.hub.store import StoredArtifact, artifact_files, digest_of, write_manifest
+from graftwork_server.logs import log_event
 from graftwork_server.messages import Failed, Finished, JobSpec, Note, PreparedJob, Progress, TunerEvent
 from graftwork_server.types import AdapterRef, ArtifactInfo, JobState, LoadReport, StrategyInfo, TuningResult
 
@@ -40,7 +41,7 @@ LINGER_SECONDS = 0.1
 MAX_BATCH = 1000
 MAX_RETRY_SECONDS = 60.0
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("graftwork.tuning")
 T = TypeVar("T")
 
 
@@ -164,10 +165,13 @@ class JobRun:
                 await self._train_and_publish()
         except _CancelledByUser:
             await self._end([StateChanged(state=JobState.CANCELLED)])
+            log_event(_log, "job cancelled", job=self._job.job_id)
         except Exception as error:
             if not isinstance(error, GraftworkServerError):
                 _log.exception("job %s ended by a defect", self._job.job_id)
-            await self._end_failed(body_of(error))
+            body = body_of(error)
+            log_event(_log, "job failed", logging.ERROR, job=self._job.job_id, reason=body.reason, error=body.message)
+            await self._end_failed(body)
         else:
             await self._in_thread(lambda: self._hub.store.discard(self._folder))
 
@@ -187,6 +191,9 @@ class JobRun:
         engine_number = self._around.status.lost
         first = self._job.state is JobState.PENDING
         await self._record([StateChanged(state=JobState.RUNNING) if first else Note(text="resumed")])
+        log_event(
+            _log, "job started" if first else "job resumed", job=self._job.job_id, adapter=self._job.spec.adapter_id
+        )
         spec = await self._in_thread(self._prepare_folder)
         try:
             await self._engine.start_job(spec)
@@ -315,6 +322,7 @@ class JobRun:
                 parameter_count=parameter_count,
                 rank=rank,
                 created_by="tuning",
+                end_token_ids=result.end_token_ids,
             )
             digest = digest_of(self._artifact)
         publication = Publication(digest=digest, parameter_count=parameter_count, rank=rank, result=result)
@@ -358,9 +366,19 @@ class JobRun:
             parameter_count=publication.parameter_count,
             rank=publication.rank,
             tuning_job=self._job.job_id,
+            end_token_ids=publication.result.end_token_ids,
         )
         failpoints.reach("publish.before_commit")
-        self._hub.jobs.publish(self._job.job_id, version, publication.result, notes)
+        _, published = self._hub.jobs.publish(self._job.job_id, version, publication.result, notes)
+        result = publication.result
+        log_event(
+            _log,
+            "job published",
+            job=self._job.job_id,
+            adapter=published.name,
+            train_ms=result.train_ms,
+            final_loss=round(result.final_loss, 4),
+        )
         failpoints.reach("publish.after_commit")
 
     # ------------------------------------------------------------------------------------------ its end

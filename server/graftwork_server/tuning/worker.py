@@ -37,10 +37,10 @@ from graftwork_server.messages import (
 )
 from graftwork_server.plugin_host import PluginHost, guard, is_out_of_memory, parse_config
 from graftwork_server.text import TextProcessor
-from graftwork_server.tuning.data import how_to_fit, read_lines, tokenize_rows
-from graftwork_server.tuning.data.rows import loss_tokens
+from graftwork_server.tuning.data import how_to_fit, no_end, read_lines, tokenize_rows
+from graftwork_server.tuning.data.rows import learned_ends, loss_tokens
 from graftwork_server.tuning.files import write_artifact, write_json
-from graftwork_server.tuning.memory import PeakMemory
+from graftwork_server.tuning.memory import peak_memory
 from graftwork_server.tuning.schedule import split_rows
 from graftwork_server.types import TuningResult
 
@@ -91,10 +91,9 @@ def _run_job(command: StartTuning, send: Callable[[TunerEvent], None]) -> Tuning
     if artifact_dir.is_dir() and result_file.is_file():
         send(Note(text="the job had ended before; its artifact is whole"))
         return msgspec.json.decode(result_file.read_bytes(), type=TuningResult)
-    peak = PeakMemory(command.model.device.partition(":")[0])
     strategy = PluginHost().strategy(job.strategy)
     config = parse_config(strategy, job.config)
-    rows = _read_rows(command, config, send)
+    rows, ends = _read_rows(command, config, send)
     # torch comes only now: importing it takes seconds, and what is wrong with a job is known before.
     from graftwork_server.tuning.loop import train
 
@@ -107,12 +106,13 @@ def _run_job(command: StartTuning, send: Callable[[TunerEvent], None]) -> Tuning
     artifact_bytes = write_artifact(saved, artifact_dir)
     result = TuningResult(
         trained_parameters=sum(parameter.numel() for parameter in run.trainable.parameters.values()),
-        peak_memory_bytes=peak.bytes(),
+        peak_memory_bytes=peak_memory(command.model.device.partition(":")[0]),
         artifact_bytes=artifact_bytes,
         train_ms=state.train_ms,
         final_loss=sum(state.recent_losses) / len(state.recent_losses),
         validation_loss=state.validation_loss,
         published_step=state.published_step,
+        end_token_ids=ends,
     )
     write_json(result_file, msgspec.to_builtins(result))
     return result
@@ -160,8 +160,8 @@ def _prepared(
 
 def _read_rows(
     command: StartTuning, config: TrainingConfig, send: Callable[[TunerEvent], None]
-) -> tuple[list[TrainingRow], list[TrainingRow]]:
-    """Rows to train on and rows held out, tokenised; rows without loss are left out."""
+) -> tuple[tuple[list[TrainingRow], list[TrainingRow]], list[int]]:
+    """Rows to train on and rows held out, tokenised, and the tokens that end those; rows without loss are left out."""
     model, job = command.model, command.job
     if model.tokenizer_dir is None:
         raise FailedPrecondition(
@@ -183,7 +183,10 @@ def _read_rows(
         )
     if len(learnable) < len(rows):
         send(Note(text=f"{len(rows) - len(learnable)} rows carry no loss within {longest} tokens and are left out"))
-    return learnable, [row for row in held_out if loss_tokens(row)]
+    ends = sorted(frozenset[int]().union(*(learned_ends(row, text) for row in learnable)))
+    if not ends:
+        send(Note(text=no_end(text)))
+    return (learnable, [row for row in held_out if loss_tokens(row)]), ends
 
 
 def _tokenized(path: Path, text: TextProcessor, longest: int) -> Iterator[TrainingRow]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import IA3Config, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tests import toys
+from tests.bounds import assert_near
 from tests.server.engine.harness import CPU, Harness
 from tests.server.engine.test_heads import load
 from tests.server.engine.test_peft_features import load as load_any
@@ -98,7 +99,7 @@ def test_embeddings_and_classifiers_equal_peft(
     ):
         harness.pool(1000 + request_id, rows[2], ref, **pool)
         harness.run()
-        torch.testing.assert_close(harness.values(1000 + request_id), before[request_id], atol=1e-5, rtol=0)
+        assert_near(harness.values(1000 + request_id), before[request_id])
 
 
 def test_a_classifier_as_the_base_has_labels_of_its_own(architecture: str, tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_every_feature_equals_peft_mixed_alone_and_reloaded(
         harness.engine.adapters.unload(name)
         harness.pool(numbers[name][0], rows[0], load(harness, path, name), kind="classify")
         harness.run()
-        torch.testing.assert_close(harness.values(numbers[name][0]), mixed[0], atol=1e-5, rtol=0, msg=name)
+        assert_near(harness.values(numbers[name][0]), mixed[0], what=name)
         harness.engine.adapters.unload(name)
 
 

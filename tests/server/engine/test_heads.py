@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tests import toys
+from tests.bounds import assert_near
 from tests.server.engine.harness import Harness, Reference, assert_greedy_matches, deltas_of
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -94,7 +95,7 @@ def test_classifiers_equal_peft_mixed_with_generation(
     ref_three = load(harness, three)
     harness.pool(100, prompts[4], ref_three, kind="classify")
     harness.run()
-    torch.testing.assert_close(harness.values(100), before, atol=1e-5, rtol=0)  # alone, and loaded again
+    assert_near(harness.values(100), before)  # alone, and loaded again
 
 
 @pytest.mark.parametrize("pooling", ["last", "cls", "mean", "cls+max+mean_sqrt_len+weightedmean+last"])
@@ -120,7 +121,7 @@ def test_embeddings_equal_transformers(
             expected = toys.pooled(states, pooling)
             torch.testing.assert_close(harness.values(offset + index), expected, atol=1e-4, rtol=0)
     cut = torch.nn.functional.normalize(harness.values(210)[:7], dim=0)
-    torch.testing.assert_close(harness.values(230), cut, atol=1e-6, rtol=0)
+    assert_near(harness.values(230), cut)
 
 
 OF_TRUNK: dict[str, dict[str, Any]] = {

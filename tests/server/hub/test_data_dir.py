@@ -179,13 +179,13 @@ def test_a_newer_mark_is_refused(tmp_path: Path) -> None:
 def test_a_directory_of_an_older_server_is_recognised_and_tightened(tmp_path: Path) -> None:
     hub = Hub(tmp_path)
     hub.store.dataset_path(f"ds-{MANY * 2}").write_text("")
-    hub.registry.add_dataset(f"ds-{MANY * 2}", display_name="", format=DatasetFormat.TEXT, row_count=1, size_bytes=0)
+    hub.datasets.add(f"ds-{MANY * 2}", display_name="", format=DatasetFormat.TEXT, row_count=1, size_bytes=0)
     hub.close()
     (tmp_path / MARK).unlink()
     for path in [tmp_path, *tmp_path.rglob("*")]:
         path.chmod(0o777 if path.is_dir() else 0o666)
     older = Hub(tmp_path)
-    assert older.registry.dataset_ids() == {f"ds-{MANY * 2}"}
+    assert older.datasets.ids() == {f"ds-{MANY * 2}"}
     for path in [tmp_path, *tmp_path.rglob("*")]:
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
     assert (tmp_path / "registry.db-wal").exists()

@@ -336,12 +336,12 @@ def test_publishing_races_with_deleting_equal_content(hub: Hub) -> None:
 
 def test_datasets_are_registered_once(hub: Hub) -> None:
     for name in ("first.jsonl", "second.jsonl"):
-        row = hub.registry.add_dataset("ds-1", display_name=name, format=DatasetFormat.CHAT, row_count=3, size_bytes=4)
+        row = hub.datasets.add("ds-1", display_name=name, format=DatasetFormat.CHAT, row_count=3, size_bytes=4)
         assert row.display_name == "first.jsonl"
-    assert hub.registry.get_dataset("ds-1") == row
-    assert hub.registry.dataset_ids() == {"ds-1"}
+    assert hub.datasets.get("ds-1") == row
+    assert hub.datasets.ids() == {"ds-1"}
     with pytest.raises(NotFound):
-        hub.registry.get_dataset("ds-2")
+        hub.datasets.get("ds-2")
 
 
 # ------------------------------------------------------------------------------------------- schema

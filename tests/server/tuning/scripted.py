@@ -179,7 +179,7 @@ def add_dataset(hub: Hub, rows: list[dict[str, Any]]) -> str:
         upload.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         dataset_id = upload.finish()
         upload.store()
-    hub.registry.add_dataset(
+    hub.datasets.add(
         dataset_id,
         display_name="rows.jsonl",
         format=DatasetFormat.PROMPT_COMPLETION,

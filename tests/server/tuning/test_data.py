@@ -150,6 +150,70 @@ def test_a_hundred_errors_are_listed_and_all_are_counted() -> None:
     assert (len(report.errors), report.error_count, report.row_count) == (100, 250, 0)
 
 
+def test_what_comes_after_the_first_ten_is_counted_by_kind() -> None:
+    lines = [b"x\n"] * 12 + [b'{"text": ""}\n'] * 5 + [b'{"text": %d}\n' % n for n in range(7)]
+    report = check_dataset(lines, None, 0)
+    assert report.error_count == 24
+    assert [(kind.count, kind.first_line) for kind in report.more_errors] == [(7, 18), (5, 13), (2, 11)]
+    assert report.more_errors[0].reason == '"text" must be text, not a number'
+    assert sum(kind.count for kind in report.more_errors) == report.error_count - 10
+    many = [b'{"text": "a", "text": "b"}\n'] * 10 + [b'{"text": "a"}%s\n' % (b"x" * n) for n in range(1, 30)]
+    assert sum(kind.count for kind in check_dataset(many, None, 0).more_errors) == 29
+
+
+def test_a_field_too_many_is_one_error() -> None:
+    rows = [PAIR | {"id": n} for n in range(1000)] + [PAIR | {"source": "x"}, PAIR]
+    report = check_dataset(jsonl(rows), None, 0)
+    (error,) = report.errors
+    assert (error.line, report.error_count, report.row_count, report.valid) == (1, 1, 1, False)
+    assert error.reason.startswith('unknown field "id" (1,000 rows, from line 1 on), "source" (line 1001); a PROMPT_')
+    assert error.reason.endswith("leave the others out")
+    message = {"role": "assistant", "content": "x", "weight": 1}
+    report = check_dataset(jsonl([{"messages": [message, message]}] * 20), None, 0)
+    assert [error.reason[:58] for error in report.errors] == [
+        'unknown field "weight" of messages (20 rows, from line 1 o'
+    ]
+
+
+def test_a_field_too_many_leaves_ten_problems_to_be_shown() -> None:
+    report = check_dataset([*jsonl([PAIR | {"id": 1}]), *[b"x\n"] * 30], None, 0)
+    assert report.error_count == 31
+    assert "unknown field" in report.errors[0].reason
+    assert [(kind.count, kind.first_line) for kind in report.more_errors] == [(21, 11)]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b'[{"prompt": "a", "completion": "b"},\n{"prompt": "a", "completion": "b"}]\n', "is a JSON array; "),
+        (b'[\n{"prompt": "a", "completion": "b"}\n]\n', "jq -c '.[]' FILE.json > FILE.jsonl"),
+        (b'{\n"prompt": "a",\n"completion": "b"\n}\n', "goes over several lines"),
+        (b"prompt,completion\na,b\n", "looks like CSV with the columns prompt, completion; "),
+        (b"\xef\xbb\xbfprompt;completion\r\na;b\r\n", "looks like CSV"),
+        (b'"prompt"\t"completion"\n"a"\t"b"\n', "csv.DictReader"),
+        (b"PAR1\x15\x04", "is a Parquet file; "),
+        (b"\x1f\x8b\x08\n\n", "compressed with gzip"),
+        (b"PK\x03\x04\n", "a zip archive or a spreadsheet"),
+    ],
+)
+def test_files_of_other_kinds_are_one_problem_that_says_what_to_do(data: bytes, words: str) -> None:
+    report = check_dataset(read_lines(io.BytesIO(data)), None, 0)
+    (error,) = report.errors
+    assert (error.line, report.error_count, report.valid) == (0, 1, False)
+    assert words in error.reason
+    assert "JSON Lines" in error.reason
+
+
+def test_content_may_be_a_list_of_text_parts(text: TextProcessor) -> None:
+    parts = [{"type": "text", "text": "y"}, {"type": "text", "text": "o"}]
+    messages = [CHAT["messages"][0], {"role": "assistant", "content": parts}]
+    assert list(tokenize_rows(jsonl([{"messages": messages}]), text, 0)) == list(tokenize_rows(jsonl([CHAT]), text, 0))
+    for wrong in ({"type": "image_url", "image_url": "x"}, "yo", {"type": "text"}, {"type": "text", "text": 1}):
+        report = check_dataset(jsonl([{"messages": [{"role": "assistant", "content": [wrong]}]}]), text, 0)
+        assert report.error_count == 1, report
+        assert "message 1: " in report.errors[0].reason
+
+
 def test_long_lines_are_refused_in_bounded_memory() -> None:
     good = json.dumps(TEXT).encode()
     file = io.BytesIO(good + b"\n" + b"x" * (3 * MAX_LINE_BYTES) + b"\n" + good + b"\n" + b"y" * (2 * MAX_LINE_BYTES))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.bounds import FORWARD_TERMS, assert_near, rounding
 
 from graftwork_plugins import IGNORED_LABEL, TrainingConfig, TrainingRow
 from graftwork_plugins.builtin.lora import Lora, LoraConfig
@@ -88,11 +89,12 @@ def test_packing_and_accumulation_change_nothing(tmp_path: Path, micro_batch_tok
     wanted = gradients(run)
     run.trainable.model.zero_grad()
     loss = loop._accumulate_gradients(run, uneven_rows())
-    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    assert loss == pytest.approx(expected.item(), abs=rounding(expected, FORWARD_TERMS))
     got = gradients(run)
     assert got.keys() == wanted.keys()
     for name in wanted:
-        assert torch.allclose(got[name], wanted[name], atol=1e-5, rtol=1e-4), name
+        # There and back, through tokens that were summed in another order.
+        assert_near(got[name], wanted[name], 2 * FORWARD_TERMS, name)
 
 
 def test_held_out_loss_is_per_token_and_without_dropout(tmp_path: Path) -> None:
@@ -102,7 +104,8 @@ def test_held_out_loss_is_per_token_and_without_dropout(tmp_path: Path) -> None:
     measured = evaluate(run)
     assert {name: module.training for name, module in run.trainable.model.named_modules()} == training
     run.trainable.model.eval()
-    assert measured == pytest.approx(reference_loss(run, uneven_rows()).item(), abs=1e-5)
+    expected = reference_loss(run, uneven_rows())
+    assert measured == pytest.approx(expected.item(), abs=rounding(expected, FORWARD_TERMS))
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
@@ -110,7 +113,8 @@ def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
     loop._accumulate_gradients(run, uneven_rows())
     parameters = list(run.trainable.parameters.values())
     norm = loop._clip_gradients(parameters, 0)
-    assert loop._clip_gradients(parameters, norm / 4) == pytest.approx(norm)
+    bound = rounding(norm, sum(parameter.numel() for parameter in parameters))
+    assert loop._clip_gradients(parameters, norm / 4) == pytest.approx(norm, abs=bound)
     assert loop._clip_gradients(parameters, 0) == pytest.approx(norm / 4, rel=1e-3)
 
 

@@ -10,12 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from graftwork.cli import output
+from graftwork.cli.confirm import Yes, confirm
 from graftwork.cli.options import Address, AsJson, JobId, subgroup
 from graftwork.cli.progress import follow, upload_bar
 from graftwork.cli.session import session
 from graftwork.client import Client
 from graftwork.jobs import TuningJob
 from graftwork.types import Dataset, TuningEstimate, TuningJobInfo
+from graftwork.uploads import DatasetSource
 
 app = subgroup("Tuning jobs: a data set becomes a new version of an adapter.")
 
@@ -50,6 +52,16 @@ def create(
     """Upload data and start a job. With --follow and --json: one event per line, the job on the last."""
     config = _config(settings or [])
     with session(ctx, address, as_json) as client:
+        for file in (data, validation):
+            if file is not None:
+                DatasetSource(file)  # raises where it cannot be read, before anything is sent
+        client.tuning.check(
+            strategy=strategy,
+            adapter=adapter,
+            config=config,
+            validation_fraction=validation_fraction,
+            new_version=new_version,
+        )
         dataset = _upload(client, data, as_json)
         held_out = _upload(client, validation, as_json) if validation is not None else None
         job = client.tuning.create(
@@ -132,6 +144,18 @@ def cancel(ctx: typer.Context, job: JobId, as_json: AsJson = False, address: Add
             print(f"job {handle.id} {handle.state}")
 
 
+@app.command()
+def delete(ctx: typer.Context, job: JobId, yes: Yes = False, as_json: AsJson = False, address: Address = None) -> None:
+    """Delete a job that has ended, with its events. The version that it published stays. Asks first on a terminal."""
+    with session(ctx, address, as_json) as client:
+        confirm(f"delete job {job} and its events?", yes)
+        client.tuning.delete(job)
+        if as_json:
+            output.emit({"job_id": job})
+        else:
+            print(f"deleted {job}")
+
+
 def _config(settings: list[str]) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for setting in settings:
@@ -143,6 +167,9 @@ def _config(settings: list[str]) -> dict[str, Any]:
         try:
             config[key] = json.loads(value)
         except ValueError:
+            if value.startswith(("[", "{")):
+                hint = f"""quote it for the shell, such as --set {key}='["a", "b"]'"""
+                raise typer.BadParameter(f"--set {setting}: the value is no JSON; {hint}") from None
             config[key] = value
     return config
 

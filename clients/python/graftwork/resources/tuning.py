@@ -58,6 +58,31 @@ class Tuning:
         )
         return TuningJob(self._transport, self._transport.unary(call, timeout))
 
+    def check(
+        self,
+        *,
+        strategy: str,
+        adapter: str,
+        config: Mapping[str, Any] | None = None,
+        validation_fraction: float | None = None,
+        new_version: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """Checks what create would refuse whatever the data: strategy, settings, adapter. Creates nothing.
+
+        To be asked before a large data set is uploaded. Arguments and errors are those of create.
+        """
+        call = tuning_requests.create_job(
+            strategy=strategy,
+            dataset=None,
+            adapter=adapter,
+            config=config,
+            validation_fraction=validation_fraction,
+            new_version=new_version,
+            validate_only=True,
+        )
+        self._transport.unary(call, timeout)
+
     def get(self, job: str, *, timeout: float | None = None) -> TuningJob:
         """Returns the handle of a job, by id. Raises NotFoundError."""
         return TuningJob(self._transport, self._transport.unary(tuning_requests.get_job(job), timeout))
@@ -66,6 +91,13 @@ class Tuning:
         """Yields the handles of all jobs, newest first, fetching page after page. page_size: 0: the server's."""
         infos = pages(self._transport, lambda token: tuning_requests.list_jobs(page_size, token), timeout)
         return (TuningJob(self._transport, info) for info in infos)
+
+    def delete(self, job: str, *, timeout: float | None = None) -> None:
+        """Deletes a job that has ended, by id; the version that it published stays. Never sent twice.
+
+        Raises NotFoundError, FailedPreconditionError for a job that has not ended.
+        """
+        self._transport.unary(tuning_requests.delete_job(job), timeout)
 
 
 class AsyncTuning:
@@ -102,6 +134,28 @@ class AsyncTuning:
         )
         return AsyncTuningJob(self._transport, await self._transport.unary(call, timeout))
 
+    async def check(
+        self,
+        *,
+        strategy: str,
+        adapter: str,
+        config: Mapping[str, Any] | None = None,
+        validation_fraction: float | None = None,
+        new_version: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """As Tuning.check."""
+        call = tuning_requests.create_job(
+            strategy=strategy,
+            dataset=None,
+            adapter=adapter,
+            config=config,
+            validation_fraction=validation_fraction,
+            new_version=new_version,
+            validate_only=True,
+        )
+        await self._transport.unary(call, timeout)
+
     async def get(self, job: str, *, timeout: float | None = None) -> AsyncTuningJob:
         """As Tuning.get."""
         return AsyncTuningJob(self._transport, await self._transport.unary(tuning_requests.get_job(job), timeout))
@@ -110,3 +164,7 @@ class AsyncTuning:
         """As Tuning.list, for async for."""
         infos = async_pages(self._transport, lambda token: tuning_requests.list_jobs(page_size, token), timeout)
         return (AsyncTuningJob(self._transport, info) async for info in infos)
+
+    async def delete(self, job: str, *, timeout: float | None = None) -> None:
+        """As Tuning.delete."""
+        await self._transport.unary(tuning_requests.delete_job(job), timeout)
