@@ -139,6 +139,8 @@ class Inspect(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     call_id: int
     path: str
     strategy: str | None = None
+    content: str = ""
+    """The front's name for what the files hold, wherever they are; the engine does not read it."""
 
 
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True):

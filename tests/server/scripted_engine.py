@@ -196,6 +196,8 @@ class ScriptedEngine:
         config = Path(message.path) / "adapter_config.json"
         if not config.exists():
             raise Refusal("FAILED_PRECONDITION", "ARTIFACT_UNKNOWN", "no strategy recognises these files")
+        if "CRASH" in config.read_text():
+            os._exit(7)
         if "REFUSE" in config.read_text():
             raise Refusal("FAILED_PRECONDITION", "UNKNOWN_TENSOR", "tensor 'x' binds nowhere")
         return m.InspectReply(

@@ -317,6 +317,65 @@ async def test_another_base_after_a_restart_is_refused(engine, options):
     assert "changed while the server ran" in error.message
 
 
+def artifact(folder: Path, text: str) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(text)
+    return str(folder)
+
+
+async def test_inputs_that_end_the_engine_do_not_end_the_server(engine, tmp_path):
+    """Ten of them in a row, each another; whoever sends one again is told, and nobody else is."""
+    for number in range(10):
+        await until(lambda: engine.ready)
+        with pytest.raises(Unavailable):
+            await engine.inspect(artifact(tmp_path / f"a{number}", "CRASH"), content=str(number))
+    await until(lambda: engine.ready)
+    assert not engine.failure.done()
+    for _ in range(2):
+        await until(lambda: engine.ready)
+        with pytest.raises(Unavailable):
+            await engine.inspect(artifact(tmp_path / "b", "CRASH"), content="b")
+    await until(lambda: engine.ready)
+    process = engine.process_id
+    with pytest.raises(FailedPrecondition) as caught:
+        await engine.inspect(artifact(tmp_path / "elsewhere", "CRASH"), content="b")
+    assert caught.value.reason == "ENGINE_DIED_BEFORE"
+    assert (await engine.inspect(artifact(tmp_path / "c", "fine"), content="c")).rank == 8
+    assert await collect(engine.generate([1], sampling(3))) == [2, 3, 4]
+    assert engine.process_id == process
+
+
+async def test_what_was_beside_it_is_not_blamed_for_it(engine, tmp_path):
+    """A stream is under way at each death, as a popular one is; an upload that was done in between is forgotten."""
+    fine = artifact(tmp_path / "fine", "fine")
+    for number in range(4):
+        await until(lambda: engine.ready)
+        stream = asyncio.create_task(collect(engine.generate([script.HANG, 1], sampling(3))))
+        await until(lambda: engine.running)
+        beside = asyncio.create_task(engine.inspect(artifact(tmp_path / f"d{number}", "CRASH"), content=str(number)))
+        after = asyncio.create_task(engine.inspect(fine, content="fine"))
+        for task in (stream, beside, after):
+            with pytest.raises(Unavailable):
+                await task
+        await until(lambda: engine.ready)
+        await engine.inspect(fine, content="fine")
+    assert not engine.failure.done()
+
+
+async def test_a_request_that_is_left_before_it_ends_the_engine_counts_too(engine):
+    for number in range(6):
+        await until(lambda: engine.ready)
+        outputs = engine.generate([script.CRASH, number], sampling())
+        task = asyncio.create_task(anext(outputs))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await outputs.aclose()
+        await until(lambda: not engine.ready)
+    await until(lambda: engine.ready)
+    assert not engine.failure.done()
+
+
 async def test_stop_lets_running_sequences_finish(options):
     client = EngineClient(options(), command=COMMAND)
     await client.start()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
 from graftwork_server.engine.engine_process import ENGINE_COMMAND, EngineProcess
 from graftwork_server.engine.output_stream import OutputStream
+from graftwork_server.engine.suspects import Suspects, suspects_among, suspects_of
 from graftwork_server.errors import (
     FailedPrecondition,
     GraftworkServerError,
@@ -67,6 +69,9 @@ FAST_FAILURE_SECONDS = 30.0
 FIRST_BACKOFF_SECONDS = 0.25
 LONGEST_BACKOFF_SECONDS = 10.0
 EXIT_SECONDS = 5.0
+LEFT_SECONDS = 10.0
+"""So long a sequence that was cancelled may still be what ends the engine: its load goes on, for one."""
+MOST_LEFT = 256
 SHOWN_DIGEST = 19
 """Characters of a digest that a log line has: "sha256:" and twelve more."""
 MAX_NAMES = 10_000
@@ -99,6 +104,11 @@ class EngineClient:
         self._next_id = 1
         self._streams: dict[int, OutputStream] = {}
         self._calls: dict[int, asyncio.Future[Result]] = {}
+        self._under_way: dict[int, Any] = {}
+        """What the engine has not answered to its end."""
+        self._left: deque[tuple[float, Generate]] = deque(maxlen=MOST_LEFT)
+        """Sequences that were cancelled of late, of which the engine says nothing more."""
+        self._suspects = Suspects()
         self.loaded: set[str] = set()
         """Digests on the device now."""
         self._names: dict[str, str] = {}
@@ -185,19 +195,22 @@ class EngineClient:
             await self._read_until_lost()
             if self._stopping:
                 return
-            streams = len(self._streams)
+            streams, suspects = len(self._streams), self._suspects_now()
             self._disconnect(_restarting())
             self._tell(lambda listener: listener.on_engine_lost())
             await self._process.reap()
             error: GraftworkServerError = Internal(f"the engine ended {self._process.end}", reason="ENGINE_DIED")
             log.error("%s; %d sequences were running", error.message, streams)
-            failures = failures + 1 if time.monotonic() - started < FAST_FAILURE_SECONDS else 1
+            is_fast = time.monotonic() - started < FAST_FAILURE_SECONDS
+            # What a client's input did says nothing of the engine, whose start proved that it can compute.
+            failures = 0 if suspects else failures + 1 if is_fast else 1
+            self._suspects.died(suspects, killed=self._process.was_killed)
             while not self.ready and not self._stopping:
                 if failures >= MAX_FAST_FAILURES:
                     text = f"gave up after {failures} failures of the engine in a row; the last: {error.message}"
                     self.failure.set_result(Internal(text, reason="ENGINE_GIVEN_UP"))
                     return
-                await asyncio.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** (failures - 1), LONGEST_BACKOFF_SECONDS))
+                await asyncio.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** max(failures - 1, 0), LONGEST_BACKOFF_SECONDS))
                 try:
                     started = time.monotonic()
                     await self._connect()
@@ -206,6 +219,14 @@ class EngineClient:
                     log.error("the engine did not start again: %s", error.message)
             log.info("the engine is back (process %s)", self.process_id)
             self._tell(lambda listener: listener.on_engine_ready())
+
+    def _suspects_now(self) -> set[str]:
+        recent = time.monotonic() - LEFT_SECONDS
+        left = [message for when, message in self._left if when > recent]
+        suspects = suspects_among([*self._under_way.values(), *left], self.loaded)
+        self._under_way.clear()
+        self._left.clear()
+        return suspects
 
     def _disconnect(self, error: GraftworkServerError) -> None:
         """Ends every stream and call with `error`."""
@@ -252,10 +273,13 @@ class EngineClient:
         match message:
             case StepOutputs():
                 for output in message.outputs:
+                    if output.finish:
+                        self._done(output.id)
                     stream = self._streams.get(output.id)
                     if stream is not None:
                         stream.push(output)
             case Reply():
+                self._done(message.call_id)
                 call = self._calls.pop(message.call_id, None)
                 if call is not None and not call.done():
                     if message.error is not None:
@@ -287,6 +311,19 @@ class EngineClient:
         if self._writer is None:
             raise _restarting()
         self._writer.write(encode_frame(message))
+
+    def _begin(self, id: int, message: Any) -> None:
+        """Sends what is answered. Raises FailedPrecondition (ENGINE_DIED_BEFORE) for what engines died under."""
+        if self._suspects:
+            self._suspects.check(suspects_of(message, self.loaded))
+        self._send(message)
+        self._under_way[id] = message
+
+    def _done(self, id: int) -> None:
+        """The engine answered to the end, whatever it said: it lives."""
+        message = self._under_way.pop(id, None)
+        if message is not None and self._suspects:
+            self._suspects.done(suspects_of(message))
 
     def _take_id(self) -> int:
         self._next_id += 1
@@ -322,13 +359,15 @@ class EngineClient:
             priority=priority,
             pool=pool,
         )
-        self._send(message)
+        self._begin(sequence_id, message)
         stream = self._streams[sequence_id] = OutputStream()
         try:
             while not stream.ended:
                 yield await stream.next()
         finally:
             self._streams.pop(sequence_id, None)
+            if self._under_way.pop(sequence_id, None) is not None:
+                self._left.append((time.monotonic(), message))
             if not stream.ended and self._writer is not None:
                 self._send(Cancel(id=sequence_id))
 
@@ -342,7 +381,8 @@ class EngineClient:
 
     async def _call(self, message_type: Any, result_type: type[Any], **fields: Any) -> Any:
         call_id = self._take_id()
-        self._send(message_type(call_id=call_id, **fields))
+        message = message_type(call_id=call_id, **fields)
+        self._begin(call_id, message)
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
         try:
@@ -394,9 +434,9 @@ class EngineClient:
         """From now on the engine evicts none of these, and no longer keeps others that it was told to."""
         await self._call(Pin, Pinned, digests=sorted(digests))
 
-    async def inspect(self, path: str, strategy: str | None = None) -> ArtifactInfo:
-        """Reads an artifact and checks it against the base without loading it."""
-        result: InspectReply = await self._call(Inspect, InspectReply, path=path, strategy=strategy)
+    async def inspect(self, path: str, strategy: str | None = None, content: str = "") -> ArtifactInfo:
+        """Reads an artifact and checks it against the base without loading it; `content` names what its files hold."""
+        result: InspectReply = await self._call(Inspect, InspectReply, path=path, strategy=strategy, content=content)
         return result.info
 
 

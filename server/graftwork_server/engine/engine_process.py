@@ -42,6 +42,11 @@ class EngineProcess:
             return "its connection"
         return f"with signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether the newest process was ended from outside, as the kernel does when memory runs out."""
+        return self._process is not None and self._process.returncode in (-signal.SIGKILL, -signal.SIGTERM)
+
     async def launch(self) -> Greeting:
         """Starts a process and waits for its greeting.
 

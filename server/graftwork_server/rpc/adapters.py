@@ -195,7 +195,7 @@ class AdapterService(AdapterServiceServicer):
                 await to_its_end(received.write, request.chunk.name, request.chunk.data)
             folder = await to_its_end(received.finish)
             ends = await self._end_tokens(folder)
-            info = await self._engine.inspect(str(folder), upload.strategy or None)
+            info = await self._engine.inspect(str(folder), upload.strategy or None, received.content)
             return await to_its_end(
                 self._hub.publish,
                 folder,
