@@ -39,7 +39,7 @@ def causal_model(source: str, dtype: torch.dtype) -> Any:
                 "--quantization",
                 reason="MODEL_UNSUPPORTED",
             )
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=packed.NAME,
@@ -56,6 +56,7 @@ def causal_model(source: str, dtype: torch.dtype) -> Any:
             "weights of a causal language model",
             reason="MODEL_UNUSABLE",
         ) from None
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         # transformers makes them up, each time anew.
         raise FailedPrecondition(
