@@ -51,8 +51,9 @@ def _written(
     try:
         write_base_tokenizer(target, tokenizer, named, templates, facts)
     except OSError as error:
+        why = error.strerror or "input/output error"
         raise FailedPrecondition(
-            f"the base model's tokenizer cannot be written to cache/tokenizers: {error.strerror or 'input/output error'}; "
+            f"the base model's tokenizer cannot be written to cache/tokenizers: {why}; "
             "give --data-dir a directory with room that this user can write to",
             reason="DATA_DIR_UNUSABLE",
         ) from error
