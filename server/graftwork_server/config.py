@@ -21,8 +21,11 @@ from typing import Annotated, Any, Literal, NoReturn, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 ENVIRONMENT_PREFIX = "GRAFTWORK_"
-OTHER_ENVIRONMENT = frozenset({"GRAFTWORK_ADDRESS", "GRAFTWORK_CONFIG", "GRAFTWORK_FAILPOINT"})
-"""GRAFTWORK_ variables that are no settings here: the client's address, the settings file, a test's failpoint."""
+OTHER_ENVIRONMENT = frozenset(
+    {"GRAFTWORK_ADDRESS", "GRAFTWORK_CONFIG", "GRAFTWORK_FAILPOINT", "GRAFTWORK_KERNELS_MARCH"}
+)
+"""GRAFTWORK_ variables that are no settings here: the client's address, the settings file, a test's failpoint, what the
+CPU kernels are compiled for."""
 
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{suffix}": base**power

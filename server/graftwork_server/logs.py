@@ -70,8 +70,8 @@ def note_first_token() -> None:
 def log_event(
     log: logging.Logger, what: str, level: int = logging.INFO, /, said: Mapping[str, Any] | None = None, **fields: Any
 ) -> None:
-    """Logs that something happened. `fields`: plain values; None is left out. `said`: those that the sentence has."""
-    given = {name: value for name, value in fields.items() if value is not None}
+    """Logs that something happened. `fields`: plain values; None and "" are left out. `said`: those in the sentence."""
+    given = {name: value for name, value in fields.items() if value not in (None, "")}
     log.log(level, what, extra={_FIELDS: given, _SAID: said or {}})
 
 

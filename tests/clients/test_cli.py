@@ -502,8 +502,8 @@ def test_data_sets_and_jobs_are_listed_and_deleted(server: ScriptedServer, run: 
     server.on("DeleteDataset", t.DeleteDatasetResponse())
     server.on("DeleteTuningJob", t.DeleteTuningJobResponse())
     assert run("dataset", "list").stdout.splitlines() == [
-        "DATA SET  NAME        FORM  ROWS    SIZE    CREATED",
-        "ds-1      rows.jsonl  chat  12,345  2.0 MB  -",
+        "DATA SET  NAME        FORM  ROWS    CREATED",
+        "ds-1      rows.jsonl  chat  12,345  -",
     ]
     assert "rows      12,345" in run("dataset", "show", "ds-1").stdout
     assert run("dataset", "delete", "ds-1").stdout == "deleted ds-1\n"

@@ -234,3 +234,23 @@ def test_a_long_curve_is_kept_in_little_memory() -> None:
     assert len(drawn) == 50
     assert drawn == "".join(sorted(drawn, reverse=True))
     assert [drawn.count(block) for block in "▇▆▅▄▃▂"] == pytest.approx([7] * 6, abs=1)
+
+
+def test_a_narrow_terminal_gets_long_values_below_each_other(server: ScriptedServer) -> None:
+    spec = t.TuningJobSpec(strategy="lora", adapter_id="dates")
+    spec.config.update({f"setting_{number}": number for number in range(30)})
+    server.on("GetTuningJob", t.GetTuningJobResponse(job=t.TuningJob(job_id="j1", spec=spec)))
+    shown, code = on_terminal(server, "tune", "show", "j1")
+    assert code == 0
+    lines = shown.replace("\r", "").splitlines()
+    assert max(map(len, lines)) <= 120
+    start = next(index for index, line in enumerate(lines) if line.startswith("settings "))
+    assert lines[start + 1].startswith(" " * 10 + "setting_")
+    plain, _ = start_and_read(server, "tune", "show", "j1")
+    assert sum(line.startswith("settings ") and "setting_9=9" in line for line in plain.splitlines()) == 1
+
+
+def start_and_read(server: ScriptedServer, *arguments: str) -> tuple[str, int]:
+    process = start(server, *arguments)
+    out, _ = process.communicate(timeout=20)
+    return out.decode(), process.returncode

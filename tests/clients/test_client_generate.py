@@ -53,7 +53,7 @@ def test_several_completions_are_put_together(server: ScriptedServer, client: gr
 
 
 def test_an_option_that_there_is_not_is_refused(server: ScriptedServer, client: graftwork.Client) -> None:
-    with pytest.raises(TypeError, match="there is no option 'top_q'"):
+    with pytest.raises(TypeError, match="there is no option 'top_q'; did you mean top_"):
         client.generate("base", "x", top_q=1)  # type: ignore[call-overload]
 
 

@@ -115,6 +115,18 @@ def test_each_pooling_normalised_or_not(
         torch.testing.assert_close(torch.tensor(one.values), expected, atol=TOLERANCE, rtol=0)
 
 
+def test_an_adapter_that_asks_for_a_pooling_of_its_own_wants_one_named(
+    client: Client, model_dir: Path, tmp_path: Path
+) -> None:
+    directory = toys.make_embedder(model_dir, tmp_path / "sentences", seed=4)
+    (directory / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Pooling"}]))
+    client.adapters.create("ce-sentences", directory)
+    with pytest.raises(FailedPreconditionError, match=r"modules.json.* Name a pooling \(mean, ") as caught:
+        client.embed("ce-sentences", [[3, 4, 5]])
+    assert caught.value.reason == "POOLING_UNSUPPORTED"
+    assert client.embed("ce-sentences", [[3, 4, 5]], pooling="max").pooling == "max"
+
+
 def test_a_whole_checkpoint_gives_vectors_of_its_own(client: Client, model_dir: Path, tmp_path: Path) -> None:
     tuned = toys.make_checkpoint(model_dir, tmp_path / "tuned")
     client.adapters.create("ce-tuned", tuned)

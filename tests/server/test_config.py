@@ -142,7 +142,14 @@ def test_a_port_keeps_the_host():
 
 
 def test_client_variables_are_no_settings():
-    load(environ={"GRAFTWORK_ADDRESS": "x:1", "GRAFTWORK_FAILPOINT": "x", "PATH": "/bin"})
+    load(
+        environ={
+            "GRAFTWORK_ADDRESS": "x:1",
+            "GRAFTWORK_FAILPOINT": "x",
+            "GRAFTWORK_KERNELS_MARCH": "znver4",
+            "PATH": "/bin",
+        }
+    )
 
 
 def test_every_field_says_what_it_is_and_its_default():

@@ -6,6 +6,7 @@ attempt. Not retried are deleting and cancelling: a second attempt could report 
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import uuid
@@ -98,7 +99,10 @@ def sampling(options: SamplingOptions) -> generation_pb2.SamplingParameters:
     """
     unknown = sorted(set(options) - set(SamplingOptions.__annotations__))
     if unknown:
-        raise TypeError(f"there is no option {unknown[0]!r}; known are {', '.join(SamplingOptions.__annotations__)}")
+        known = list(SamplingOptions.__annotations__)
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        raise TypeError(f"there is no option {unknown[0]!r}; {hint}")
     values: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]

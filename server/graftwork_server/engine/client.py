@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
 from graftwork_server.engine.engine_process import ENGINE_COMMAND, EngineProcess
 from graftwork_server.engine.output_stream import OutputStream
-from graftwork_server.engine.suspects import Suspects, suspects_among, suspects_of
+from graftwork_server.engine.suspects import UnderWay
 from graftwork_server.errors import (
     FailedPrecondition,
     GraftworkServerError,
@@ -69,9 +68,6 @@ FAST_FAILURE_SECONDS = 30.0
 FIRST_BACKOFF_SECONDS = 0.25
 LONGEST_BACKOFF_SECONDS = 10.0
 EXIT_SECONDS = 5.0
-LEFT_SECONDS = 10.0
-"""So long a sequence that was cancelled may still be what ends the engine: its load goes on, for one."""
-MOST_LEFT = 256
 SHOWN_DIGEST = 19
 """Characters of a digest that a log line has: "sha256:" and twelve more."""
 MAX_NAMES = 10_000
@@ -104,11 +100,7 @@ class EngineClient:
         self._next_id = 1
         self._streams: dict[int, OutputStream] = {}
         self._calls: dict[int, asyncio.Future[Result]] = {}
-        self._under_way: dict[int, Any] = {}
-        """What the engine has not answered to its end."""
-        self._left: deque[tuple[float, Generate]] = deque(maxlen=MOST_LEFT)
-        """Sequences that were cancelled of late, of which the engine says nothing more."""
-        self._suspects = Suspects()
+        self._under_way = UnderWay()
         self.loaded: set[str] = set()
         """Digests on the device now."""
         self._names: dict[str, str] = {}
@@ -195,7 +187,7 @@ class EngineClient:
             await self._read_until_lost()
             if self._stopping:
                 return
-            streams, suspects = len(self._streams), self._suspects_now()
+            streams, loaded = len(self._streams), self.loaded
             self._disconnect(_restarting())
             self._tell(lambda listener: listener.on_engine_lost())
             await self._process.reap()
@@ -203,8 +195,8 @@ class EngineClient:
             log.error("%s; %d sequences were running", error.message, streams)
             is_fast = time.monotonic() - started < FAST_FAILURE_SECONDS
             # What a client's input did says nothing of the engine, whose start proved that it can compute.
-            failures = 0 if suspects else failures + 1 if is_fast else 1
-            self._suspects.died(suspects, killed=self._process.was_killed)
+            has_suspects = self._under_way.died(loaded, killed=self._process.was_killed)
+            failures = 0 if has_suspects else failures + 1 if is_fast else 1
             while not self.ready and not self._stopping:
                 if failures >= MAX_FAST_FAILURES:
                     text = f"gave up after {failures} failures of the engine in a row; the last: {error.message}"
@@ -219,14 +211,6 @@ class EngineClient:
                     log.error("the engine did not start again: %s", error.message)
             log.info("the engine is back (process %s)", self.process_id)
             self._tell(lambda listener: listener.on_engine_ready())
-
-    def _suspects_now(self) -> set[str]:
-        recent = time.monotonic() - LEFT_SECONDS
-        left = [message for when, message in self._left if when > recent]
-        suspects = suspects_among([*self._under_way.values(), *left], self.loaded)
-        self._under_way.clear()
-        self._left.clear()
-        return suspects
 
     def _disconnect(self, error: GraftworkServerError) -> None:
         """Ends every stream and call with `error`."""
@@ -274,12 +258,12 @@ class EngineClient:
             case StepOutputs():
                 for output in message.outputs:
                     if output.finish:
-                        self._done(output.id)
+                        self._under_way.done(output.id)
                     stream = self._streams.get(output.id)
                     if stream is not None:
                         stream.push(output)
             case Reply():
-                self._done(message.call_id)
+                self._under_way.done(message.call_id)
                 call = self._calls.pop(message.call_id, None)
                 if call is not None and not call.done():
                     if message.error is not None:
@@ -314,16 +298,9 @@ class EngineClient:
 
     def _begin(self, id: int, message: Any) -> None:
         """Sends what is answered. Raises FailedPrecondition (ENGINE_DIED_BEFORE) for what engines died under."""
-        if self._suspects:
-            self._suspects.check(suspects_of(message, self.loaded))
+        self._under_way.check(message, self.loaded)
         self._send(message)
-        self._under_way[id] = message
-
-    def _done(self, id: int) -> None:
-        """The engine answered to the end, whatever it said: it lives."""
-        message = self._under_way.pop(id, None)
-        if message is not None and self._suspects:
-            self._suspects.done(suspects_of(message))
+        self._under_way.begin(id, message)
 
     def _take_id(self) -> int:
         self._next_id += 1
@@ -366,8 +343,7 @@ class EngineClient:
                 yield await stream.next()
         finally:
             self._streams.pop(sequence_id, None)
-            if self._under_way.pop(sequence_id, None) is not None:
-                self._left.append((time.monotonic(), message))
+            self._under_way.leave(sequence_id)
             if not stream.ended and self._writer is not None:
                 self._send(Cancel(id=sequence_id))
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from graftwork_server.engine.host_memory import zeros_on_demand
-from graftwork_server.engine.native import NativeKernels
+from graftwork_server.engine.native import KV_BLOCK_TOKENS, NativeKernels
 
-BLOCK_TOKENS = 16
+BLOCK_TOKENS = KV_BLOCK_TOKENS
+"""Tokens in a block."""
 
 
 @dataclass(frozen=True)

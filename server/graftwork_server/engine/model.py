@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from graftwork_server.engine.adapted_linear import LinearGroup, StepRouting, wrap_linears
-from graftwork_server.engine.attention import packed, paged
+from graftwork_server.engine.attention import paged
 from graftwork_server.engine.attention.paged import AttentionPlan, Chunk, plan_attention
 from graftwork_server.engine.attention.rotary import rope_borders, rotate_by_length, sequence_lengths
 from graftwork_server.engine.changes import ChangeableModule, changeable_modules, hook_changes
@@ -20,6 +19,7 @@ from graftwork_server.engine.fused_layers import AttentionSettings, fuse_layers
 from graftwork_server.engine.fused_modules import fuse_modules
 from graftwork_server.engine.kv_cache import KVCache, LayerShape
 from graftwork_server.engine.native import NativeKernels, native_kernels
+from graftwork_server.engine.pretrained import causal_model
 from graftwork_server.engine.probe import PROBE_ROWS, logprobs_alone, logprobs_packed, probe_layers
 from graftwork_server.engine.quantization import check_available, quantize_linears
 from graftwork_server.engine.routing import Routing
@@ -182,7 +182,7 @@ def load_base(
     Raises FailedPrecondition, saying what is wrong, if it cannot be served.
     """
     check_available(quantization, device)
-    model = _from_pretrained(source, dtype)
+    model = causal_model(source, dtype)
     # Of the checkpoint, not of how it is served: an adapter fits the base quantised or not.
     print_of_base = fingerprint(model.config.to_dict(), model.state_dict())
     parameter_count = sum(parameter.numel() for parameter in model.parameters())
@@ -260,35 +260,6 @@ def resident_model(base: BaseModel) -> torch.nn.Module:
 def unwrapped_state(base: BaseModel) -> dict[str, torch.Tensor]:
     """The base's tensors by their names in the plain transformers model."""
     return {plain_name(name): tensor for name, tensor in base.engine_model.model.state_dict().items()}
-
-
-def _from_pretrained(source: str, dtype: torch.dtype) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if config.is_encoder_decoder or getattr(config.get_text_config(), "use_bidirectional_attention", False):
-            raise FailedPrecondition(
-                f"{source} is a {config.model_type} model; decoder-only causal models are served",
-                reason="MODEL_UNSUPPORTED",
-            )
-        if getattr(config, "quantization_config", None) is not None:
-            raise FailedPrecondition(
-                f"the weights of {source} are stored quantised; serve the checkpoint that they were made of, with "
-                "--quantization",
-                reason="MODEL_UNSUPPORTED",
-            )
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=packed.NAME, trust_remote_code=False, use_safetensors=True
-        )
-    except FailedPrecondition:
-        raise
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and safetensors' own, as it happens
-        text = " ".join(str(error).split())[:300].rstrip(".")
-        raise FailedPrecondition(
-            f"cannot load the model {source!r}: {text}. It must be a directory with config.json and safetensors "
-            "weights of a causal language model",
-            reason="MODEL_UNUSABLE",
-        ) from None
-    return model.eval().requires_grad_(False)
 
 
 def _check_probe(engine_model: EngineModel, expected: torch.Tensor, exact: bool) -> None:

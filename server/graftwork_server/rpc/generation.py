@@ -135,7 +135,7 @@ class GenerationService(GenerationServiceServicer):
         """Vectors of texts."""
         with self._admission.admit():
             async with self._held(request.model) as (resolved, text):
-                pool = pooled.embed_pool(request, self._engine.model)
+                pool = pooled.embed_pool(request, self._engine.model, resolved.adapter)
                 rows = await pooled.rows_of(request.inputs, text, self._engine.model, self._texts)
                 with self._admission.admit(pooled.places(rows) - 1):
                     answers = await pooled.run(self._engine, rows, resolved, pool)

@@ -7,6 +7,7 @@ import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
@@ -18,7 +19,7 @@ from graftwork_server.isolated_text import IsolatedTexts
 from graftwork_server.messages import HeadInfo, Pool, Pooled
 from graftwork_server.rpc.limits import check_prompt, invalid, off_loop_if_large
 from graftwork_server.text import TextProcessor
-from graftwork_server.types import ModelInfo
+from graftwork_server.types import AdapterRef, ModelInfo
 
 MAX_INPUTS = 256
 MAX_INPUT_TOKENS = 131_072
@@ -98,10 +99,10 @@ def _row(one: pb.TextInput, index: int, text: TextProcessor | None) -> Row:
     return Row(*text.encode_pair(one.text, one.text_pair)) if one.text_pair else Row(text.encode(one.text))
 
 
-def embed_pool(request: pb.EmbedRequest, model: ModelInfo) -> Pool:
+def embed_pool(request: pb.EmbedRequest, model: ModelInfo, adapter: AdapterRef | None) -> Pool:
     """How the request's vectors are made, defaults filled in. Raises InvalidArgument naming each wrong field,
-    FailedPrecondition (POOLING_UNSUPPORTED) where the model's files ask for what is not done and the request for
-    nothing."""
+    FailedPrecondition (POOLING_UNSUPPORTED) where the model's or the adapter's files ask for what is not done and the
+    request for nothing."""
     wrong = []
     if request.pooling != pb.POOLING_UNSPECIFIED and request.pooling not in _POOLINGS:
         accepted = ", ".join(pb.Pooling.Name(value) for value in sorted(_POOLING_VALUES.values()))
@@ -112,10 +113,12 @@ def embed_pool(request: pb.EmbedRequest, model: ModelInfo) -> Pool:
         wrong.append(Violation("dimensions", f"is {request.dimensions}; 1 to {size} is accepted"))
     if wrong:
         raise invalid(wrong)
-    if request.pooling == pb.POOLING_UNSPECIFIED and model.undone_pooling:
+    undone = f"the base model's files ask for {model.undone_pooling}" if model.undone_pooling else ""
+    if adapter is not None and (Path(adapter.path) / "modules.json").is_file():
+        undone = "the adapter's modules.json, of sentence-transformers, asks for a pooling of its own"
+    if request.pooling == pb.POOLING_UNSPECIFIED and undone:
         raise FailedPrecondition(
-            f"the base model's files ask for {model.undone_pooling}; Embed does not do it. Name a pooling "
-            f"({', '.join(_POOLINGS.values())}) for vectors without it",
+            f"{undone}; Embed does not do it. Name a pooling ({', '.join(_POOLINGS.values())}) for vectors without it",
             reason="POOLING_UNSUPPORTED",
         )
     return Pool(

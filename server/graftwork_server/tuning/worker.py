@@ -25,6 +25,7 @@ import msgspec
 from graftwork_plugins import BaseModelHandle, Strategy, TrainingConfig, TrainingRow
 from graftwork_server.errors import FailedPrecondition, InvalidArgument, body_of
 from graftwork_server.last_words import exit_when_a_thread_dies
+from graftwork_server.logs import set_up
 from graftwork_server.messages import (
     Failed,
     Finished,
@@ -63,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     connection = socket.socket(fileno=parser.parse_args().fd)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s tuner %(levelname)s %(name)s: %(message)s")
+    set_up("info", "text")
     exit_when_a_thread_dies()
     command = command_decoder.decode(receive_frame(connection))
     threading.Thread(target=_exit_with_engine, args=(connection,), name="watchdog", daemon=True).start()
@@ -134,6 +135,7 @@ def _prepared(
     from graftwork_server.tuning.checkpoint import Checkpoints
     from graftwork_server.tuning.gate import Gate
     from graftwork_server.tuning.loop import Run
+    from graftwork_server.tuning.reports import Reports
 
     job, model = command.job, command.model
     torch.set_num_threads(command.threads)
@@ -153,7 +155,7 @@ def _prepared(
         rows=rows[0],
         held_out=rows[1],
         checkpoints=Checkpoints(Path(job.job_dir) / "checkpoints", identity),
-        send=send,
+        reports=Reports(Path(job.job_dir) / "reports", send, job.reported_step),
         gate=Gate(command.gate_fd, command.yield_ms),
     )
 
@@ -205,12 +207,12 @@ def _explained(error: Exception) -> Exception:
         )
     # safetensors has its own exception and says the number in the text.
     if getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error):
-        return FailedPrecondition("the disk is full; free some space and create the job anew", reason="DISK_FULL")
+        return FailedPrecondition("the disk is full", reason="DISK_FULL")
     return error
 
 
 def _step_back() -> None:
-    """Serving comes first: for the scheduler, and when the kernel has to choose whom to kill for memory."""
+    """Serving comes first: for the scheduler, and when the kernel kills a process for its memory."""
     os.nice(_NICENESS)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from graftwork_server.engine import kv_cache
 from graftwork_server.engine.attention import paged
 from graftwork_server.engine.attention.packed import causal_attention
 from graftwork_server.engine.attention.paged import Chunk, plan_attention
 from graftwork_server.engine.kv_cache import KVCache, LayerShape, rows_of
-from graftwork_server.engine.native import NativeKernels, native_kernels
+from graftwork_server.engine.native import NativeKernels, build, native_kernels
 from graftwork_server.engine.native.build import load_library
 from graftwork_server.engine.native.kernels import LINEAR_ROWS
 
@@ -187,6 +189,19 @@ def test_a_compiler_that_fails_leaves_the_work_to_torch(
     monkeypatch.setenv("CC", str(tmp_path / "missing"))
     assert load_library() is None
     assert "no C compiler" in caplog.text
+
+
+def test_the_kernels_are_compiled_for_the_block_of_the_cache(tmp_path: Path) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source = Path(build.__file__).with_name("kernels.c")
+    assert f"-DBLOCK={kv_cache.BLOCK_TOKENS}" in build._FLAGS
+    command = [compiler, "-std=gnu11", "-fopenmp", "-fsyntax-only", str(source)]
+    unsaid = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert unsaid.returncode != 0
+    assert "given by build.py" in unsaid.stderr
+    assert subprocess.run([*command, "-DBLOCK=32"], check=False).returncode == 0  # none of these lanes without AVX-512
 
 
 def test_a_folder_that_others_can_write_to_is_not_run_from(

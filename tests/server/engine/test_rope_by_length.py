@@ -11,7 +11,7 @@ import torch
 from peft import PrefixTuningConfig, PromptTuningConfig
 from tests import toys
 from tests.server.engine.harness import CPU, Harness, Reference, deltas_of
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Phi3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Phi3Config, PhimoeConfig
 
 from graftwork_plugins import Artifact, FullWeights
 from graftwork_plugins.builtin.prefix import PrefixStrategy
@@ -47,6 +47,16 @@ CONFIGS: dict[str, Any] = {
     ),
     "llama": LlamaConfig(
         **toys._COMMON, rope_parameters=longrope(4, original_max_position_embeddings=BORDER, factor=4.0)
+    ),
+    # As Phi-3.5-MoE: its class scales by the length too.
+    "phimoe": PhimoeConfig(
+        **toys._COMMON | {"num_hidden_layers": 2},
+        num_local_experts=2,
+        num_experts_per_tok=2,
+        original_max_position_embeddings=BORDER,
+        rope_parameters=longrope(
+            4, short_mscale=1.1, long_mscale=1.3, original_max_position_embeddings=BORDER, factor=4.0
+        ),
     ),
     "gemma3": Gemma3TextConfig(
         **toys._COMMON,
@@ -101,7 +111,7 @@ def assert_as_alone(
 def test_rows_of_all_lengths_together(
     model_dir: Path, base: BaseModel, tmp_path: Path, prefix_cache: bool, step_tokens: int
 ) -> None:
-    path = toys.make_adapter(model_dir, tmp_path / "adapter")
+    path = toys.make_adapter(model_dir, tmp_path / "adapter", target_modules=["o_proj", "lm_head"])
     harness = Harness(model_dir, base, prefix_cache=prefix_cache, max_step_tokens=step_tokens)
     reference = Reference(model_dir, {"adapter": path})
     ref = harness.place("adapter", deltas_of(path))
@@ -118,7 +128,7 @@ def test_rows_of_all_lengths_together(
     assert found == ([16, 80, 48] if prefix_cache else [0, 0, 0])
 
 
-@pytest.mark.parametrize("name", ["phi3", "phi4-mini"])
+@pytest.mark.parametrize("name", ["phi3", "phi4-mini", "phimoe"])
 def test_generate_of_transformers_agrees(tmp_path: Path, name: str) -> None:
     """The classes that drop their cache where the factors change."""
     model_dir = save_model(name, tmp_path / "model")

@@ -12,7 +12,7 @@ from tests.server.tuning.tuner_harness import jsonl, make_text
 
 from graftwork_plugins import IGNORED_LABEL
 from graftwork_server.errors import InvalidArgument
-from graftwork_server.text import TextProcessor
+from graftwork_server.text import ModelFacts, TextProcessor
 from graftwork_server.tuning.data import (
     MAX_LINE_BYTES,
     check_dataset,
@@ -20,6 +20,7 @@ from graftwork_server.tuning.data import (
     read_lines,
     tokenize_rows,
 )
+from graftwork_server.tuning.data.rows import learned_ends
 from graftwork_server.types import DatasetFormat
 
 PAIR = {"prompt": "ab", "completion": "cd"}
@@ -321,3 +322,79 @@ def test_tokenizing_stops_at_the_first_bad_line(text: TextProcessor) -> None:
     next(rows)
     with pytest.raises(InvalidArgument, match="line 2: the line is not JSON"):
         next(rows)
+
+
+# ------------------------------------------------------------------------------------------- ends
+
+
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def with_facts(text: TextProcessor, **facts: object) -> TextProcessor:
+    text.facts = ModelFacts(**facts)  # type: ignore[arg-type]
+    return text
+
+
+@pytest.mark.parametrize("row", [CHAT, TASK])
+def test_a_conversation_ends_as_its_template_says(tmp_path: Path, row: dict[str, object]) -> None:
+    """Whatever the tokenizer and the model's configuration name."""
+    text = with_facts(make_text(tmp_path, template=CHATML), eos_token_ids=[1])
+    (made,) = tokenize_rows(jsonl([row]), text, 0)
+    assert learned(made, text)[1].endswith("<|end|>")
+    assert learned_ends(made, text) == {text.token_id("<|end|>")}
+
+
+def test_a_text_ends_with_the_tokenizers_end_or_else_the_models(tmp_path: Path) -> None:
+    for name, eos, ends in (("named", "</s>", {2}), ("unnamed", "", {6})):
+        text = with_facts(make_text(tmp_path / name, eos=eos, template=None), eos_token_ids=[6, 1])
+        for row in (PAIR, TASK, TEXT):
+            (made,) = tokenize_rows(jsonl([row]), text, 0)
+            assert set(made.labels[-1:]) == ends
+            assert learned_ends(made, text) == ends
+
+
+def test_a_block_that_goes_on_after_its_end_has_one_end(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% generation %}{{ m.content }}<|end|>{{ '\n' }}{% endgeneration %}"
+        "{% endfor %}"
+    )
+    text = make_text(tmp_path, template=template)
+    (made,) = tokenize_rows(jsonl([CHAT]), text, 0)
+    assert learned(made, text) == ("<|user|>hi<|end|>\n<|assistant|>yo<|end|>\n", "hi<|end|>\nyo<|end|>\n")
+    assert learned_ends(made, text) == {text.token_id("<|end|>")}
+
+
+def test_rows_without_an_end_are_told_before_training(tmp_path: Path) -> None:
+    endless = make_text(tmp_path, eos="", template=None)
+    report = check_dataset(jsonl([PAIR, PAIR]), endless, 0)
+    assert report.valid
+    assert "names a token that ends a text" in report.warnings[0]
+    ending = make_text(tmp_path / "b", template=None)
+    assert check_dataset(jsonl([PAIR, PAIR]), ending, 0).warnings == []
+    assert "every row is cut before its end" in check_dataset(jsonl([PAIR]), ending, 4).warnings[0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "completion": "b\nd"},
+        {"prompt": "a\nd", "completion": "b"},
+        {"messages": [{"role": "user", "content": "a\nd"}, {"role": "assistant", "content": "b"}]},
+        {"instruction": "a\nd", "output": "b"},
+        {"text": "a\nd"},
+    ],
+)
+def test_a_token_without_an_embedding_is_named_by_line(tmp_path: Path, row: dict[str, str]) -> None:
+    text = make_text(tmp_path, template=CHATML.replace("\n", ""))
+    last = text.token_id("\n")
+    assert last == text.greatest_id
+    good = json.loads(json.dumps(row).replace("\\n", "c"))
+    lines = jsonl([good, row])
+    (error,) = check_dataset(lines, with_facts(text, embedding_rows=last), 0).errors
+    assert (error.line, error.reason.partition(",")[0]) == (2, f"token '\\n' has the id {last}")
+    assert check_dataset(lines, with_facts(text, embedding_rows=last + 1), 0).valid
+    with pytest.raises(InvalidArgument, match="line 2: token"):
+        list(tokenize_rows(lines, with_facts(text, embedding_rows=last), 0))

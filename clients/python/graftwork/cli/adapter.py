@@ -16,9 +16,6 @@ from graftwork.client import Client
 from graftwork.errors import NotFoundError
 from graftwork.types import Adapter
 
-_SHOWN_DIGEST = 19
-"""Characters of a digest that a table has: "sha256:" and twelve more."""
-
 AdapterId: TypeAlias = Annotated[str, typer.Argument(metavar="ID", help="The adapter.")]
 
 app = subgroup("Adapters: everything servable by name beside the base model.")
@@ -71,11 +68,8 @@ def versions(ctx: typer.Context, adapter_id: AdapterId, as_json: AsJson = False,
             output.emit(found)
             return
         output.table(
-            ("VERSION", "STRATEGY", "LOADED", "PINNED", "RANK", "SIZE", "CREATED", "TUNING JOB", "DIGEST"),
-            (
-                (f"{a.adapter_id}@{a.version}", a.strategy, *_state(a), _job_id(a), a.digest[:_SHOWN_DIGEST])
-                for a in found
-            ),
+            ("VERSION", "STRATEGY", "LOADED", "PINNED", "RANK", "SIZE", "CREATED", "TUNING JOB"),
+            ((f"{a.adapter_id}@{a.version}", a.strategy, *_state(a), _job_id(a)) for a in found),
         )
 
 

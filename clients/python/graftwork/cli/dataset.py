@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -13,7 +12,7 @@ from graftwork.cli.confirm import Yes, confirm
 from graftwork.cli.options import Address, AsJson, subgroup
 from graftwork.cli.progress import upload_bar
 from graftwork.cli.session import FAILED, session
-from graftwork.types import Dataset, DatasetReport
+from graftwork.types import DatasetReport
 
 DatasetId: TypeAlias = Annotated[str, typer.Argument(metavar="ID", help="The data set.")]
 
@@ -54,8 +53,8 @@ def list_(ctx: typer.Context, as_json: AsJson = False, address: Address = None) 
             output.emit(datasets)
             return
         output.table(
-            ("DATA SET", "NAME", "FORM", "ROWS", "SIZE", "CREATED"),
-            ((d.dataset_id, d.display_name, *_facts(d)) for d in datasets),
+            ("DATA SET", "NAME", "FORM", "ROWS", "CREATED"),
+            ((d.dataset_id, d.display_name, d.format, f"{d.row_count:,}", d.create_time) for d in datasets),
         )
 
 
@@ -67,8 +66,16 @@ def show(ctx: typer.Context, dataset: DatasetId, as_json: AsJson = False, addres
         if as_json:
             output.emit(found)
             return
-        names = ("data set", "name", "form", "rows", "size", "created")
-        output.fields(zip(names, (found.dataset_id, found.display_name, *_facts(found)), strict=True))
+        output.fields(
+            (
+                ("data set", found.dataset_id),
+                ("name", found.display_name),
+                ("form", found.format),
+                ("rows", f"{found.row_count:,}"),
+                ("size", output.size(found.size_bytes)),
+                ("created", found.create_time),
+            )
+        )
 
 
 @app.command()
@@ -83,11 +90,6 @@ def delete(
             output.emit({"dataset_id": dataset})
         else:
             print(f"deleted {dataset}")
-
-
-def _facts(dataset: Dataset) -> tuple[str | datetime | None, ...]:
-    """FORM, ROWS, SIZE, CREATED."""
-    return dataset.format, f"{dataset.row_count:,}", output.size(dataset.size_bytes), dataset.create_time
 
 
 def _print(report: DatasetReport, file: Path) -> None:

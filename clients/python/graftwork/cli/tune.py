@@ -77,10 +77,9 @@ def create(
         if follow_it:
             if not as_json:
                 print(f"job {job.id}", flush=True)
-                for label, line in _choices(job.info):
-                    print(f"{label}    {line}", flush=True)
-                if job.info.estimate is not None:
-                    print(f"estimate  {_estimate(job.info.estimate)}", flush=True)
+                estimate = job.info.estimate
+                output.fields([*_choices(job.info), ("estimate", estimate and _estimate(estimate))])
+                sys.stdout.flush()
             _follow(job, 0, as_json)
         else:
             _show(job.info, as_json)

@@ -20,6 +20,8 @@ from pathlib import Path
 
 log = logging.getLogger("graftwork.engine")
 
+KV_BLOCK_TOKENS = 16
+"""Tokens in a block of the KV cache. The kernels are compiled for it."""
 _SOURCES = ("kernels.c", "typed.h", "tiles.h", "product.h", "layer.h", "int8.h", "nf4.h")
 _FLAGS = (
     "-O3",
@@ -32,6 +34,7 @@ _FLAGS = (
     "-fno-trapping-math",
     "-fno-signed-zeros",
     "-fassociative-math",
+    f"-DBLOCK={KV_BLOCK_TOKENS}",
 )
 _COMPILE_SECONDS = 120
 
