@@ -1,6 +1,8 @@
 # make demo    everything once: serve, hot-load, tune with two strategies, compare (about ten minutes on two cores)
 # make test    formatting, types, import rules, proto lint and all tests
+# make test-kinds  the numeric tests as on other kinds of processors (hours on two cores; KINDS='--kind avx2' for one)
 # make bench   the benchmarks, into benchmarks/results and the README; VLLM=DIR LLAMA_CPP=DIR name peers' environments
+# make fuzz    100,000 mutated messages and 10,000 mutated files against a real server, into benchmarks/results
 # make proto   regenerates the committed stubs
 # make clean   removes what the other targets made
 
@@ -10,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench proto install clean
+.PHONY: demo test test-kinds lint bench fuzz proto install clean
 
 install: $(STAMP)
 
@@ -35,6 +37,9 @@ lint: $(STAMP)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+test-kinds: $(STAMP)
+	$(BIN)/python -m tests.kinds $(KINDS)
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.serving $(if $(VLLM),--vllm $(VLLM)) $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) --output benchmarks/results/serving.json
 	$(BIN)/python -m benchmarks.front --output benchmarks/results/front.json
@@ -42,6 +47,9 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.neighbours --output benchmarks/results/neighbours.json
 	$(BIN)/python -m benchmarks.overload --output benchmarks/results/overload.json
 	$(BIN)/python -m benchmarks.report
+
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seed 1 --messages 100000 --files 10000 --output benchmarks/results/fuzz.json
 
 proto: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python proto/generate.py

@@ -30,7 +30,7 @@ RULES: list[tuple[str, str, set[str], bool]] = [
     ("graftwork_server", "errors.py", HEAVY | RPC | DATABASE | {"pluggy"}, True),
     ("graftwork_server", "messages.py", HEAVY | RPC | DATABASE | {"pluggy"}, True),
     ("graftwork_server", "front.py", HEAVY | {"pluggy"}, True),
-    ("graftwork_server", "text.py", HEAVY | RPC, True),
+    ("graftwork_server", "text", HEAVY | RPC, True),
 ]
 
 

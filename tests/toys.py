@@ -393,3 +393,18 @@ def make_checkpoint(model_dir: Path, directory: Path, seed: int = 0) -> Path:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     model.save_pretrained(directory)
     return directory
+
+
+def pooled(states: torch.Tensor, pooling: str) -> torch.Tensor:
+    """The vector of hidden states [tokens, hidden] as sentence-transformers' Pooling makes it; poolings joined by "+"
+    one after another."""
+    weights = torch.arange(1.0, len(states) + 1)[:, None]
+    made = {
+        "cls": states[0],
+        "max": states.max(0).values,
+        "mean": states.mean(0),
+        "mean_sqrt_len": states.sum(0) / len(states) ** 0.5,
+        "weightedmean": (states * weights).sum(0) / weights.sum(),
+        "last": states[-1],
+    }
+    return torch.cat([made[one] for one in pooling.split("+")])

@@ -36,12 +36,6 @@ import graftwork
 
 DEMO_DIR = Path(__file__).resolve().parents[2] / ".demo"
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "lora": {"num_epochs": 4, "learning_rate": 3e-3},
-    "full": {"num_epochs": 4, "learning_rate": 1e-3},
-}
-"""What differs from the strategies' defaults; see README.md for how they were found."""
-
 ANSWER_TOKENS = 16
 """A date in ISO 8601 has 11 tokens, and the end of the sequence is one."""
 SIDE_BY_SIDE = 8
@@ -56,6 +50,7 @@ class Demo:
         self._heldout: list[dict[str, str]] = []
         self.rows: list[Row] = []
         self.rates: dict[str, list[float]] = {}
+        self.settings: dict[str, dict[str, Any]] = {}
 
     def make_data(self) -> None:
         """Three files of made-up rows."""
@@ -105,9 +100,8 @@ class Demo:
 
     def tune(self, strategy: str, words: str) -> None:
         """One tuning job, then its adapter against the held-out rows."""
-        adapter_id, config = f"dates-{strategy}", SETTINGS[strategy] | ({"max_steps": 8} if self._quick else {})
+        adapter_id, config = f"dates-{strategy}", {"max_steps": 8} if self._quick else {}
         say(f"A tuning job: {words}")
-        print(f"    strategy {strategy}, {json.dumps(config)}; everything else as the strategy's defaults")
         started = time.monotonic()
         train, validation = (
             self._client.datasets.upload(DEMO_DIR / f"{name}.jsonl") for name in ("train", "validation")
@@ -115,6 +109,11 @@ class Demo:
         job = self._client.tuning.create(
             strategy=strategy, dataset=train, validation=validation, adapter=adapter_id, config=config
         )
+        print(f"    strategy {strategy}, settings {json.dumps(config)}; the server chose the others:")
+        for choice in job.info.choices:
+            if choice.automatic:
+                print(f"    {choice.key} = {choice.value}: {choice.reason}")
+        self.settings[strategy] = {choice.key: choice.value for choice in job.info.choices}
         result = follow(job)
         minutes = (time.monotonic() - started) / 60
         report = self._client.adapters.load(adapter_id).load_report
@@ -187,7 +186,7 @@ def run(quick: bool) -> int:
         demo.rows,
         quick=quick,
         wall_seconds=round(seconds, 1),
-        settings=SETTINGS,
+        settings=demo.settings,
         tokens_per_second=median(demo.rates),
         tokens_per_second_of_rounds=demo.rates,
         server=server.greeting,

@@ -121,7 +121,8 @@ class FullWeights:
     """A whole tuned checkpoint of the base's architecture. Tensors equal to the base's are not held twice."""
 
     tensors: Mapping[str, torch.Tensor]
-    """By name, as in the base's state_dict(); every parameter of the base once, tied ones under either name."""
+    """By name, as in the base's state_dict(); every parameter of the base, tied ones under either name or, where this
+    checkpoint does not tie them, under both."""
 
 
 Delta = LowRank | Scale | Replace | Prefix | Head | FullWeights

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from graftwork_plugins.batches import IGNORED_LABEL, PackedBatch, TrainingRow
 from graftwork_plugins.deltas import Delta
+from graftwork_plugins.documents import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -153,23 +154,22 @@ class Artifact:
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON document. Raises ArtifactError if it is missing, no JSON object, or over 16 MiB."""
-        import json
-
         path = self.path / name
         if not path.is_file():
             raise ArtifactError(name, f"{name} is missing; the files are {', '.join(self.names()) or 'none'}")
         if path.stat().st_size > 16 * 1024 * 1024:
             raise ArtifactError(name, f"{name} is over 16 MiB")
         try:
-            document = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
+            document = read_json(path.read_bytes(), constants=True)  # transformers writes them
+        except ValueError as error:
             raise ArtifactError(name, f"{name} is not JSON: {error}") from None
         if not isinstance(document, dict):
             raise ArtifactError(name, f"{name} must hold a JSON object")
         return document
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """All tensors of a safetensors file, mapped from disk, on CPU. Raises ArtifactError if it cannot be read."""
+        """All tensors of a safetensors file, mapped from disk, on CPU; those of 8-bit floats as bfloat16, which holds
+        their values exactly and can be computed with. Raises ArtifactError if it cannot be read."""
         from safetensors import SafetensorError, safe_open
 
         path = self.path / name
@@ -184,9 +184,15 @@ class Artifact:
                     shapes = {key: part.get_shape() for key, part in slices.items()}
                     if (tensors := _of_one_dtype(path, dtypes.pop(), shapes)) is not None:
                         return tensors
-                return {key: handle.get_tensor(key) for key in slices}
+                return {key: _computable(handle.get_tensor(key)) for key in slices}
         except (SafetensorError, OSError, ValueError) as error:
             raise ArtifactError(name, f"{name} is no whole safetensors file: {error}") from None
+
+
+def _computable(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
 def _of_one_dtype(path: Path, dtype: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor] | None:
@@ -231,6 +237,12 @@ class TrainingConfig(BaseModel):
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0: they are not.")
     seed: int = Field(42, ge=0, lt=2**63, description="Seed of initialisation, dropout and the order of the rows.")
     eval_steps: int = Field(0, ge=0, description="Measure held-out loss every so many steps; 0: after each epoch.")
+    early_stopping_patience: int = Field(
+        0, ge=0, description="Stop after so many held-out losses in a row that are no new lowest one; 0: never."
+    )
+    published_weights: Literal["last", "best"] = Field(
+        "last", description="Publish the last weights, or those with the lowest held-out loss."
+    )
     checkpoint_steps: int = Field(50, ge=0, description="Make a checkpoint every so many steps; 0: none.")
 
     @field_validator("*", mode="before")

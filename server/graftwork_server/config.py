@@ -3,29 +3,58 @@
     flag --kv-memory-bytes  >  environment GRAFTWORK_KV_MEMORY_BYTES  >  file: kv_memory_bytes  >  default
 
 The file is named by --config or GRAFTWORK_CONFIG. What is not a setting is refused, in each of the three places.
+Everything that is wrong is said at once, one line for each setting.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 ENVIRONMENT_PREFIX = "GRAFTWORK_"
-OTHER_ENVIRONMENT = frozenset({"GRAFTWORK_ADDRESS", "GRAFTWORK_CONFIG", "GRAFTWORK_FAILPOINT"})
-"""GRAFTWORK_ variables that are no settings here: the client's address, the settings file, a test's failpoint."""
+OTHER_ENVIRONMENT = frozenset(
+    {"GRAFTWORK_ADDRESS", "GRAFTWORK_CONFIG", "GRAFTWORK_FAILPOINT", "GRAFTWORK_KERNELS_MARCH"}
+)
+"""GRAFTWORK_ variables that are no settings here: the client's address, the settings file, a test's failpoint, what the
+CPU kernels are compiled for."""
 
-Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for suffix, base in (("iB", 1024), ("B", 1000))
+}
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)")
+
+
+def parse_size(value: Any) -> Any:
+    """Bytes of a size such as "2GiB", "1.5 GB" or "4096"; what is no text stays as it is. Raises ValueError."""
+    if not isinstance(value, str):
+        return value
+    found = _SIZE.fullmatch(value.strip())
+    unit = found and {name.lower(): size for name, size in _UNITS.items()}.get(found[2].lower())
+    if found is None or unit is None:
+        raise ValueError("a number of bytes is accepted, or a size such as 512MiB, 2GiB or 1.5GB")
+    return round(float(found[1]) * unit) if "." in found[1] else int(found[1]) * unit
+
+
+Bytes = Annotated[int, BeforeValidator(parse_size), Field(ge=0, le=1 << 50)]
 
 
 class ConfigError(Exception):
-    """Settings that cannot be used; the text is one line and says where the setting came from."""
+    """Settings that cannot be used. Each of `problems` is one line and says where the setting came from."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
 
 
 def default_data_dir() -> str:
@@ -65,19 +94,25 @@ class ServerConfig(BaseModel):
     """Sequences that wait or run at once, each of n and best_of counted; one more is answered RESOURCE_EXHAUSTED.
     Default: 1024."""
     kv_memory_bytes: Bytes = 0
-    """Bytes of the KV cache. Default: 0, chosen by the engine."""
+    """Size of the KV cache, such as 2GiB. Default: 0, chosen by the engine."""
     prefix_cache: bool = True
     """Keep what was computed of prompts and answers for requests that begin alike. Default: true."""
     max_step_tokens: int = Field(1024, ge=16, le=1 << 20)
     """Tokens, of prompts and of decoding sequences, that one engine step takes at most. Default: 1024."""
     adapter_memory_bytes: Bytes = 0
-    """Bytes of the device pool for loaded adapters. Default: 0, chosen by the engine."""
+    """Size of the device pool for loaded adapters. Default: 0, chosen by the engine."""
     host_cache_bytes: Bytes = 0
-    """Bytes of host memory for adapters that were evicted from the device. Default: 0, chosen by the engine."""
+    """Host memory for adapters that were evicted from the device. Default: 0, chosen by the engine."""
     max_upload_bytes: Bytes = Field(4 << 30, ge=1)
-    """Bytes that one adapter upload may have. Default: 4294967296 (4 GiB)."""
+    """Size that one adapter upload may have. Default: 4294967296 (4GiB)."""
     max_dataset_bytes: Bytes = Field(1 << 30, ge=1)
-    """Bytes that one data set may have. Default: 1073741824 (1 GiB)."""
+    """Size that one data set may have. Default: 1073741824 (1GiB)."""
+    max_uploads: int = Field(256, ge=1, le=100_000)
+    """Uploads of adapters and data sets that may be open at once. Default: 256."""
+    max_uploads_per_client: int = Field(64, ge=1, le=100_000)
+    """Uploads that clients of one host may have open at once. Default: 64."""
+    upload_idle_seconds: float = Field(60.0, gt=0, le=86_400)
+    """Seconds after which an upload that sends nothing is ended. Default: 60."""
     max_concurrent_jobs: int = Field(1, ge=1, le=64)
     """Tuning jobs that run at once; others wait. Default: 1."""
     tuning_yield_ms: int = Field(100, ge=0, le=60_000)
@@ -91,6 +126,11 @@ class ServerConfig(BaseModel):
     """Least severity of the log lines on stderr. Default: info."""
     log_format: Literal["text", "json"] = "text"
     """Form of the log lines. Default: text."""
+
+    @property
+    def base_name(self) -> str:
+        """What people call the base model: its directory's or repository's last part."""
+        return "on-board" if self.model is None else Path(self.model).name or self.model
 
     @field_validator("*", mode="before")
     @classmethod
@@ -154,45 +194,82 @@ def parse_listen(listen: str) -> tuple[str, int]:
 def load_config(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> LoadedConfig:
     """Settings from flags, environment and file.
 
-    Raises ConfigError for what cannot be used, and SystemExit as argparse does, on --help and unknown flags.
+    Raises ConfigError with all that cannot be used, and SystemExit as argparse does, on --help.
     """
-    flags = vars(_parser().parse_args(argv))
-    print_only = flags.pop("print_config")
+    known, unknown = _parser().parse_known_args(argv)
+    flags = vars(known)
+    print_only, port = flags.pop("print_config"), flags.pop("port")
     file = flags.pop("config") or environ.get("GRAFTWORK_CONFIG") or None
 
+    problems = [_no_such("flag", argument.partition("=")[0], _flags()) for argument in _flags_of(unknown)]
     values: dict[str, Any] = {}
     sources = dict.fromkeys(ServerConfig.model_fields, "default")
-    layers = (_from_file(file) if file else {}, _from_environment(environ), _from_flags(flags))
+    layers = (
+        _from_file(file, problems) if file else {},
+        _from_environment(environ, problems),
+        _from_flags(flags),
+    )
     for layer in layers:
         for name, (value, source) in layer.items():
             values[name], sources[name] = value, source
+    if port is not None:
+        if flags["listen"] is not None:
+            problems.append("flag --port: --listen names a port already; give one of the two")
+        host = str(values.get("listen", ServerConfig.model_fields["listen"].default)).rpartition(":")[0]
+        values["listen"], sources["listen"] = f"{host}:{port}", "flag --port"
     try:
         config = ServerConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_first_line(error, sources)) from None
+        problems += [_problem(one, sources) for one in error.errors(include_url=False)]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
     return LoadedConfig(config=config, sources=sources, print_only=print_only)
+
+
+def _flags_of(arguments: Sequence[str]) -> list[str]:
+    """Of what no flag took, the flags, or else all: the value of an unknown flag is nothing to speak of."""
+    return [argument for argument in arguments if argument.startswith("-")] or list(arguments)
 
 
 def _flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def _flags() -> list[str]:
+    return ["--config", "--print-config", "--port", *map(_flag_name, ServerConfig.model_fields)]
+
+
+def _no_such(kind: str, name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.8)
+    hint = f"did you mean {near[0]}?" if near else "graftwork serve --help lists all"
+    return f"{kind} {name}: there is no such setting; {hint}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other wrong setting, without a page of usage before it."""
+        raise ConfigError([message.replace("argument ", "flag ", 1)])
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="graftwork serve",
+        usage="graftwork serve [--model DIR|ID] [--port N] [--data-dir DIR] [SETTING ...]",
         description="Serve one base model and its adapters over gRPC.",
         epilog="Every setting can also come from GRAFTWORK_<SETTING> or from a TOML file; flags win, then environment.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings (also GRAFTWORK_CONFIG)")
     parser.add_argument("--print-config", action="store_true", help="print the effective settings and end")
+    parser.add_argument("--port", metavar="N", help="port to serve on; as --listen with the host left as it is")
     for name, field in ServerConfig.model_fields.items():
         text = (field.description or "").replace("%", "%%")
         if field.annotation is bool:
             parser.add_argument(_flag_name(name), action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
-            metavar = "|".join(choices) if choices else name.rsplit("_", 1)[-1].upper()
+            last = name.rsplit("_", 1)[-1].upper()
+            metavar = "|".join(choices) if choices else "SIZE" if last == "BYTES" else last
             parser.add_argument(_flag_name(name), metavar=metavar, default=None, help=text)
     return parser
 
@@ -204,36 +281,63 @@ def _from_flags(flags: Mapping[str, Any]) -> Layer:
     return {name: (value, f"flag {_flag_name(name)}") for name, value in flags.items() if value is not None}
 
 
-def _from_environment(environ: Mapping[str, str]) -> Layer:
+def _from_environment(environ: Mapping[str, str], problems: list[str]) -> Layer:
     layer: Layer = {}
     for variable, value in environ.items():
         if not variable.startswith(ENVIRONMENT_PREFIX) or variable in OTHER_ENVIRONMENT:
             continue
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if name not in ServerConfig.model_fields or variable != variable.upper():
-            raise ConfigError(f"environment {variable}: there is no such setting; graftwork serve --help lists all")
-        layer[name] = (value, f"environment {variable}")
+            known = [ENVIRONMENT_PREFIX + field.upper() for field in ServerConfig.model_fields]
+            problems.append(_no_such("environment", variable, known))
+        else:
+            layer[name] = (value, f"environment {variable}")
     return layer
 
 
-def _from_file(file: str) -> Layer:
+def _from_file(file: str, problems: list[str]) -> Layer:
     try:
         table = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"file {file}: {error.strerror}") from None
+        problems.append(f"file {file}: {error.strerror}")
+        return {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"file {file}: not TOML: {error}") from None
+        problems.append(f"file {file}: not TOML: {error}")
+        return {}
     unknown = sorted(set(table) - set(ServerConfig.model_fields))
-    if unknown:
-        raise ConfigError(f"file {file}: there is no setting {unknown[0]!r}; graftwork serve --help lists all")
-    return {name: (value, f"file {file}") for name, value in table.items()}
+    problems += [_no_such(f"file {file}:", name, list(ServerConfig.model_fields)) for name in unknown]
+    return {name: (value, f"file {file}") for name, value in table.items() if name not in unknown}
 
 
-def _first_line(error: ValidationError, sources: Mapping[str, str]) -> str:
-    first = error.errors(include_url=False)[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
-    reason = first["msg"].removeprefix("Value error, ")
-    return f"{sources.get(name, 'settings')}: {name}: {reason} (got {first['input']!r})"
+def _problem(error: Any, sources: Mapping[str, str]) -> str:
+    """One wrong setting: where it came from, what is accepted, what it was. A flag and a variable name it already."""
+    name = str(error["loc"][0]) if error["loc"] else ""
+    source = sources.get(name, "settings")
+    where = f"{source}: {name}" if source.startswith("file ") else source
+    return f"{where}: {_accepted(error)} (got {error['input']!r})"
+
+
+def _accepted(error: Any) -> str:
+    context = error.get("ctx", {})
+    match error["type"]:
+        case "value_error":
+            return str(context["error"])
+        case "int_parsing" | "int_type" | "int_from_float":
+            return "a whole number is accepted"
+        case "float_parsing" | "float_type" | "finite_number":
+            return "a number is accepted"
+        case "bool_parsing" | "bool_type":
+            return "true or false is accepted"
+        case "string_type":
+            return "text is accepted"
+        case "greater_than_equal":
+            return f"at least {context['ge']} is accepted"
+        case "less_than_equal":
+            return f"at most {context['le']} is accepted"
+        case "literal_error":
+            return f"{context['expected']} is accepted"
+        case _:
+            return str(error["msg"])
 
 
 def _toml_value(value: Any) -> str:

@@ -1,62 +1,76 @@
-"""Process entry of the engine worker: `python -m graftwork_server.engine_main --socket PATH --settings JSON`.
+"""Process entry of the engine worker: `python -m graftwork_server.engine_main --fd N --settings JSON`.
 
-Stands outside engine/ because it brings engine and plugins together, and the engine itself imports no plugin manager.
+What takes seconds to import is imported once it is settled that this process ends with the front. Stands outside
+engine/ because it brings engine and plugins together, and the engine itself imports no plugin manager.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import logging
 import os
+import select
 import socket
 import sys
+import threading
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from graftwork_server.engine.describe import base_info
-from graftwork_server.engine.encoder import load_model
-from graftwork_server.engine.engine import EngineLimits
-from graftwork_server.engine.model import BaseModel, choose_device, choose_dtype
-from graftwork_server.engine.model_files import model_dir
-from graftwork_server.engine.outbox import default_messages_per_second
-from graftwork_server.engine.worker import EngineWorker
 from graftwork_server.errors import FailedPrecondition, body_of
+from graftwork_server.last_words import exit_when_a_thread_dies
 from graftwork_server.logs import set_up
 from graftwork_server.messages import StartFailed, encode_frame
-from graftwork_server.plugin_host import PluginHost
+
+if TYPE_CHECKING:
+    from graftwork_server.engine.model import BaseModel
+    from graftwork_server.engine.worker import EngineWorker
+
+log = logging.getLogger("graftwork.engine")
 
 LEAST_KV_TOKENS = 128
 """A KV cache for less than a short prompt and its answer is a mistake in a setting."""
 
 
 def main() -> int:
-    """Connects to the front, loads the base model and serves until the front is gone. Returns the exit code."""
+    """Loads the base model and serves until the front is gone. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="graftwork-engine")
-    parser.add_argument("--socket", required=True)
+    parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--settings", required=True)
     arguments = parser.parse_args()
     settings: dict[str, Any] = json.loads(arguments.settings)
-    _configure(settings)
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.connect(arguments.socket)
+    exit_when_a_thread_dies()
+    connection = socket.socket(fileno=arguments.fd)
+    started = threading.Event()
+    threading.Thread(target=_end_with_front, args=(connection, started), name="front", daemon=True).start()
     try:
+        _configure(settings)
         worker = _build(settings, connection)
     except Exception as error:
-        logging.getLogger("graftwork.engine").debug("the engine did not start", exc_info=True)
-        connection.sendall(encode_frame(StartFailed(error=body_of(error))))
+        log.debug("the engine did not start", exc_info=True)
+        with contextlib.suppress(OSError):  # nobody is left to be told
+            connection.sendall(encode_frame(StartFailed(error=body_of(error))))
         return 1
     # What is there now stays: the garbage collector need not look at it again in the middle of a step.
     gc.collect()
     gc.freeze()
+    started.set()
     worker.run()
     # Loader threads may be inside a plugin; waiting for them would keep the process alive for nobody.
     sys.stderr.flush()
     os._exit(0)
+
+
+def _end_with_front(connection: socket.socket, started: threading.Event) -> None:
+    """Ends this process if the front goes while it starts. Afterwards the worker does, which has streams to end."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    while not started.is_set():
+        if poll.poll(100):
+            os._exit(1)
 
 
 def _configure(settings: dict[str, Any]) -> None:
@@ -71,11 +85,23 @@ def _configure(settings: dict[str, Any]) -> None:
 
 
 def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
+    import torch
+
+    from graftwork_server.engine.describe import base_info
+    from graftwork_server.engine.encoder import load_model
+    from graftwork_server.engine.engine import EngineLimits
+    from graftwork_server.engine.model import choose_device, choose_dtype
+    from graftwork_server.engine.model_files import model_dir
+    from graftwork_server.engine.outbox import default_messages_per_second
+    from graftwork_server.engine.worker import EngineWorker
+    from graftwork_server.plugin_host import PluginHost
+
     threads = int(settings.get("threads") or 0) or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     device = choose_device(str(settings.get("device", "auto")))
     dtype = choose_dtype(str(settings.get("dtype", "auto")), device)
     source = settings.get("model") or str(Path(__file__).parent / "base_model")
+    log.info("starting: reading %s, %s on %s, %d threads", source, str(dtype).removeprefix("torch."), device, threads)
     base = load_model(
         model_dir(str(source)),
         device,
@@ -93,6 +119,7 @@ def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
         host_cache_bytes=int(settings.get("host_cache_bytes", 0)),
         cuda_graphs=settings.get("cuda_graphs") != "off",
     )
+    log.info("starting: making room for the KV cache and for adapters")
     worker = EngineWorker(
         base,
         base_info(base.engine_model.model, base.info),
@@ -128,9 +155,7 @@ def check_kv_cache(base: BaseModel, kv_tokens: int) -> None:
             "for the engine's choice",
             reason="KV_MEMORY_TOO_SMALL",
         )
-    logging.getLogger("graftwork.engine").warning(
-        "%s: longer sequences are refused; --kv-memory-bytes sets its size", holds
-    )
+    log.warning("%s: longer sequences are refused; --kv-memory-bytes sets its size", holds)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,15 @@
      +-- FailedPrecondition         the request is well-formed, but does not fit this base, artifact or state
      +-- ResourceExhausted          a queue or a pool is full; retry_after_ms says when to come back
      +-- Unavailable                a process is down or restarting; the same request may be sent again
+     +-- DeadlineExceeded           the client let too much time pass
      +-- Cancelled
      +-- Internal                   a defect of ours
 
 Each maps to the gRPC status code of the same name (rpc/interceptors.py). `reason` is an UPPER_SNAKE_CASE constant
 that programs can match; `message` says what was wrong and what would be accepted, and names no path of the server.
+
+Messages, fields and metadata quote what clients sent. An ErrorBody, which is in every error, makes them printable and
+cuts them, so that each error can be logged, stored and sent.
 """
 
 from __future__ import annotations
@@ -20,12 +24,21 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from graftwork_server.printable import make_printable, printable
+
+MESSAGE_CHARACTERS = 4000
+FIELD_CHARACTERS = 300
+MAX_VIOLATIONS = 1000
+
 
 class Violation(msgspec.Struct, frozen=True):
     """One wrong field: its path in the request (`sampling.temperature`, `line 12`) and what would be accepted."""
 
     field: str
     description: str
+
+    def __post_init__(self) -> None:
+        make_printable(self, field=FIELD_CHARACTERS, description=MESSAGE_CHARACTERS)
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +49,11 @@ class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
     message: str
     violations: list[Violation] = []
     metadata: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        make_printable(self, message=MESSAGE_CHARACTERS)
+        for key, value in list(self.metadata.items()):
+            self.metadata[key] = printable(value, FIELD_CHARACTERS)
 
 
 class GraftworkServerError(Exception):
@@ -52,21 +70,35 @@ class GraftworkServerError(Exception):
         violations: Sequence[Violation] = (),
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.reason = reason
-        self.violations = list(violations) or ([Violation(field, message)] if field else [])
-        self.metadata = dict(metadata or {})
+        wrong = list(violations[:MAX_VIOLATIONS]) or ([Violation(field, message)] if field else [])
+        self._body = ErrorBody(
+            code=self.code, reason=reason, message=message, violations=wrong, metadata=dict(metadata or {})
+        )
+        super().__init__(self._body.message)
+
+    @property
+    def reason(self) -> str:
+        """A constant that programs can match."""
+        return self._body.reason
+
+    @property
+    def message(self) -> str:
+        """What was wrong and what would be accepted."""
+        return self._body.message
+
+    @property
+    def violations(self) -> list[Violation]:
+        """Every wrong field."""
+        return self._body.violations
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """More for programs, such as retry_after_ms."""
+        return self._body.metadata
 
     def body(self) -> ErrorBody:
         """This error as data."""
-        return ErrorBody(
-            code=self.code,
-            reason=self.reason,
-            message=self.message,
-            violations=self.violations,
-            metadata=self.metadata,
-        )
+        return self._body
 
 
 class InvalidArgument(GraftworkServerError):
@@ -105,6 +137,12 @@ class Unavailable(GraftworkServerError):
     code = "UNAVAILABLE"
 
 
+class DeadlineExceeded(GraftworkServerError):
+    """The client let too much time pass."""
+
+    code = "DEADLINE_EXCEEDED"
+
+
 class Cancelled(GraftworkServerError):
     """Ended because somebody asked for it."""
 
@@ -126,6 +164,7 @@ _BY_CODE: dict[str, type[GraftworkServerError]] = {
         FailedPrecondition,
         ResourceExhausted,
         Unavailable,
+        DeadlineExceeded,
         Cancelled,
         Internal,
     )
@@ -142,4 +181,4 @@ def body_of(error: BaseException) -> ErrorBody:
     """`error` as data; what is not one of ours becomes INTERNAL with its type and text."""
     if isinstance(error, GraftworkServerError):
         return error.body()
-    return ErrorBody(code="INTERNAL", reason="INTERNAL", message=f"{type(error).__name__}: {error}")
+    return Internal(f"{type(error).__name__}: {error}", reason="INTERNAL").body()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,18 @@ from graftwork_server.config import ServerConfig
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.engine.engine_process import ENGINE_COMMAND
 from graftwork_server.errors import GraftworkServerError, Unavailable
+from graftwork_server.helper_pool import HelperPool
 from graftwork_server.hub.hub import Hub
+from graftwork_server.isolated_text import IsolatedTexts
 from graftwork_server.pins import Pins
 from graftwork_server.rpc.adapters import AdapterService
 from graftwork_server.rpc.generation import GenerationService
 from graftwork_server.rpc.interceptors import Drain
 from graftwork_server.rpc.limits import Admission
 from graftwork_server.rpc.server import HealthReporter, RpcServer
+from graftwork_server.rpc.status import ServerService
 from graftwork_server.rpc.strategies import StrategyService
+from graftwork_server.rpc.streaming import Uploads
 from graftwork_server.rpc.tuning import TuningService
 from graftwork_server.text import TextProcessor
 from graftwork_server.tuning.dataset_check import DatasetChecker
@@ -62,7 +67,7 @@ class Front:
         self._rpc = RpcServer(config.max_queue, self._drain)
         self._hub: Hub | None = None
         self._jobs: JobManager | None = None
-        self._texts: AdapterTexts | None = None
+        self._pools: list[HelperPool] = []
         self._pins: Pins | None = None
         self.engine = EngineClient(engine_settings(config), command=engine_command)
         self.admission = Admission(config.max_queue)
@@ -73,13 +78,24 @@ class Front:
         The quick checks come first: a taken data directory or port is known before the model is loaded.
         Raises ListenError, and GraftworkServerError for the data directory or the model.
         """
+        begun = time.monotonic()
+        log.info("starting: opening the data directory %s", self._config.data_dir)
         self._hub = hub = await asyncio.to_thread(_open_hub, self._config.data_dir)
         bound = self._rpc.bind(address)
+        log.info(
+            "starting: the engine for base '%s' (it imports torch first), to serve on %s", self._config.base_name, bound
+        )
         model = (await self.engine.start()).model
         hub.resolver.base_fingerprint = model.fingerprint
         text = await asyncio.to_thread(_tokenizer, model)
-        self._texts = texts = AdapterTexts(text, model.tokenizer_dir, model.vocab_size)
-        checker = DatasetChecker(text, model.tokenizer_dir, model.context_tokens)
+        arguments = [str(model.vocab_size), *([model.tokenizer_dir, model.source] if model.tokenizer_dir else [])]
+        # Apart, so that no check of a large data set lets a conversation wait.
+        self._pools = [HelperPool("the text of prompts and adapters", arguments), HelperPool("data sets", arguments)]
+        files = AdapterTexts(text, model.tokenizer_dir, model.vocab_size, source_dir=model.source)
+        texts = IsolatedTexts(files, self._pools[0])
+        config = self._config
+        uploads = Uploads(config.max_uploads, config.max_uploads_per_client, config.upload_idle_seconds)
+        checker = DatasetChecker(self._pools[1], model.context_tokens)
         self._jobs = jobs = JobManager(
             hub,
             self.engine,
@@ -95,12 +111,14 @@ class Front:
         self.engine.add_listener(HealthReporter(self._rpc))
         await self._rpc.start(
             GenerationService(self.engine, hub.resolver, hub.leases, texts, self.admission),
-            AdapterService(self.engine, hub, texts, pins, self._config.max_upload_bytes),
-            TuningService(hub, jobs, checker, self._drain, self._config.max_dataset_bytes),
+            AdapterService(self.engine, hub, texts, pins, self._config.max_upload_bytes, uploads),
+            TuningService(hub, jobs, checker, self._drain, self._config.max_dataset_bytes, uploads),
             StrategyService(self.engine),
+            ServerService(self._config, self.engine, hub, self.admission),
         )
         pins.on_engine_ready()
         await jobs.start()
+        log.info("started after %.1f s; answering on %s", time.monotonic() - begun, bound)
         return bound
 
     async def drain(self) -> None:
@@ -120,8 +138,8 @@ class Front:
         # Not at once: a call that is just being refused, a watch that was just told, would be CANCELLED instead.
         await self._rpc.stop(BROKEN_OFF_SECONDS)
         await self.engine.stop()
-        if self._texts is not None:
-            await asyncio.to_thread(self._texts.close)
+        for pool in self._pools:
+            await asyncio.to_thread(pool.close)
         if self._hub is not None:
             await asyncio.to_thread(self._hub.close)
 

@@ -19,12 +19,14 @@ from typing import Any
 
 import msgspec
 
-from graftwork_server.errors import ErrorBody
+from graftwork_server.errors import MESSAGE_CHARACTERS, ErrorBody, InvalidArgument
+from graftwork_server.printable import make_printable
 from graftwork_server.types import (
     AdapterRef,
     ArtifactInfo,
     LoadReport,
     ModelInfo,
+    SettingChoice,
     StrategyInfo,
     TuningEstimate,
     TuningProgress,
@@ -71,8 +73,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
 
 class Pool(msgspec.Struct, frozen=True, array_like=True):
     """What is wanted of a sequence in the place of tokens. kind: "classify", the logits of the head; "embed", one
-    hidden state. pooling: "mean", "cls" or "last", for embed. dimensions: so many first values of it, 0:
-    all."""
+    hidden state. pooling: for embed, one of engine/pooling.py or several joined by "+". dimensions: so many first
+    values of it, 0: all."""
 
     kind: str
     pooling: str = ""
@@ -137,6 +139,8 @@ class Inspect(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     call_id: int
     path: str
     strategy: str | None = None
+    content: str = ""
+    """The front's name for what the files hold, wherever they are; the engine does not read it."""
 
 
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,6 +156,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Checkpoints; outlives the tuner."""
     artifact_dir: str
     """Made by the tuner: the finished files. Exists whole or not at all (written beside it, then renamed)."""
+    reported_step: int | None = None
+    """The newest step that the front has a report of; None: it has all."""
 
 
 class PrepareJob(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -163,6 +169,7 @@ class PrepareJob(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     row_count: int
     total_tokens: int
     """Training tokens of one epoch."""
+    held_out_rows: int = 0
 
 
 class StartJob(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -246,10 +253,11 @@ class Pinned(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class PreparedJob(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """`config` has every default filled in and is plain JSON."""
+    """`config` has every setting filled in and is plain JSON; `choices` says where the ones that matter come from."""
 
     config: dict[str, Any]
     estimate: TuningEstimate
+    choices: list[SettingChoice] = []
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -334,6 +342,9 @@ class Note(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     text: str
 
+    def __post_init__(self) -> None:
+        make_printable(self, text=MESSAGE_CHARACTERS)
+
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """artifact_dir is complete."""
@@ -411,11 +422,39 @@ command_decoder: msgspec.msgpack.Decoder[TunerCommand] = msgspec.msgpack.Decoder
 
 
 def encode_frame(message: Any) -> bytes:
-    """`message` as one frame."""
-    body = _encoder.encode(message)
+    """`message` as one frame.
+
+    Raises InvalidArgument (MESSAGE_NOT_SENDABLE) for what no frame can hold: text that is no Unicode, numbers of more
+    than 64 bits, values nested too deep, too many bytes. Only who waits for `message` may suffer from that.
+    """
+    try:
+        body = _encoder.encode(message)
+    except (ValueError, OverflowError, RecursionError, TypeError) as error:
+        raise _not_sendable(message, str(error)) from error
     if len(body) > MAX_FRAME_BYTES:
-        raise ValueError(f"a message of {len(body)} bytes is over the {MAX_FRAME_BYTES} that a frame may have")
+        raise _not_sendable(message, f"it has {len(body)} bytes; {MAX_FRAME_BYTES} are accepted")
     return _LENGTH.pack(len(body)) + body
+
+
+def _not_sendable(message: Any, why: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"what was asked for cannot be sent between the server's processes ({type(message).__name__}): {why}",
+        reason="MESSAGE_NOT_SENDABLE",
+    )
+
+
+def instead_of(message: EngineMessage, error: ErrorBody) -> list[EngineMessage]:
+    """What says to those who wait for `message`, which cannot be sent, that it will not come."""
+    match message:
+        case Reply():
+            return [Reply(call_id=message.call_id, error=error)]
+        case StepOutputs(outputs=[output]):
+            return [StepOutputs([SequenceOutput(output.id, [], "error", error=error)])]
+        case StepOutputs():  # most of them can be sent
+            return [StepOutputs([output]) for output in message.outputs]
+        case JobEvent(event=Finished() | Failed()):
+            return [JobEvent(job_id=message.job_id, event=Failed(error=error))]
+    return []
 
 
 async def read_frame(reader: asyncio.StreamReader) -> bytes:

@@ -36,6 +36,7 @@ from graftwork_server.errors import (
     Violation,
 )
 from graftwork_server.messages import PreparedJob
+from graftwork_server.tuning.automatic import automatic_settings, given_settings
 from graftwork_server.tuning.schedule import total_steps
 from graftwork_server.types import StrategyInfo, TuningEstimate
 
@@ -123,8 +124,9 @@ class PluginHost:
         total_tokens: int,
         base: BaseInfo,
         device: DeviceInfo,
+        held_out_rows: int = 0,
     ) -> PreparedJob:
-        """A job's settings with every default filled in, and what it will take.
+        """A job's settings with every one filled in, where they come from, and what the job will take.
 
         `row_count` and `total_tokens` are of the rows trained on, held-out ones not counted. Raises InvalidArgument
         (CONFIG_INVALID) with a violation `spec.config.<key>` for each wrong setting, FailedPrecondition
@@ -134,6 +136,9 @@ class PluginHost:
         if "train" not in plugin.capabilities:
             raise FailedPrecondition(f"strategy {strategy!r} cannot train", reason="NOT_TRAINABLE", field="strategy")
         settings = parse_config(plugin, config)
+        with guard(strategy, "Config"):
+            choices = automatic_settings(settings, base, row_count, held_out_rows)
+        settings = parse_config(plugin, config | {choice.key: choice.value for choice in choices})
         with guard(strategy, "validate"):
             plugin.validate(settings, base)
         with guard(strategy, "estimate"):
@@ -141,6 +146,7 @@ class PluginHost:
             estimate = plugin.estimate(settings, base, dataset, device)
         return PreparedJob(
             config=settings.model_dump(mode="json"),
+            choices=[*given_settings(config), *choices],
             estimate=TuningEstimate(
                 trained_parameters=estimate.trained_parameters,
                 memory_bytes=estimate.memory_bytes + TUNER_PROCESS_BYTES,
@@ -156,7 +162,7 @@ def parse_config(strategy: Strategy, config: dict[str, Any]) -> TrainingConfig:
         return strategy.Config.model_validate(config)
     except ValidationError as error:
         accepted = ", ".join(sorted(strategy.Config.model_fields))
-        violations = [_violation(detail, accepted) for detail in error.errors(include_url=False)]
+        violations = _violations(error, strategy.Config.model_json_schema(), accepted)
         raise InvalidArgument(
             "; ".join(violation.description for violation in violations[:5]),
             reason="CONFIG_INVALID",
@@ -208,9 +214,51 @@ def _info(id: str, loaded: LoadedStrategy) -> StrategyInfo:
     )
 
 
-def _violation(detail: Any, accepted: str) -> Violation:
-    key = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return Violation(f"spec.config.{key}", f"{key} is no setting of this strategy; its settings are: {accepted}")
-    shown = repr(detail["input"])
-    return Violation(f"spec.config.{key}", f"{key} = {shown[:80]}: {detail['msg'].removeprefix('Value error, ')}")
+def _violations(error: ValidationError, schema: dict[str, Any], accepted: str) -> list[Violation]:
+    """One for each wrong setting: pydantic has one for each kind of value that a setting could have had."""
+    found: dict[str, Violation] = {}
+    details = error.errors(include_url=False)
+    for detail in details:
+        key = str(detail["loc"][0]) if detail["loc"] else ""
+        kinds = schema.get("properties", {}).get(key, {})
+        if detail["type"] == "extra_forbidden" and len(detail["loc"]) == 1:
+            what = f"{key} is no setting of this strategy; its settings are: {accepted}"
+        elif "anyOf" in kinds and sum(one["loc"][:1] == (key,) for one in details) > 1:
+            what = f"{key}: {' or '.join(_shown_kind(kind) for kind in kinds['anyOf'])} is accepted{_how(key, kinds)}"
+        else:
+            path = ".".join(str(part) for part in detail["loc"])
+            what = f"{path} = {repr(detail['input'])[:80]}: {detail['msg'].removeprefix('Value error, ')}"
+            found.setdefault(path, Violation(f"spec.config.{path}", what))
+            continue
+        found.setdefault(key, Violation(f"spec.config.{key}", what))
+    return list(found.values())
+
+
+_KINDS = {
+    "string": "text",
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "null": "null",
+    "array": "a list",
+    "object": "an object",
+}
+
+
+def _shown_kind(kind: dict[str, Any]) -> str:
+    """A JSON schema of a value, as people say it."""
+    if "const" in kind:
+        return str(kind["const"])
+    if "enum" in kind:
+        return " or ".join(map(str, kind["enum"]))
+    shown = _KINDS.get(str(kind.get("type")), "another value")
+    items = kind.get("items", {}).get("type")
+    return f"{shown} of {_KINDS[items]}s" if items == "string" else shown
+
+
+def _how(key: str, kinds: dict[str, Any]) -> str:
+    """How a list is written on the command line, where one is accepted."""
+    if not any(kind.get("type") == "array" for kind in kinds["anyOf"]):
+        return ""
+    example = json.dumps((kinds.get("examples") or [["a", "b"]])[0])
+    return f", such as {example} (on the command line: --set {key}='{example}')"

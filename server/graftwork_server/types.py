@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import enum
 import re
+from typing import Any
 
 import msgspec
 
 BASE = "base"
 """The name under which the base model itself answers."""
+
+LATEST = "latest"
+"""In the place of a version's number: the newest one."""
 
 ADAPTER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Pattern (fullmatch) of adapter ids; BASE is reserved."""
@@ -44,7 +48,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """False for an encoder: it answers Classify and Embed alone."""
     hidden_size: int = 0
     default_pooling: str = "last"
-    """Of Embed: "mean", "cls" or "last"."""
+    """Of Embed: one of engine/pooling.py, or several joined by "+"."""
+    undone_pooling: str = ""
+    """What the model's files ask of Embed and it does not do: it then asks the client to name a pooling."""
 
 
 class StrategyInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +72,10 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     path: str
     strategy: str
+    name: str = ""
+    """Resource name of a version with these files, for people."""
+    end_token_ids: list[int] = []
+    """Tokens that end its texts beside those of the base model."""
 
 
 class ArtifactInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +102,7 @@ class JobState(enum.StrEnum):
 
     PENDING = "PENDING"
     RUNNING = "RUNNING"
+    PAUSED = "PAUSED"
     SUCCEEDED = "SUCCEEDED"
     FAILED = "FAILED"
     CANCELLED = "CANCELLED"
@@ -120,6 +131,16 @@ class TuningEstimate(msgspec.Struct, frozen=True, kw_only=True):
     total_steps: int
 
 
+class SettingChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a setting of a job comes from."""
+
+    key: str
+    value: Any
+    reason: str
+    automatic: bool = True
+    """Chosen by the server; false: by who created the job."""
+
+
 class TuningProgress(msgspec.Struct, frozen=True, kw_only=True):
     """One optimizer step; see tuning.proto."""
 
@@ -141,3 +162,8 @@ class TuningResult(msgspec.Struct, frozen=True, kw_only=True):
     train_ms: int
     final_loss: float
     validation_loss: float | None = None
+    """Of the published weights."""
+    published_step: int = 0
+    """Optimizer steps after which the weights were as they are published; 0: not known, by an older version."""
+    end_token_ids: list[int] = []
+    """Tokens that end the rows it learned; none where no row has such an end."""

@@ -18,6 +18,8 @@ from graftwork.v1 import (
     adapters_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
     strategies_pb2,
     strategies_pb2_grpc,
     tuning_pb2,
@@ -29,6 +31,7 @@ Step = Callable[[Any, grpc.ServicerContext], Any]
 _SERVICES = (
     (adapters_pb2, adapters_pb2_grpc, "AdapterService"),
     (generation_pb2, generation_pb2_grpc, "GenerationService"),
+    (server_pb2, server_pb2_grpc, "ServerService"),
     (strategies_pb2, strategies_pb2_grpc, "StrategyService"),
     (tuning_pb2, tuning_pb2_grpc, "TuningService"),
 )

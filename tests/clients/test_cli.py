@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import struct_pb2
 from tests.clients.protos import adapter, as_chat, event, job, last, piece, step_event, succeeded
 from tests.clients.scripted_server import ScriptedServer, fail
 from typer.testing import CliRunner, Result
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 from graftwork.cli.app import app
 from graftwork.v1 import adapters_pb2 as a
 from graftwork.v1 import generation_pb2 as g
+from graftwork.v1 import server_pb2
 from graftwork.v1 import strategies_pb2 as s
 from graftwork.v1 import tuning_pb2 as t
 
@@ -135,12 +137,15 @@ def test_generate_logprobs_as_text(server: ScriptedServer, run: Any) -> None:
         ["generate"],
         ["nonsense"],
         ["adapter", "show", "dates@x"],
-        ["adapter", "delete", "dates@1"],
+        ["adapter", "delete", "dates@x"],
+        ["adapter", "delete", "dates@latest"],
         ["adapter", "versions", "dates@1"],
         ["adapter", "create", "dates", "/nowhere/at/all"],
         ["dataset", "check", "/nowhere/at/all"],
         ["tune", "create", "--strategy", "lora", "--data", "/nowhere", "--adapter", "x"],
         ["tune", "create", "--strategy", "lora", "--data", "/nowhere", "--adapter", "x", "--set", "rank"],
+        ["tune", "create", "--strategy", "lora", "--data", "/nowhere", "--adapter", "x", "--set", "names=[q_proj]"],
+        ["tune", "create", "--strategy", "lora", "--data", __file__, "--validation", "/nowhere", "--adapter", "x"],
     ],
 )
 def test_bad_usage_exits_with_2(server: ScriptedServer, run: Any, arguments: list[str]) -> None:
@@ -170,7 +175,7 @@ def test_violations_have_a_line_each(server: ScriptedServer, run: Any) -> None:
     bad = fail(grpc.StatusCode.INVALID_ARGUMENT, "bad", violations={"sampling.top_p": "is 2", "model": "empty"})
     server.on("Generate", bad)
     lines = run("generate", "base", "hi", code=1).stderr.splitlines()
-    assert lines[1:] == ["  sampling.top_p: is 2", "  model: empty"]
+    assert lines[1:] == ["  --top-p: is 2", "  model: empty"]
 
 
 def test_errors_as_json(server: ScriptedServer, run: Any) -> None:
@@ -323,7 +328,19 @@ def test_tune_create(server: ScriptedServer, run: Any, tuning: list[str]) -> Non
     (created,) = objects(run(*tuning, *flags, "--load", "--json"))
     assert (created["job_id"], created["state"]) == ("j1", "pending")
     assert created["spec"]["config"] == {"rank": 8, "learning_rate": 0.0002}
-    spec = server.requests("CreateTuningJob")[0].spec
+    assert [seen.method for seen in server.seen] == [
+        "CreateTuningJob",  # validates only, before anything is uploaded
+        "UploadDataset",
+        "UploadDataset",
+        "CreateTuningJob",
+    ]
+    checked, asked = server.requests("CreateTuningJob")
+    assert (checked.validate_only, asked.validate_only) == (True, False)
+    assert (checked.spec.config, checked.spec.dataset) == (asked.spec.config, "")
+    assert not asked.spec.new_version
+    run(*tuning, "--new-version")
+    assert all(request.spec.new_version for request in server.requests("CreateTuningJob")[2:])
+    spec = asked.spec
     assert (spec.dataset, spec.validation_dataset, spec.load) == ("datasets/d.jsonl", "datasets/v.jsonl", True)
     config = spec.config
     assert (config["rank"], config["learning_rate"]) == (16.0, 2e-4)
@@ -332,6 +349,16 @@ def test_tune_create(server: ScriptedServer, run: Any, tuning: list[str]) -> Non
     shown = run(*tuning).stdout
     assert shown.startswith("job       j1\n")
     assert f"estimate  {ESTIMATE}\n" in shown
+
+
+def test_tune_show_says_what_was_chosen_and_why(server: ScriptedServer, run: Any) -> None:
+    chosen = [
+        t.SettingChoice(key="max_steps", value=struct_pb2.Value(number_value=150), reason="why", automatic=True),
+        t.SettingChoice(key="rank", value=struct_pb2.Value(number_value=8), reason="set in the request"),
+    ]
+    server.on("GetTuningJob", t.GetTuningJobResponse(job=job(choices=chosen)))
+    lines = [line for line in run("tune", "show", "j1").stdout.splitlines() if line.startswith("chosen")]
+    assert [" ".join(line.split()) for line in lines] == ["chosen max_steps=150: why"]
 
 
 def test_tune_follow_in_plain_lines(run: Any, tuning: list[str]) -> None:
@@ -404,3 +431,81 @@ def test_help_tells_the_exit_codes_and_commands(run: Any) -> None:
     for word in ("serve", "generate", "chat", "score", "adapter", "strategy", "tune", "dataset", "130  interrupted"):
         assert word in text
     assert run("--version").stdout.startswith("graftwork 0.")
+
+
+def test_status_shows_what_is_served_and_what_goes_on(server: ScriptedServer, run: Any) -> None:
+    described = server_pb2.Server(
+        version="1.2",
+        versions={"torch": "2.13"},
+        engine_ready=True,
+        base_model=server_pb2.BaseModel(display_name="tiny", dtype="bfloat16", device="cpu", context_tokens=2048),
+        limits=server_pb2.ServerLimits(max_queue=1024, max_concurrent_jobs=1),
+        loaded_versions=["adapters/dates/versions/3"],
+        adapter_count=2,
+        sequence_count=5,
+        jobs=[job(job_id="j9")],
+        job_count=1,
+    )
+    server.on("GetServer", server_pb2.GetServerResponse(server=described))
+    text = run("status").stdout
+    for words in (
+        "tiny",
+        "bfloat16 on cpu",
+        "2,048 tokens",
+        "5 wait or run",
+        "dates@3",
+        "1 not ended",
+        "torch 2.13",
+        "j9",
+    ):
+        assert words in text, text
+    (found,) = objects(run("status", "--json"))
+    assert found["base_model"]["context_tokens"] == 2048
+    assert found["jobs"][0]["job_id"] == "j9"
+    assert found["versions"] == {"torch": "2.13"}
+
+
+def test_errors_name_options(server: ScriptedServer, run: Any, tmp_path: Path) -> None:
+    violations = {"sampling.top_p": "is 3; (0, 1] is accepted"}
+    step = fail(grpc.StatusCode.INVALID_ARGUMENT, "sampling.top_p is 3; (0, 1] is accepted", violations=violations)
+    server.on("Generate", step)
+    assert run("generate", "base", "hi", "--top-p", "3", code=1).stderr.startswith("error: --top-p is 3; (0, 1] is")
+    violations = {"spec.config.r": "is -1", "spec.adapter_id": "is bad"}
+    server.on("CreateTuningJob", fail(grpc.StatusCode.INVALID_ARGUMENT, "2 settings", violations=violations))
+    server.on("UploadDataset", t.UploadDatasetResponse(dataset=t.Dataset(name="datasets/d", dataset_id="d")))
+    (tmp_path / "d.jsonl").write_text("{}")
+    arguments = ("--strategy", "lora", "--data", str(tmp_path / "d.jsonl"), "--adapter", "x")
+    lines = run("tune", "create", *arguments, code=1).stderr.splitlines()
+    assert lines[1:] == ["  --set r: is -1", "  --adapter: is bad"]
+
+
+def test_one_version_is_deleted(server: ScriptedServer, run: Any) -> None:
+    server.on("DeleteVersion", a.DeleteVersionResponse(newest_version=1))
+    server.on("GetAdapter", a.GetAdapterResponse(adapter=adapter(version=1)))
+    assert run("adapter", "delete", "dates@2").stdout == "deleted dates@2; dates means version 1 now\n"
+    server.on("GetAdapter", fail(grpc.StatusCode.NOT_FOUND))
+    assert run("adapter", "delete", "dates@1").stdout == "deleted dates@1; it was the last version of dates\n"
+    assert objects(run("adapter", "delete", "dates@1", "--json")) == [{"adapter_id": "dates", "deleted_versions": 1}]
+
+
+def test_data_sets_and_jobs_are_listed_and_deleted(server: ScriptedServer, run: Any) -> None:
+    stored = t.Dataset(
+        name="datasets/ds-1",
+        dataset_id="ds-1",
+        display_name="rows.jsonl",
+        format=t.DATASET_FORMAT_CHAT,
+        row_count=12345,
+        size_bytes=2_000_000,
+    )
+    server.on("ListDatasets", t.ListDatasetsResponse(datasets=[stored]))
+    server.on("GetDataset", t.GetDatasetResponse(dataset=stored))
+    server.on("DeleteDataset", t.DeleteDatasetResponse())
+    server.on("DeleteTuningJob", t.DeleteTuningJobResponse())
+    assert run("dataset", "list").stdout.splitlines() == [
+        "DATA SET  NAME        FORM  ROWS    CREATED",
+        "ds-1      rows.jsonl  chat  12,345  -",
+    ]
+    assert "rows      12,345" in run("dataset", "show", "ds-1").stdout
+    assert run("dataset", "delete", "ds-1").stdout == "deleted ds-1\n"
+    assert run("tune", "delete", "j1", "--yes").stdout == "deleted j1\n"
+    assert objects(run("tune", "delete", "j1", "--json")) == [{"job_id": "j1"}]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import pytest
 from tests.clients.protos import adapter, as_chat, event, job, last, piece, step_event, succeeded
 from tests.clients.scripted_server import ScriptedServer, fail, hold
 
+from graftwork.cli.progress import LossCurve, _sparkline
+from graftwork.types import TuningEvent, TuningProgress
 from graftwork.v1 import adapters_pb2 as a
 from graftwork.v1 import tuning_pb2 as t
 
@@ -78,7 +81,9 @@ def test_a_closed_pipe_is_no_traceback(server: ScriptedServer) -> None:
     assert gone.wait(10)
 
 
-def on_terminal(server: ScriptedServer, *arguments: str, turns: Sequence[str | signal.Signals] = ()) -> tuple[str, int]:
+def on_terminal(
+    server: ScriptedServer, *arguments: str, turns: Sequence[str | signal.Signals] = (), prompt: bytes = b"> "
+) -> tuple[str, int]:
     """What a command shows on a terminal, and its exit code. turns: what is typed or sent, one at each prompt."""
     waiting = list(turns)
     ours, theirs = pty.openpty()
@@ -89,7 +94,7 @@ def on_terminal(server: ScriptedServer, *arguments: str, turns: Sequence[str | s
     try:
         while data := os.read(ours, 65536):
             shown += data
-            if waiting and shown.count(b"> ") > len(turns) - len(waiting):
+            if waiting and shown.count(prompt) > len(turns) - len(waiting):
                 turn = waiting.pop(0)
                 if isinstance(turn, signal.Signals):
                     process.send_signal(turn)
@@ -119,6 +124,26 @@ def test_a_conversation_that_is_full_says_how_to_go_on_and_ctrl_c_ends_the_line(
     assert lines[2] == "(the conversation has become too long; /reset begins a new one)"
     assert shown.endswith("\n")
     assert code == 130
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "sent"), [("y", 0, 1), ("YES", 0, 1), ("", 1, 0), ("no", 1, 0), (signal.SIGINT, 130, 0)]
+)
+def test_deleting_asks_on_a_terminal(
+    server: ScriptedServer, answer: str | signal.Signals, code: int, sent: int
+) -> None:
+    server.on("DeleteAdapter", a.DeleteAdapterResponse(deleted_versions=2))
+    shown, ended = on_terminal(server, "adapter", "delete", "dates", turns=[answer], prompt=b"[y/N] ")
+    assert "delete adapter dates with all its versions? [y/N] " in shown
+    assert ended == code
+    assert len(server.requests("DeleteAdapter")) == sent
+    assert ("deleted dates (2 versions)" in shown) == bool(sent)
+
+
+def test_deleting_with_yes_asks_nothing(server: ScriptedServer) -> None:
+    server.on("DeleteAdapter", a.DeleteAdapterResponse(deleted_versions=2))
+    shown, code = on_terminal(server, "adapter", "delete", "dates", "--yes")
+    assert (shown.strip(), code) == ("deleted dates (2 versions)", 0)
 
 
 def test_a_terminal_gets_bars(server: ScriptedServer, tmp_path: Path) -> None:
@@ -172,3 +197,60 @@ def test_serve_without_the_server(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert 'pip install "graftwork[server]"' in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_a_terminal_keeps_the_loss_curve(server: ScriptedServer) -> None:
+    def step(number: int) -> t.WatchTuningJobResponse:
+        loss = 4.0 - number / 50
+        progress = t.TuningProgress(step=number, total_steps=100, loss=loss, learning_rate=1e-4, eta_ms=1000)
+        return event(number, progress=progress)
+
+    server.on("GetTuningJob", t.GetTuningJobResponse(job=job()), t.GetTuningJobResponse(job=succeeded()))
+    server.on(
+        "WatchTuningJob", [*map(step, range(1, 101)), event(101, evaluation=t.TuningEvaluation(step=100, loss=2))]
+    )
+    shown, code = on_terminal(server, "tune", "watch", "j1")
+    assert code == 0
+    assert [int(step) for step in re.findall(r"step (\d+)(?:/100)?  ", shown)] == [*range(1, 101, 5), 100, 100]
+    assert "loss           3.9800 █" in shown
+    assert "▁ 2.0000  (steps 1 to 100)" in shown
+    server.on("GetTuningJob", t.GetTuningJobResponse(job=job()), t.GetTuningJobResponse(job=succeeded()))
+    plain, _ = start(server, "tune", "watch", "j1", env={"PYTHONIOENCODING": "utf-8"}).communicate(timeout=20)
+    assert plain.count(b"\nstep ") == 100
+    assert "█".encode() in plain
+
+
+def test_a_long_curve_is_kept_in_little_memory() -> None:
+    def steps(count: int) -> Iterator[TuningEvent]:
+        for step in range(1, count + 1):
+            progress = TuningProgress(step, count, 5.0 - 4 * step / count, 0.0, 0.0, 0, 0)
+            yield TuningEvent(sequence=step, time=None, kind="progress", progress=progress)
+
+    curve = LossCurve()
+    assert sum(1 for _ in curve.watch(steps(60_000))) == 60_000
+    assert len(curve._training) <= 5_001
+    assert curve._training[-1] == (60_000, 1.0)
+    drawn = _sparkline([value for _, value in curve._training])
+    assert len(drawn) == 50
+    assert drawn == "".join(sorted(drawn, reverse=True))
+    assert [drawn.count(block) for block in "▇▆▅▄▃▂"] == pytest.approx([7] * 6, abs=1)
+
+
+def test_a_narrow_terminal_gets_long_values_below_each_other(server: ScriptedServer) -> None:
+    spec = t.TuningJobSpec(strategy="lora", adapter_id="dates")
+    spec.config.update({f"setting_{number}": number for number in range(30)})
+    server.on("GetTuningJob", t.GetTuningJobResponse(job=t.TuningJob(job_id="j1", spec=spec)))
+    shown, code = on_terminal(server, "tune", "show", "j1")
+    assert code == 0
+    lines = shown.replace("\r", "").splitlines()
+    assert max(map(len, lines)) <= 120
+    start = next(index for index, line in enumerate(lines) if line.startswith("settings "))
+    assert lines[start + 1].startswith(" " * 10 + "setting_")
+    plain, _ = start_and_read(server, "tune", "show", "j1")
+    assert sum(line.startswith("settings ") and "setting_9=9" in line for line in plain.splitlines()) == 1
+
+
+def start_and_read(server: ScriptedServer, *arguments: str) -> tuple[str, int]:
+    process = start(server, *arguments)
+    out, _ = process.communicate(timeout=20)
+    return out.decode(), process.returncode

@@ -112,3 +112,25 @@ def test_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("GRAFTWORK_ADDRESS", "10.0.0.1:99")
     assert graftwork.Client().address == "10.0.0.1:99"
     assert graftwork.Client(address="h:1").address == "h:1"
+
+
+def test_messages_name_arguments_and_not_the_fields_of_requests(
+    server: ScriptedServer, client: graftwork.Client
+) -> None:
+    violations = {"sampling.top_p": "is 3; (0, 1] is accepted", "spec.config.r": "is -1", "spec.adapter_id": "is bad"}
+    server.on("Generate", fail(grpc.StatusCode.INVALID_ARGUMENT, "sampling.top_p is 3", violations=violations))
+    with pytest.raises(graftwork.InvalidArgumentError) as caught:
+        client.generate("x", "hi")
+    assert caught.value.message == "top_p is 3"
+    assert [violation.field for violation in caught.value.field_violations] == list(violations)
+    assert str(caught.value).endswith("top_p: is 3; (0, 1] is accepted; config.r: is -1; adapter: is bad")
+
+
+def test_of_violations_with_one_description_the_message_tells_the_first(
+    server: ScriptedServer, client: graftwork.Client
+) -> None:
+    violations = {"line 1": "is empty", "line 3": "is empty", "line 4": "is long"}
+    server.on("Generate", fail(grpc.StatusCode.INVALID_ARGUMENT, "line 1: is empty", violations=violations))
+    with pytest.raises(graftwork.InvalidArgumentError) as caught:
+        client.generate("x", "hi")
+    assert [violation.field for violation in caught.value.unsaid_violations] == ["line 3", "line 4"]

@@ -6,9 +6,10 @@ import asyncio
 import threading
 from typing import Any
 
+import grpc
 import pytest
 from tests.clients.protos import as_chat, last, piece
-from tests.clients.scripted_server import ScriptedServer, hold
+from tests.clients.scripted_server import ScriptedServer, fail, hold
 
 import graftwork
 from graftwork.v1 import generation_pb2 as g
@@ -52,7 +53,7 @@ def test_several_completions_are_put_together(server: ScriptedServer, client: gr
 
 
 def test_an_option_that_there_is_not_is_refused(server: ScriptedServer, client: graftwork.Client) -> None:
-    with pytest.raises(TypeError, match="there is no option 'top_q'"):
+    with pytest.raises(TypeError, match="there is no option 'top_q'; did you mean top_"):
         client.generate("base", "x", top_q=1)  # type: ignore[call-overload]
 
 
@@ -224,3 +225,47 @@ async def test_tokenize(server: ScriptedServer, client: graftwork.Client, aclien
     assert client.tokenize("ab") == expected
     assert await aclient.tokenize([{"role": "user", "content": "ab"}]) == expected
     assert [bool(request.messages) for request in server.requests("Tokenize")] == [False, True]
+
+
+async def test_a_list_of_prompts_gives_a_list_of_generations(
+    server: ScriptedServer, client: graftwork.Client, aclient: graftwork.AsyncClient
+) -> None:
+    def echo(request: g.GenerateRequest, context: grpc.ServicerContext) -> list[g.GenerateResponse]:
+        return [last(f"<{request.text or list(request.token_ids.ids)}>", 1)]
+
+    server.on("Generate", echo)
+    prompts = [f"p{number}" for number in range(40)]
+    texts = [f"<{prompt}>" for prompt in prompts]
+    assert [one.text for one in client.generate("base", prompts, max_tokens=1)] == texts
+    assert [one.text for one in await aclient.generate("base", prompts, max_tokens=1)] == texts
+    assert [one.text for one in client.generate("base", [[1, 2], [3]])] == ["<[1, 2]>", "<[3]>"]
+    assert [one.text for one in client.generate("base", ["one"])] == ["<one>"]
+    assert client.generate("base", [1, 2]).text == "<[1, 2]>"
+
+
+async def test_one_error_of_several_prompts_is_raised(
+    server: ScriptedServer, client: graftwork.Client, aclient: graftwork.AsyncClient
+) -> None:
+    server.on("Generate", fail(grpc.StatusCode.NOT_FOUND, "no x"))
+    with pytest.raises(graftwork.NotFoundError):
+        client.generate("x", ["a", "b"])
+    with pytest.raises(graftwork.NotFoundError):
+        await aclient.generate("x", ["a", "b"])
+
+
+async def test_a_stream_needs_no_second_await(server: ScriptedServer, aclient: graftwork.AsyncClient) -> None:
+    server.on("Generate", [piece("a", 1), last("b", 2)])
+    server.on("Chat", [as_chat(last("c", 2))])
+    async with aclient.generate("base", "hi", stream=True) as stream:
+        assert [chunk.text async for chunk in stream] == ["a", "b"]
+    async for chunk in aclient.chat("base", [{"role": "user", "content": "hi"}], stream=True):
+        assert chunk.text == "c"
+    stream = await aclient.generate("base", "hi", stream=True)
+    assert (await stream.result()).text == "ab"
+
+
+def test_content_is_a_list_of_text_parts(server: ScriptedServer, client: graftwork.Client) -> None:
+    server.on("Chat", [as_chat(last("c", 2))])
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    client.chat("base", [{"role": "user", "content": parts}])
+    assert server.requests("Chat")[0].messages[0].content == "Hello"

@@ -7,6 +7,7 @@ import time
 
 import grpc
 import pytest
+from google.protobuf import struct_pb2
 from tests.clients.protos import adapter, event, job, step_event, succeeded
 from tests.clients.scripted_server import ScriptedServer, fail, hold
 
@@ -53,6 +54,15 @@ def test_events_go_on_after_breaks(breaking: ScriptedServer, client: graftwork.C
     assert handle.state == "succeeded"
     assert handle.info.validation_loss == 0.9
     check_attachments(breaking)
+
+
+def test_choices_are_in_the_record(server: ScriptedServer, client: graftwork.Client) -> None:
+    value = struct_pb2.Value(number_value=150)
+    choice = t.SettingChoice(key="max_steps", value=value, reason="3 passes are few", automatic=True)
+    server.on("GetTuningJob", got(job(choices=[choice])))
+    (known,) = client.tuning.get("j1").info.choices
+    assert known == graftwork.types.SettingChoice("max_steps", 150, "3 passes are few", True)
+    assert isinstance(known.value, int)
 
 
 def test_wait_returns_the_result(breaking: ScriptedServer, client: graftwork.Client) -> None:
@@ -292,9 +302,39 @@ async def test_adapter_calls(server: ScriptedServer, client: graftwork.Client, a
     for wrong in ("dates@x", "dates@", "dates@-1"):
         with pytest.raises(ValueError, match="ID@VERSION"):
             client.adapters.get(wrong)
-    for version in ("dates@1", "adapters/dates/versions/1"):
-        with pytest.raises(ValueError, match="all its versions"):
-            client.adapters.delete(version)
+    server.seen.clear()
+    server.on("DeleteVersion", a.DeleteVersionResponse(newest_version=1))
+    assert client.adapters.delete("dates@2") == 1
+    assert await aclient.adapters.delete("adapters/dates/versions/2") == 1
+    assert {(seen.method, seen.request.name) for seen in server.seen} == {
+        ("DeleteVersion", "adapters/dates/versions/2")
+    }
+    server.seen.clear()
+    client.adapters.get("dates@latest")
+    assert [seen.request.name for seen in server.seen] == ["adapters/dates"]
+
+
+async def test_data_sets_and_jobs_are_listed_and_deleted(
+    server: ScriptedServer, client: graftwork.Client, aclient: graftwork.AsyncClient
+) -> None:
+    one, two = (t.Dataset(name=f"datasets/ds-{n}", dataset_id=f"ds-{n}", row_count=n) for n in (1, 2))
+    server.on("GetDataset", t.GetDatasetResponse(dataset=one))
+    first = t.ListDatasetsResponse(datasets=[two], next_page_token="n")
+    server.on(
+        "ListDatasets", first, t.ListDatasetsResponse(datasets=[one]), first, t.ListDatasetsResponse(datasets=[one])
+    )
+    server.on("DeleteDataset", t.DeleteDatasetResponse())
+    server.on("DeleteTuningJob", t.DeleteTuningJobResponse())
+    found = client.datasets.get("ds-1")
+    assert found == await aclient.datasets.get(found)
+    assert [dataset.row_count for dataset in client.datasets.list()] == [2, 1]
+    assert [dataset.row_count async for dataset in aclient.datasets.list()] == [2, 1]
+    client.datasets.delete(found)
+    await aclient.datasets.delete("ds-1")
+    client.tuning.delete("j1")
+    await aclient.tuning.delete("j1")
+    names = {(seen.method, seen.request.name) for seen in server.seen if seen.method.startswith("Delete")}
+    assert names == {("DeleteDataset", "datasets/ds-1"), ("DeleteTuningJob", "tuningJobs/j1")}
 
 
 def test_watch_has_a_deadline_and_a_bound_on_its_waits() -> None:

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 
 import graftwork
-from graftwork.v1 import adapters_pb2, generation_pb2, strategies_pb2, tuning_pb2
+from graftwork.v1 import adapters_pb2, generation_pb2, server_pb2, strategies_pb2, tuning_pb2
 
 NAMES = """
-APIError AbortedError Adapter AlreadyExistsError AsyncClient AsyncGenerationStream AsyncTuningJob CancelledError
-Classification ClassificationResult Client Completion DataLossError Dataset DatasetReport DeadlineExceededError
-Embedding EmbeddingResult FailedPreconditionError FieldViolation Generation GenerationChunk GenerationStream
-GraftworkError InternalError InvalidArgumentError JobFailedError JobTimeoutError LabelScore LineError LoadReport
-Message NotFoundError OutOfRangeError PermissionDeniedError ResourceExhaustedError SamplingOptions Score Strategy
-TokenLogprob Tokenization TopLogprob TuningEstimate TuningEvaluation TuningEvent TuningJob TuningJobInfo
-TuningProgress TuningResult TuningSpec UnauthenticatedError UnavailableError UnimplementedError UnknownError
-UploadError Usage __version__
+__version__ AbortedError Adapter AlreadyExistsError APIError AsyncClient AsyncGenerationStream AsyncTuningJob
+BaseModelInfo CancelledError Classification ClassificationResult Client Completion DataLossError Dataset DatasetReport
+DeadlineExceededError Embedding EmbeddingResult FailedPreconditionError FieldViolation Generation GenerationChunk
+GenerationStream GraftworkError InternalError InvalidArgumentError JobFailedError JobTimeoutError LabelScore LineError
+LineErrorKind LoadReport Message NotFoundError OutOfRangeError PermissionDeniedError ResourceExhaustedError
+SamplingOptions Score ServerInfo ServerLimits Strategy Tokenization TokenLogprob TopLogprob TuningEstimate
+TuningEvaluation TuningEvent TuningJob TuningJobInfo TuningProgress TuningResult TuningSpec UnauthenticatedError
+UnavailableError UnimplementedError UnknownError UploadError Usage
 """
 
 
@@ -71,7 +71,7 @@ def test_every_method_of_the_proto_has_a_call() -> None:
     assert graftwork.__file__ is not None
     folder = Path(graftwork.__file__).parent
     source = (folder / "requests.py").read_text() + (folder / "tuning_requests.py").read_text()
-    for messages in (adapters_pb2, generation_pb2, strategies_pb2, tuning_pb2):
+    for messages in (adapters_pb2, generation_pb2, server_pb2, strategies_pb2, tuning_pb2):
         for service in messages.DESCRIPTOR.services_by_name.values():
             assert f'"/{service.full_name}/"' in source
             for method in service.methods:
@@ -83,7 +83,7 @@ def test_twins_have_the_same_methods_and_arguments() -> None:
         (graftwork.Client, graftwork.AsyncClient),
         (graftwork.TuningJob, graftwork.AsyncTuningJob),
     ]
-    for resource in ("adapters", "datasets", "strategies", "tuning"):
+    for resource in ("adapters", "datasets", "server", "strategies", "tuning"):
         module = importlib.import_module(f"graftwork.resources.{resource}")
         name = resource.capitalize()
         pairs.append((getattr(module, name), getattr(module, f"Async{name}")))

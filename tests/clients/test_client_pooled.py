@@ -65,8 +65,8 @@ async def test_embed(server: ScriptedServer, client: graftwork.Client, aclient: 
         g.EmbedRequest(model="base", inputs=[one], pooling=g.POOLING_CLS, normalize=False, dimensions=5),
         g.EmbedRequest(model="base", inputs=[one], normalize=True),
     ]
-    with pytest.raises(ValueError, match="mean, cls, last are accepted"):
-        client.embed("base", "x", pooling="max")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mean, cls, last, max, mean_sqrt_len, weightedmean are accepted"):
+        client.embed("base", "x", pooling="sum")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -112,4 +112,4 @@ def test_embed_command(server: ScriptedServer) -> None:
     answer = json.loads(run(server, "embed", "base", "x", "--dimensions", "5", "--json"))
     assert answer["embeddings"] == [{"values": [0.5, -0.5, 0.25, 0.0, 1.0], "input_tokens": 3}]
     assert (answer["pooling"], server.requests("Embed")[1].dimensions) == ("cls", 5)
-    assert "mean, cls or last is accepted" in run(server, "embed", "base", "x", "--pooling", "max", code=2)
+    assert "mean, cls, last, max," in run(server, "embed", "base", "x", "--pooling", "sum", code=2)

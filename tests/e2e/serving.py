@@ -31,8 +31,12 @@ def eventually(look: Callable[[], T], what: str, seconds: float = START_SECONDS)
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment without settings of Graftwork's but `more`."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("GRAFTWORK_")}
+    """This process's environment without settings of Graftwork's but `more`; the kind of processor stays (kinds.py)."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("GRAFTWORK_") or key == "GRAFTWORK_KERNELS_MARCH"
+    }
     return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
 
 

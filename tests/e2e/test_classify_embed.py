@@ -94,25 +94,37 @@ def test_classifiers_and_vectors_beside_generation(client: Client, model_dir: Pa
         Reference(model_dir, adapter).assert_greedy(prompt, future.result().token_ids)
 
 
-def states_of(model: Any, ids: list[int]) -> dict[str, torch.Tensor]:
-    """Vectors of each pooling, not normalised."""
+def states_of(model: Any, ids: list[int]) -> torch.Tensor:
+    """[tokens, hidden]"""
     with torch.no_grad():
-        states = model(input_ids=torch.tensor([ids]))[0][0]
-    return {"cls": states[0], "last": states[-1], "mean": states.mean(0)}
+        states: torch.Tensor = model(input_ids=torch.tensor([ids]))[0][0]
+    return states
 
 
-@pytest.mark.parametrize("pooling", ["cls", "last", "mean"])
+@pytest.mark.parametrize("pooling", ["cls", "last", "mean", "max", "mean_sqrt_len", "weightedmean"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_each_pooling_normalised_or_not(
     client: Client, bert: Client, model_dir: Path, bert_dir: Path, pooling: str, normalize: bool
 ) -> None:
     for connected, directory in ((client, model_dir), (bert, bert_dir)):
         model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
-        expected = states_of(model, [3, 9, 20, 14])[pooling]
+        expected = toys.pooled(states_of(model, [3, 9, 20, 14]), pooling)
         if normalize:
             expected = torch.nn.functional.normalize(expected, dim=0)
         (one,) = connected.embed("base", [[3, 9, 20, 14]], pooling=pooling, normalize=normalize).embeddings
         torch.testing.assert_close(torch.tensor(one.values), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_an_adapter_that_asks_for_a_pooling_of_its_own_wants_one_named(
+    client: Client, model_dir: Path, tmp_path: Path
+) -> None:
+    directory = toys.make_embedder(model_dir, tmp_path / "sentences", seed=4)
+    (directory / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Pooling"}]))
+    client.adapters.create("ce-sentences", directory)
+    with pytest.raises(FailedPreconditionError, match=r"modules.json.* Name a pooling \(mean, ") as caught:
+        client.embed("ce-sentences", [[3, 4, 5]])
+    assert caught.value.reason == "POOLING_UNSUPPORTED"
+    assert client.embed("ce-sentences", [[3, 4, 5]], pooling="max").pooling == "max"
 
 
 def test_a_whole_checkpoint_gives_vectors_of_its_own(client: Client, model_dir: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.e2e.reference import TOLERANCE
 from tests.e2e.serving import START_SECONDS, Server
 from transformers import (
     AutoModelForCausalLM,
@@ -325,7 +326,7 @@ def test_best_of_returns_the_most_likely_ones(client: Client) -> None:
     assert [completion.token_ids for completion in best.completions] == expected[:3]
     assert [completion.index for completion in best.completions] == [0, 1, 2]
     for completion in best.completions:
-        assert completion.score == pytest.approx(scores[completion.token_ids], abs=1e-5)
+        assert completion.score == pytest.approx(scores[completion.token_ids], abs=TOLERANCE)
         assert completion.logprobs is None
     assert best.usage.completion_tokens == 60, "what was sampled and thrown away was computed all the same"
     with client.generate("base", PROMPT, best_of=4, prompt_logprobs=0, stream=True, **options) as stream:

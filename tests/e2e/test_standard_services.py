@@ -24,9 +24,14 @@ METHODS = {
         "UnloadAdapter",
         "PinAdapter",
         "UnpinAdapter",
+        "DeleteVersion",
     },
     "TuningService": {
         "UploadDataset",
+        "GetDataset",
+        "ListDatasets",
+        "DeleteDataset",
+        "DeleteTuningJob",
         "ValidateDataset",
         "CreateTuningJob",
         "GetTuningJob",
@@ -35,6 +40,7 @@ METHODS = {
         "WatchTuningJob",
     },
     "StrategyService": {"ListStrategies", "GetStrategy"},
+    "ServerService": {"GetServer"},
 }
 
 

@@ -90,6 +90,47 @@ def test_a_full_job_through_the_command_line(client: Client, server: Server, tmp
     assert json.loads(shown.stdout)["model"] == "tuned-full"
 
 
+def test_what_a_job_leaves_open_is_chosen_and_said(
+    client: Client, server: Server, model_dir: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in prompt_rows(60)))
+    # Few rows a step, so that the toy's 150 steps take seconds.
+    options = ["--strategy", "lora", "--data", str(data), "--adapter", "tuned-open", "--set", "batch_size=2"]
+    done = run_cli("tune", "create", *options, "--follow", "--json", address=server.address)
+    assert (done.returncode, done.stderr) == (0, "")
+    *events, job = [json.loads(line) for line in done.stdout.splitlines()]
+    chosen = {choice["key"]: choice["value"] for choice in job["choices"] if choice["automatic"]}
+    assert chosen.keys() == {
+        "validation_fraction",
+        "learning_rate",
+        "max_steps",
+        "warmup_ratio",
+        "eval_steps",
+        "early_stopping_patience",
+        "published_weights",
+    }
+    assert [(choice["key"], choice["value"]) for choice in job["choices"] if not choice["automatic"]] == [
+        ("batch_size", 2)
+    ]
+    assert all(choice["reason"] for choice in job["choices"])
+    assert (chosen["validation_fraction"], chosen["max_steps"]) == (0.1, 150)
+    assert {key: job["spec"]["config"][key] for key in chosen if key != "validation_fraction"} == {
+        key: value for key, value in chosen.items() if key != "validation_fraction"
+    }
+    steps = [event["progress"]["step"] for event in events if event["kind"] == "progress"]
+    measured = {e["evaluation"]["step"]: e["evaluation"]["loss"] for e in events if e["kind"] == "evaluation"}
+    assert list(measured) == list(range(10, len(steps) + 1, 10))
+    best = min(measured, key=lambda step: (measured[step], step))
+    assert len(steps) == min(150, best + 80)
+    result = job["result"]
+    assert (result["published_step"], result["validation_loss"]) == (best, pytest.approx(measured[best]))
+    artifact = server.artifact(client.adapters.get("tuned-open").digest)
+    assert_served_as(Reference(model_dir, artifact), client, "tuned-open")
+    shown = run_cli("tune", "show", job["job_id"], address=server.address).stdout
+    assert "max_steps=150: 3 passes over 54 rows are 81 steps; fewer than 150 do not teach a task" in shown
+
+
 GOOD = '{"prompt": "a", "completion": "b"}'
 BAD_LINES = [GOOD, "{", '{"prompt": "a"}', GOOD, '{"prompt": 1, "completion": "b"}', "[]", "null", GOOD, '"x"']
 

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tests import toys
+from tests.bounds import assert_near
 from transformers import AutoModelForCausalLM
 
 from graftwork_plugins import Artifact, ArtifactError, BaseInfo, ConfigError
@@ -66,7 +67,7 @@ def test_peft_reads_what_is_trained_with_defaults(model_dir: Path, tmp_path: Pat
         train_steps(strategy, trainable, make_rows(vocabulary=toys.VOCAB), 5, 0.01)
         write_artifact(strategy.save(trainable), tmp_path)
         by_peft = PeftModel.from_pretrained(plain_model(model_dir), tmp_path).eval()
-    assert torch.allclose(logits(by_peft), logits(trainable.model), atol=1e-5, rtol=0)
+    assert_near(logits(by_peft), logits(trainable.model))
 
 
 @pytest.mark.parametrize(

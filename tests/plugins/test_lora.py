@@ -16,6 +16,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests import toys
+from tests.bounds import assert_near
 from transformers import AutoModelForCausalLM
 
 from graftwork_plugins import Artifact, ArtifactError, BaseInfo, ConfigError, DatasetInfo, DeviceInfo, LowRank
@@ -134,7 +135,7 @@ def test_peft_reads_what_is_saved(models: dict[str, Path], tmp_path: Path, archi
     artifact = write_artifact(strategy.save(trainable), tmp_path)
     assert artifact.names() == ["adapter_config.json", "adapter_model.safetensors"]
     by_peft = PeftModel.from_pretrained(plain_model(models[architecture]), tmp_path).eval()
-    assert torch.allclose(logits(by_peft), logits(trainable.model), atol=1e-5, rtol=0)
+    assert_near(logits(by_peft), logits(trainable.model))
     assert artifact.json("adapter_config.json")["base_model_name_or_path"] is None
 
 
@@ -153,10 +154,6 @@ KEYS: list[tuple[str, Any]] = [
     ("layer_replication", [[0, 2]]),
     ("megatron_config", {"a": 1}),
     ("megatron_core", "os"),
-    ("loftq_config", {"loftq_bits": 4}),
-    ("corda_config", {"a": 1}),
-    ("lora_ga_config", {"a": 1}),
-    ("velora_config", {"a": 1}),
     ("monteclora_config", {"a": 1}),
     ("kasa_config", {"a": 1}),
     ("use_bdlora", {"a": 1}),

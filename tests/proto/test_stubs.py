@@ -28,11 +28,13 @@ def test_protos_follow_the_lint_rules() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("service", ["GenerationService", "AdapterService", "TuningService", "StrategyService"])
+@pytest.mark.parametrize(
+    "service", ["GenerationService", "AdapterService", "TuningService", "StrategyService", "ServerService"]
+)
 def test_every_method_has_its_own_messages(service: str) -> None:
-    from graftwork.v1 import adapters_pb2, generation_pb2, strategies_pb2, tuning_pb2
+    from graftwork.v1 import adapters_pb2, generation_pb2, server_pb2, strategies_pb2, tuning_pb2
 
-    files = (generation_pb2, adapters_pb2, tuning_pb2, strategies_pb2)
+    files = (generation_pb2, adapters_pb2, tuning_pb2, strategies_pb2, server_pb2)
     descriptor = next(
         file.DESCRIPTOR.services_by_name[service] for file in files if service in file.DESCRIPTOR.services_by_name
     )

@@ -23,6 +23,7 @@ from graftwork_server.types import (
     ArtifactInfo,
     LoadReport,
     ModelInfo,
+    SettingChoice,
     StrategyInfo,
     TuningEstimate,
     TuningProgress,
@@ -48,6 +49,8 @@ OPTIONS = {
     "labels": None,
     "problem_type": "single_label_classification",
     "generates": True,
+    "default_pooling": "last",
+    "undone_pooling": "",
     "job_steps": 3,
     "job_step_ms": 10.0,
 }
@@ -193,6 +196,8 @@ class ScriptedEngine:
         config = Path(message.path) / "adapter_config.json"
         if not config.exists():
             raise Refusal("FAILED_PRECONDITION", "ARTIFACT_UNKNOWN", "no strategy recognises these files")
+        if "CRASH" in config.read_text():
+            os._exit(7)
         if "REFUSE" in config.read_text():
             raise Refusal("FAILED_PRECONDITION", "UNKNOWN_TENSOR", "tensor 'x' binds nowhere")
         return m.InspectReply(
@@ -205,7 +210,13 @@ class ScriptedEngine:
         if message.strategy not in ("lora", "full"):
             raise Refusal("NOT_FOUND", "STRATEGY_NOT_FOUND", f"there is no strategy {message.strategy!r}")
         estimate = TuningEstimate(trained_parameters=64, memory_bytes=4096, artifact_bytes=512, total_steps=3)
-        return m.PreparedJob(config={"rank": 8, "epochs": 1, **message.config}, estimate=estimate)
+        choices = [
+            SettingChoice(key="learning_rate", value=0.5, reason="set in the request", automatic=False),
+            SettingChoice(key="rank", value=8, reason=f"{message.held_out_rows} rows are held out"),
+            SettingChoice(key="names", value=["a"], reason="all there are"),
+        ]
+        config = {"rank": 8, "epochs": 1, **message.config}
+        return m.PreparedJob(config=config, estimate=estimate, choices=choices)
 
     def on_startjob(self, message: m.StartJob) -> m.Started:
         threading.Thread(target=self.train, args=(message.job,), daemon=True).start()
@@ -289,6 +300,8 @@ def model_info(options: dict) -> ModelInfo:
         max_sequences=64,
         generates=options["generates"],
         hidden_size=8,
+        default_pooling=options["default_pooling"],
+        undone_pooling=options["undone_pooling"],
     )
 
 
@@ -309,15 +322,14 @@ STRATEGIES = [
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--socket", required=True)
+    parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--settings", required=True)
     arguments = parser.parse_args()
     path = json.loads(arguments.settings).get("model")
     options = OPTIONS | {"source": path} | (json.loads(Path(path).read_text()) if path else {})
     if options["exit_on_start"] is not None:
         sys.exit(options["exit_on_start"])
-    sock = socket.socket(socket.AF_UNIX)
-    sock.connect(arguments.socket)
+    sock = socket.socket(fileno=arguments.fd)
     engine = ScriptedEngine(sock, options)
     if options["start_failed"]:
         body = ErrorBody(code="FAILED_PRECONDITION", reason="MODEL_MISSING", message=options["start_failed"])

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from graftwork_server import __main__ as program
+from graftwork_server import serve as program
 from graftwork_server.front import Front
 
 

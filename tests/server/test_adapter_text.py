@@ -1,20 +1,18 @@
-"""Tokenizers and templates that come with adapters: used where they fit, refused where not, and never dangerous."""
+"""Tokenizers and templates that come with adapters: used where they fit, refused where not."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests import toys
+from tests import hostile, toys
 from tokenizers import AddedToken, Tokenizer
 
 from graftwork_server.adapter_text import AdapterTexts
-from graftwork_server.errors import FailedPrecondition, InvalidArgument
-from graftwork_server.template_process import TemplateProcess
+from graftwork_server.errors import FailedPrecondition
 from graftwork_server.text import TextProcessor
 
 MESSAGES = [{"role": "user", "content": "the fox"}]
@@ -28,10 +26,8 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def texts(base_dir: Path) -> Iterator[AdapterTexts]:
-    made = AdapterTexts(TextProcessor.from_dir(base_dir), str(base_dir), vocab_size=320)
-    yield made
-    made.close()
+def texts(base_dir: Path) -> AdapterTexts:
+    return AdapterTexts(TextProcessor.from_dir(base_dir), str(base_dir), vocab_size=320)
 
 
 def read(texts: AdapterTexts, folder: Path) -> TextProcessor:
@@ -52,7 +48,6 @@ def test_a_template_of_its_own(texts: AdapterTexts, tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}{% endfor %}{{ eos_token }}")
     text = read(texts, tmp_path)
     assert text.render_chat(MESSAGES, True) == "[the fox</s>"
-    assert text.template_is_slow
     assert text.encode("the fox") == texts.base.encode("the fox")  # type: ignore[union-attr]
     messages = [*MESSAGES, {"role": "assistant", "content": "so"}]
     assert text.decode(text.encode_chat(messages, continue_final_message=True)) == "[the fox[so"
@@ -65,7 +60,6 @@ def test_a_template_in_the_configuration(texts: AdapterTexts, tmp_path: Path, ba
     text = read(texts, tmp_path)
     assert text.eos_token_id == 3
     assert text.render_chat(MESSAGES, True) == "<|user|>the fox<|user|>\n<|assistant|>"
-    assert not text.template_is_slow, "the base's own template is no stranger's"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ eos_token }}!"}))
     assert read(texts, tmp_path).render_chat(MESSAGES, True) == "<|user|>!"
 
@@ -85,19 +79,42 @@ def test_tokens_of_its_own_that_fit(texts: AdapterTexts, base_dir: Path, tmp_pat
     assert f"ends at {before - 1}" in caught.value.message
 
 
-@pytest.mark.parametrize("rule", ["normalizer", "pre_tokenizer", "decoder"])
-def test_rules_of_its_own_are_refused(texts: AdapterTexts, base_dir: Path, tmp_path: Path, rule: str) -> None:
+RULES = {
+    "a post-processor's bomb": "post_processor",
+    "a token that is missing": "post_processor",
+    "a normalizer's bomb": "normalizer",
+    "an exponential expression": "pre_tokenizer",
+    "a decoder's bomb": "decoder",
+    "another model": "model.type",
+    "dropout": "model.dropout",
+    "a prefix that merges lack": "model.continuing_subword_prefix",
+    "a long token": "a token has 2000000 characters",
+}
+
+
+@pytest.mark.parametrize("what", RULES)
+def test_rules_of_its_own_are_refused(texts: AdapterTexts, base_dir: Path, tmp_path: Path, what: str) -> None:
+    """Named, and before the library has read the file."""
     document = json.loads((base_dir / "tokenizer.json").read_text())
-    bomb = {"Regex": "(a+)+$"}
-    document[rule] = {
-        "normalizer": {"type": "Replace", "pattern": bomb, "content": "x"},
-        "pre_tokenizer": {"type": "Split", "pattern": bomb, "behavior": "Isolated", "invert": False},
-        "decoder": {"type": "Replace", "pattern": bomb, "content": "x"},
-    }[rule]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
-    with pytest.raises(FailedPrecondition, match=rule) as caught:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(hostile.TOKENIZERS[what](document)))
+    with pytest.raises(FailedPrecondition, match=RULES[what]) as caught:
         texts.read(tmp_path)
     assert caught.value.reason == "TOKENIZER_MISMATCH"
+
+
+def test_what_older_versions_of_the_library_left_out_is_no_difference(
+    texts: AdapterTexts, base_dir: Path, tmp_path: Path
+) -> None:
+    document = json.loads((base_dir / "tokenizer.json").read_text())
+    del document["pre_tokenizer"]["use_regex"]
+    for name in ("type", "dropout", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges"):
+        document["model"].pop(name, None)
+    document["model"]["continuing_subword_prefix"] = document["model"]["end_of_word_suffix"] = ""
+    document["model"]["merges"] = [" ".join(pair) for pair in document["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    text = read(texts, tmp_path)
+    assert texts.base is not None
+    assert text.to_json() == texts.base.to_json()
 
 
 @pytest.mark.parametrize(
@@ -107,6 +124,7 @@ def test_rules_of_its_own_are_refused(texts: AdapterTexts, base_dir: Path, tmp_p
         ("tokenizer.json", "[]"),
         ("tokenizer.json", '{"model": 3}'),
         ("tokenizer.json", "[" * 100_000),
+        ("tokenizer.json", '{"model": {"vocab": {}}, "added_tokens": 3}'),
         ("tokenizer_config.json", "{"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": 1}}'),
         ("tokenizer_config.json", "[" * 100_000),
@@ -125,48 +143,3 @@ def test_too_large_files_are_not_read(texts: AdapterTexts, tmp_path: Path) -> No
         file.truncate(1 << 30)
     with pytest.raises(FailedPrecondition, match="at most"):
         texts.read(tmp_path)
-
-
-HOSTILE = {
-    "endless loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "memory": "{% set s = 'x' * 2000000000 %}{{ s | length }}",
-    "doubling": "{% set s = 'xxxxxxxx' %}" + "{% set s = s ~ s %}" * 40 + "{{ s | length }}",
-    "a large text": "{{ 'x' * 5000000 }}",
-    "an endless macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-}
-
-
-@pytest.mark.parametrize("what", HOSTILE)
-def test_a_hostile_template_is_stopped_and_the_next_one_renders(what: str) -> None:
-    process = TemplateProcess(seconds=4.0)
-    try:
-        template = process.compile(HOSTILE[what], {})
-        with pytest.raises(InvalidArgument) as caught:
-            template.render(MESSAGES, add_generation_prompt=True)
-        assert caught.value.reason == "CHAT_TEMPLATE_REJECTED"
-        assert (
-            process.compile("{{ messages[0].content }}", {}).render(MESSAGES, add_generation_prompt=True) == "the fox"
-        )
-    finally:
-        process.close()
-
-
-def test_a_template_sees_nothing_of_the_server() -> None:
-    process = TemplateProcess()
-    try:
-        for source in ("{{ ''.__class__.__mro__ }}", "{{ dict.__globals__ }}", "{{ raise_exception.__globals__ }}"):
-            try:
-                text = process.compile(source, {}).render(MESSAGES, add_generation_prompt=True)
-            except InvalidArgument:
-                continue
-            assert text == ""
-        with pytest.raises(FailedPrecondition) as caught:
-            process.compile("{% for %}", {})
-        assert caught.value.reason == "CHAT_TEMPLATE_BROKEN"
-        with pytest.raises(FailedPrecondition):
-            process.compile("x" * 300_000, {})
-        with pytest.raises(InvalidArgument, match="no such role"):
-            process.compile("{{ raise_exception('no such role') }}", {}).render(MESSAGES, add_generation_prompt=True)
-    finally:
-        process.close()
-    assert process._process is None

@@ -6,17 +6,18 @@ import asyncio
 import contextlib
 import json
 import os
-import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.server import scripted_engine as script
 
 from graftwork_server.engine import client as client_module
-from graftwork_server.engine import engine_process, output_stream
+from graftwork_server.engine import output_stream
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.errors import (
     FailedPrecondition,
@@ -26,7 +27,7 @@ from graftwork_server.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from graftwork_server.messages import Failed, JobEvent, JobSpec, Sampling
+from graftwork_server.messages import Failed, JobEvent, JobSpec, Note, Sampling
 from graftwork_server.types import AdapterRef
 
 COMMAND = (sys.executable, script.__file__)
@@ -253,12 +254,126 @@ async def test_gives_up_after_five_failures_in_a_row(options):
         await client.stop()
 
 
+async def test_what_cannot_be_sent_fails_its_own_request(engine):
+    """The engine and everybody's streams stay."""
+    before = engine.process_id
+    stream = asyncio.create_task(collect(engine.generate([1], sampling(30))))
+    calls = [
+        engine.inspect("\ud800"),
+        engine.load(AdapterRef(digest="\udfff", path="x", strategy="lora")),
+        engine.prepare_job("lora", {"key": "\ud800"}, 1, 1),
+        engine.prepare_job("lora", {"key": 1 << 64}, 1, 1),
+        collect(engine.generate([1], sampling(3), cache_salt="\ud800")),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidArgument) as caught:
+            await call
+        assert caught.value.reason == "MESSAGE_NOT_SENDABLE"
+    assert await stream == list(range(2, 32))
+    assert engine.process_id == before
+    assert not engine._calls
+    assert not engine._streams
+
+
+async def test_a_listener_that_fails_on_news_harms_nobody(engine):
+    class Clumsy(Recorder):
+        def on_job_event(self, event: JobEvent) -> None:
+            raise KeyError("clumsy")
+
+    after = Recorder()
+    engine.add_listener(Clumsy())
+    engine.add_listener(after)
+    before = engine.process_id
+    event = JobEvent(job_id="j", event=Note(text="x"))
+    engine._dispatch(event)
+    assert after.events == [event]
+    assert await collect(engine.generate([1], sampling(3))) == [2, 3, 4]
+    assert engine.process_id == before
+
+
+async def test_a_start_that_fails_anyhow_is_tried_again(engine, monkeypatch):
+    """No socket or process to be had for a moment: the server does not stay without an engine for ever."""
+    launch, failed = engine._process.launch, []
+
+    async def fail_once():
+        if not failed:
+            failed.append(OSError("no more files"))
+            raise failed[0]
+        return await launch()
+
+    monkeypatch.setattr(engine._process, "launch", fail_once)
+    with pytest.raises(Unavailable):
+        await collect(engine.generate([script.CRASH], sampling()))
+    await until(lambda: engine.ready)
+    assert failed
+    assert await collect(engine.generate([1], sampling(3))) == [2, 3, 4]
+
+
 async def test_another_base_after_a_restart_is_refused(engine, options):
     options(fingerprint="sha256:other")
     with pytest.raises(Unavailable):
         await collect(engine.generate([script.CRASH], sampling()))
     error = await asyncio.wait_for(engine.failure, 20)
     assert "changed while the server ran" in error.message
+
+
+def artifact(folder: Path, text: str) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(text)
+    return str(folder)
+
+
+async def test_inputs_that_end_the_engine_do_not_end_the_server(engine, tmp_path):
+    """Ten of them in a row, each another; whoever sends one again is told, and nobody else is."""
+    for number in range(10):
+        await until(lambda: engine.ready)
+        with pytest.raises(Unavailable):
+            await engine.inspect(artifact(tmp_path / f"a{number}", "CRASH"), content=str(number))
+    await until(lambda: engine.ready)
+    assert not engine.failure.done()
+    for _ in range(2):
+        await until(lambda: engine.ready)
+        with pytest.raises(Unavailable):
+            await engine.inspect(artifact(tmp_path / "b", "CRASH"), content="b")
+    await until(lambda: engine.ready)
+    process = engine.process_id
+    with pytest.raises(FailedPrecondition) as caught:
+        await engine.inspect(artifact(tmp_path / "elsewhere", "CRASH"), content="b")
+    assert caught.value.reason == "ENGINE_DIED_BEFORE"
+    assert (await engine.inspect(artifact(tmp_path / "c", "fine"), content="c")).rank == 8
+    assert await collect(engine.generate([1], sampling(3))) == [2, 3, 4]
+    assert engine.process_id == process
+
+
+async def test_what_was_beside_it_is_not_blamed_for_it(engine, tmp_path):
+    """A stream is under way at each death, as a popular one is; an upload that was done in between is forgotten."""
+    fine = artifact(tmp_path / "fine", "fine")
+    for number in range(4):
+        await until(lambda: engine.ready)
+        stream = asyncio.create_task(collect(engine.generate([script.HANG, 1], sampling(3))))
+        await until(lambda: engine.running)
+        beside = asyncio.create_task(engine.inspect(artifact(tmp_path / f"d{number}", "CRASH"), content=str(number)))
+        after = asyncio.create_task(engine.inspect(fine, content="fine"))
+        for task in (stream, beside, after):
+            with pytest.raises(Unavailable):
+                await task
+        await until(lambda: engine.ready)
+        await engine.inspect(fine, content="fine")
+    assert not engine.failure.done()
+
+
+async def test_a_request_that_is_left_before_it_ends_the_engine_counts_too(engine):
+    for number in range(6):
+        await until(lambda: engine.ready)
+        outputs = engine.generate([script.CRASH, number], sampling())
+        task = asyncio.create_task(anext(outputs))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await outputs.aclose()
+        await until(lambda: not engine.ready)
+    await until(lambda: engine.ready)
+    assert not engine.failure.done()
 
 
 async def test_stop_lets_running_sequences_finish(options):
@@ -283,28 +398,24 @@ async def test_stop_does_not_wait_for_ever(options, monkeypatch):
         os.kill(client.process_id, 0)
 
 
-async def test_the_socket_lies_in_a_private_folder_until_the_engine_has_connected(options, monkeypatch):
-    folders = []
-    make = engine_process._private_folder
-
-    def noted():
-        folders.append((make_folder := make(), stat.S_IMODE(make_folder.stat().st_mode)))
-        return make_folder
-
-    monkeypatch.setattr(engine_process, "_private_folder", noted)
+async def test_nothing_of_a_connection_has_a_name(options, monkeypatch, tmp_path):
+    """What has none cannot be left behind by a kill at any moment, and nobody else can connect to it."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     client = EngineClient(options(), command=COMMAND)
-    await client.start()
-    try:
-        ((folder, mode),) = folders
-        assert mode == 0o700
-        assert not folder.exists()
-    finally:
-        await client.stop()
+    starting = asyncio.create_task(client.start())
+    while not starting.done():
+        assert os.listdir(tmp_path / "tmp") == []
+        await asyncio.sleep(0.005)
+    for pid in (os.getpid(), client.process_id):
+        assert not [c.laddr for c in psutil.Process(pid).net_connections("unix") if "graftwork" in str(c.laddr)]
+    await client.stop()
 
 
 def test_the_front_imports_no_torch():
     code = (
-        "import sys, graftwork_server.__main__, graftwork_server.rpc.server\n"
+        "import sys, graftwork_server.serve, graftwork_server.rpc.server\n"
         "heavy = {'torch', 'transformers', 'peft', 'accelerate'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

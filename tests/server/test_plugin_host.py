@@ -94,8 +94,15 @@ def test_a_job_is_prepared_with_every_default(host: PluginHost) -> None:
     assert prepared.config["r"] == 2
     assert prepared.config["target_modules"] == "all-linear"
     assert json.loads(json.dumps(prepared.config)) == prepared.config
-    assert prepare(host, prepared.config) == prepared
-    assert prepared.estimate.total_steps == 15
+    again = prepare(host, prepared.config)
+    assert (again.config, again.estimate) == (prepared.config, prepared.estimate)
+    assert {choice.key: choice.automatic for choice in prepared.choices} == {
+        **dict.fromkeys(("r", "batch_size"), False),
+        **dict.fromkeys(("learning_rate", "max_steps", "warmup_ratio"), True),
+    }
+    assert all(prepared.config[choice.key] == choice.value for choice in prepared.choices)
+    assert prepared.estimate.total_steps == 150
+    assert prepare(host, {"num_epochs": 3, "batch_size": 8}).estimate.total_steps == 15
     assert prepared.estimate.trained_parameters == 2 * (16 + 24)
     assert prepared.estimate.memory_bytes > TUNER_PROCESS_BYTES
 
@@ -109,6 +116,14 @@ def test_a_job_is_prepared_with_every_default(host: PluginHost) -> None:
         ({"r": True}, "r", "^r = True: a number is accepted, not true or false"),
         ({"learning_rate": float("nan")}, "learning_rate", "finite"),
         ({"lr_scheduler": "step"}, "lr_scheduler", "linear"),
+        (
+            {"target_modules": "q_proj"},
+            "target_modules",
+            r"""^target_modules: all-linear or a list of texts is accepted, such as \["q_proj", "v_proj"\] """
+            r"""\(on the command line: --set target_modules='\["q_proj", "v_proj"\]'\)$""",
+        ),
+        ({"target_modules": [1, 2]}, "target_modules", "^target_modules: all-linear or a list of texts is accepted"),
+        ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern.q_proj", "integer"),
         ({"target_modules": ["w_proj"]}, "target_modules", "end in q_proj, up_proj"),
     ],
 )

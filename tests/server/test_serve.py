@@ -19,7 +19,7 @@ from tests.server import scripted_engine as script
 from graftwork.v1 import generation_pb2 as pb
 from graftwork.v1.generation_pb2_grpc import GenerationServiceStub
 from graftwork_server import logs
-from graftwork_server.__main__ import main
+from graftwork_server.serve import main
 
 PROGRAM = Path(__file__).with_name("scripted_serve.py")
 
@@ -127,6 +127,21 @@ def test_an_engine_that_keeps_dying_ends_the_server(serve):
     assert "serving base" in out
 
 
+def test_it_says_what_it_does_while_it_starts_and_each_wrong_setting_once(serve):
+    process = serve()
+    lines = [process.stderr.readline(), process.stderr.readline()]
+    assert "starting: opening the data directory" in lines[0]
+    assert "starting: the engine for base 'options-0.json' (it imports torch first), to serve on 127.0.0.1:" in lines[1]
+    process = serve("--max-queue", "0", "--nonsense", "--kv-memory-bytes", "2G")
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (2, "")
+    assert [line.partition(": ")[2].partition(":")[0] for line in err.splitlines()] == [
+        "flag --nonsense",
+        "flag --max-queue",
+        "flag --kv-memory-bytes",
+    ]
+
+
 def test_a_data_directory_has_one_server(serve):
     address_of(serve())
     code, line = failure(serve())
@@ -182,5 +197,8 @@ def test_log_lines_are_json_if_asked_for(serve):
     _, err = process.communicate(timeout=20)
     entries = [json.loads(line) for line in err.splitlines()]
     access = next(entry for entry in entries if entry["logger"] == "graftwork.access")
-    assert access["message"].startswith("Generate OK")
+    assert access["message"] == "Generate OK"
     assert len(access["request_id"]) == 16
+    assert (access["method"], access["outcome"], access["model"], access["version"]) == ("Generate", "OK", "base", 0)
+    assert (access["prompt_tokens"], access["completion_tokens"]) == (1, 1)
+    assert 0 < access["first_token_ms"] <= access["total_ms"]

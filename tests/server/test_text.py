@@ -165,16 +165,18 @@ def test_mask_by_blocks_equals_transformers(tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.getbasetemp() / "marked"
     ours = TextProcessor.from_dir(folder) if folder.exists() else save(folder, MARKED)
     theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(chat(*turns), return_assistant_tokens_mask=True)
-    assert ours.encode_chat_with_mask(chat(*turns)) == (theirs["input_ids"], theirs["assistant_masks"])
+    taught = ours.encode_taught_chat(chat(*turns))
+    assert (taught.ids, taught.mask) == (theirs["input_ids"], theirs["assistant_masks"])
 
 
 # ------------------------------------------------------------------------------------------- masks
 
 
 def masked_text(text: TextProcessor, messages: list[dict[str, str]]) -> str:
-    ids, mask = text.encode_chat_with_mask(messages)
-    assert ids == text.encode_chat(messages, add_generation_prompt=False)
-    return "".join(text.token_text(id) if on else "|" for id, on in zip(ids, mask, strict=True)).strip("|")
+    taught = text.encode_taught_chat(messages)
+    assert taught.ids == text.encode_chat(messages, add_generation_prompt=False)
+    shown = (text.token_text(id) if on else "|" for id, on in zip(taught.ids, taught.mask, strict=True))
+    return "".join(shown).strip("|")
 
 
 def test_mask_by_prefix_covers_content_and_end_of_turn(tmp_path: Path) -> None:
@@ -191,8 +193,8 @@ def test_mask_by_prefix_equals_mask_by_blocks(tmp_path: Path) -> None:
         "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{{ '' }}",
     )
     messages = chat("the fox", " Grüße 🎉", "x", "你\n")
-    by_blocks = save(tmp_path / "marked", marked).encode_chat_with_mask(messages)
-    assert save(tmp_path / "plain", PLAIN).encode_chat_with_mask(messages) == by_blocks
+    by_blocks = save(tmp_path / "marked", marked).encode_taught_chat(messages)
+    assert save(tmp_path / "plain", PLAIN).encode_taught_chat(messages) == by_blocks
 
 
 def test_end_of_sequence_right_after_a_block_is_learned(tmp_path: Path) -> None:
@@ -204,18 +206,17 @@ def test_all_bytes_of_a_last_character_are_masked(tmp_path: Path) -> None:
     text = save(
         tmp_path, "{% for m in messages %}<|user|>{% generation %}{{ m.content }}{% endgeneration %}x{% endfor %}"
     )
-    ids, mask = text.encode_chat_with_mask(chat("𐍈"))
-    assert len(ids) == 6
-    assert mask == [0, 1, 1, 1, 1, 0]
+    taught = text.encode_taught_chat(chat("𐍈"))
+    assert len(taught.ids) == 6
+    assert taught.mask == [0, 1, 1, 1, 1, 0]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
+def test_a_template_that_rewrites_earlier_turns_is_learned_as_it_renders(tmp_path: Path) -> None:
     template = PLAIN.replace("|>{{ m['content']", "|>{% if loop.last %}think {% endif %}{{ m['content']")
     text = save(tmp_path, template.replace("|>{% if loop.last", "|>{% if loop.last and m.role == 'assistant'"))
     assert masked_text(text, chat("a", "b")) == "think b</s>"
-    with pytest.raises(InvalidArgument, match="assistant message 2") as caught:
-        text.encode_chat_with_mask(chat("a", "b", "c", "d"))
-    assert caught.value.reason == "CHAT_TEMPLATE_NOT_PREFIX_STABLE"
+    first, _, second = masked_text(text, chat("a", "b", "c", "d")).partition("|")
+    assert (first, second.strip("|")) == ("b</s>", "think d</s>")
 
 
 # ------------------------------------------------------------------------------------------- refusals
@@ -251,7 +252,7 @@ def test_without_a_usable_template_only_chat_is_refused(tmp_path: Path) -> None:
         text = save(tmp_path / name, template)
         assert not text.has_chat_template
         assert text.decode(text.encode("fox")) == "fox"
-        for call in (lambda t=text: t.encode_chat(chat("x")), lambda t=text: t.encode_chat_with_mask(chat("x"))):
+        for call in (lambda t=text: t.encode_chat(chat("x")), lambda t=text: t.encode_taught_chat(chat("x"))):
             with pytest.raises(FailedPrecondition) as caught:
                 call()
             assert caught.value.reason == reason

@@ -6,65 +6,74 @@ with graftwork.Client() as client:
     print(client.generate("base", "Once upon a time", max_tokens=32).text)
 """
 
-from graftwork.async_client import AsyncClient
-from graftwork.client import Client
-from graftwork.errors import (
-    AbortedError,
-    AlreadyExistsError,
-    APIError,
-    CancelledError,
-    DataLossError,
-    DeadlineExceededError,
-    FailedPreconditionError,
-    FieldViolation,
-    GraftworkError,
-    InternalError,
-    InvalidArgumentError,
-    JobFailedError,
-    JobTimeoutError,
-    NotFoundError,
-    OutOfRangeError,
-    PermissionDeniedError,
-    ResourceExhaustedError,
-    UnauthenticatedError,
-    UnavailableError,
-    UnimplementedError,
-    UnknownError,
-    UploadError,
-)
-from graftwork.jobs import AsyncTuningJob, TuningJob
-from graftwork.requests import SamplingOptions
-from graftwork.streams import AsyncGenerationStream, GenerationStream
-from graftwork.types import (
-    Adapter,
-    Classification,
-    ClassificationResult,
-    Completion,
-    Dataset,
-    DatasetReport,
-    Embedding,
-    EmbeddingResult,
-    Generation,
-    GenerationChunk,
-    LabelScore,
-    LineError,
-    LoadReport,
-    Message,
-    Score,
-    Strategy,
-    Tokenization,
-    TokenLogprob,
-    TopLogprob,
-    TuningEstimate,
-    TuningEvaluation,
-    TuningEvent,
-    TuningJobInfo,
-    TuningProgress,
-    TuningResult,
-    TuningSpec,
-    Usage,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from graftwork.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from graftwork.async_client import AsyncClient
+    from graftwork.client import Client
+    from graftwork.errors import (
+        AbortedError,
+        AlreadyExistsError,
+        APIError,
+        CancelledError,
+        DataLossError,
+        DeadlineExceededError,
+        FailedPreconditionError,
+        FieldViolation,
+        GraftworkError,
+        InternalError,
+        InvalidArgumentError,
+        JobFailedError,
+        JobTimeoutError,
+        NotFoundError,
+        OutOfRangeError,
+        PermissionDeniedError,
+        ResourceExhaustedError,
+        UnauthenticatedError,
+        UnavailableError,
+        UnimplementedError,
+        UnknownError,
+        UploadError,
+    )
+    from graftwork.jobs import AsyncTuningJob, TuningJob
+    from graftwork.requests import SamplingOptions
+    from graftwork.streams import AsyncGenerationStream, GenerationStream
+    from graftwork.types import (
+        Adapter,
+        BaseModelInfo,
+        Classification,
+        ClassificationResult,
+        Completion,
+        Dataset,
+        DatasetReport,
+        Embedding,
+        EmbeddingResult,
+        Generation,
+        GenerationChunk,
+        LabelScore,
+        LineError,
+        LineErrorKind,
+        LoadReport,
+        Message,
+        Score,
+        ServerInfo,
+        ServerLimits,
+        Strategy,
+        Tokenization,
+        TokenLogprob,
+        TopLogprob,
+        TuningEstimate,
+        TuningEvaluation,
+        TuningEvent,
+        TuningJobInfo,
+        TuningProgress,
+        TuningResult,
+        TuningSpec,
+        Usage,
+    )
 
 __all__ = [
     "APIError",
@@ -74,6 +83,7 @@ __all__ = [
     "AsyncClient",
     "AsyncGenerationStream",
     "AsyncTuningJob",
+    "BaseModelInfo",
     "CancelledError",
     "Classification",
     "ClassificationResult",
@@ -97,6 +107,7 @@ __all__ = [
     "JobTimeoutError",
     "LabelScore",
     "LineError",
+    "LineErrorKind",
     "LoadReport",
     "Message",
     "NotFoundError",
@@ -105,6 +116,8 @@ __all__ = [
     "ResourceExhaustedError",
     "SamplingOptions",
     "Score",
+    "ServerInfo",
+    "ServerLimits",
     "Strategy",
     "TokenLogprob",
     "Tokenization",
@@ -125,3 +138,19 @@ __all__ = [
     "Usage",
     "__version__",
 ]
+
+_MODULES = ("async_client", "client", "errors", "jobs", "requests", "streams", "types")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports everything when something is first asked for: the command line must say what Ctrl-C does before that."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for module in _MODULES:
+        content = vars(import_module(f"{__name__}.{module}"))
+        globals().update({exported: content[exported] for exported in __all__ if exported in content})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,16 +4,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Coroutine, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, Unpack, overload
+from typing import Any, Literal, Self, Unpack, cast, overload
 
 from graftwork import requests
 from graftwork.async_transport import AsyncTransport
 from graftwork.calls import Streaming
-from graftwork.requests import Messages, Prompt, SamplingOptions, TextInput, Tools
+from graftwork.client import AT_ONCE
+from graftwork.requests import Messages, Prompt, Prompts, SamplingOptions, TextInput, Tools
 from graftwork.resources.adapters import AsyncAdapters
 from graftwork.resources.datasets import AsyncDatasets
+from graftwork.resources.server import AsyncServer
 from graftwork.resources.strategies import AsyncStrategies
 from graftwork.resources.tuning import AsyncTuning
 from graftwork.streams import AsyncGenerationStream
@@ -37,6 +40,7 @@ class AsyncClient:
 
     adapters: AsyncAdapters
     datasets: AsyncDatasets
+    server: AsyncServer
     strategies: AsyncStrategies
     tuning: AsyncTuning
 
@@ -50,6 +54,7 @@ class AsyncClient:
         self._transport = AsyncTransport(Settings.of(address, timeout, max_retries))
         self.adapters = AsyncAdapters(self._transport)
         self.datasets = AsyncDatasets(self._transport)
+        self.server = AsyncServer(self._transport)
         self.strategies = AsyncStrategies(self._transport)
         self.tuning = AsyncTuning(self._transport)
 
@@ -59,7 +64,7 @@ class AsyncClient:
         return self._transport.settings.address
 
     @overload
-    async def generate(
+    def generate(
         self,
         model: str,
         prompt: Prompt,
@@ -69,9 +74,9 @@ class AsyncClient:
         cache_salt: str | None = None,
         priority: int | None = None,
         **options: Unpack[SamplingOptions],
-    ) -> Generation: ...
+    ) -> Coroutine[Any, Any, Generation]: ...
     @overload
-    async def generate(
+    def generate(
         self,
         model: str,
         prompt: Prompt,
@@ -83,7 +88,7 @@ class AsyncClient:
         **options: Unpack[SamplingOptions],
     ) -> AsyncGenerationStream: ...
     @overload
-    async def generate(
+    def generate(
         self,
         model: str,
         prompt: Prompt,
@@ -93,24 +98,41 @@ class AsyncClient:
         cache_salt: str | None = None,
         priority: int | None = None,
         **options: Unpack[SamplingOptions],
-    ) -> Generation | AsyncGenerationStream: ...
-    async def generate(
+    ) -> Awaitable[Generation | AsyncGenerationStream]: ...
+    @overload
+    def generate(
         self,
         model: str,
-        prompt: Prompt,
+        prompt: Prompts,
+        *,
+        stream: Literal[False] = False,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
+        priority: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Coroutine[Any, Any, list[Generation]]: ...
+    def generate(
+        self,
+        model: str,
+        prompt: Prompt | Prompts,
         *,
         stream: bool = False,
         timeout: float | None = None,
         cache_salt: str | None = None,
         priority: int | None = None,
         **options: Unpack[SamplingOptions],
-    ) -> Generation | AsyncGenerationStream:
-        """As Client.generate; with stream=True, await it for an iterator for async for."""
-        call = requests.generate(model, prompt, options, cache_salt, priority)
-        return await self._answer(call, stream, timeout, options)
+    ) -> Awaitable[Generation | AsyncGenerationStream | list[Generation]]:
+        """As Client.generate, to be awaited; with stream=True, for async for or async with, awaited or not."""
+        prompts = requests.several(prompt)
+        if prompts is not None:
+            requests.one_prompt(stream)
+            calls = [requests.generate(model, one, options, cache_salt, priority) for one in prompts]
+            return self._answer_all(calls, timeout, options)
+        call = requests.generate(model, cast("Prompt", prompt), options, cache_salt, priority)
+        return self._answer(call, stream, timeout, options)
 
     @overload
-    async def chat(
+    def chat(
         self,
         model: str,
         messages: Messages,
@@ -122,9 +144,9 @@ class AsyncClient:
         cache_salt: str | None = None,
         priority: int | None = None,
         **options: Unpack[SamplingOptions],
-    ) -> Generation: ...
+    ) -> Coroutine[Any, Any, Generation]: ...
     @overload
-    async def chat(
+    def chat(
         self,
         model: str,
         messages: Messages,
@@ -138,7 +160,7 @@ class AsyncClient:
         **options: Unpack[SamplingOptions],
     ) -> AsyncGenerationStream: ...
     @overload
-    async def chat(
+    def chat(
         self,
         model: str,
         messages: Messages,
@@ -150,8 +172,8 @@ class AsyncClient:
         cache_salt: str | None = None,
         priority: int | None = None,
         **options: Unpack[SamplingOptions],
-    ) -> Generation | AsyncGenerationStream: ...
-    async def chat(
+    ) -> Awaitable[Generation | AsyncGenerationStream]: ...
+    def chat(
         self,
         model: str,
         messages: Messages,
@@ -163,16 +185,33 @@ class AsyncClient:
         cache_salt: str | None = None,
         priority: int | None = None,
         **options: Unpack[SamplingOptions],
-    ) -> Generation | AsyncGenerationStream:
-        """As Client.chat; with stream=True, await it for an iterator for async for."""
+    ) -> Awaitable[Generation | AsyncGenerationStream]:
+        """As Client.chat, to be awaited; with stream=True, for async for or async with, awaited or not."""
         call = requests.chat(model, messages, options, tools, continue_final_message, cache_salt, priority)
-        return await self._answer(call, stream, timeout, options)
+        return self._answer(call, stream, timeout, options)
 
-    async def _answer(
+    def _answer(
         self, call: Streaming[Any, GenerationChunk], stream: bool, timeout: float | None, options: SamplingOptions
-    ) -> Generation | AsyncGenerationStream:
+    ) -> Awaitable[Generation | AsyncGenerationStream]:
         running = AsyncGenerationStream(self._transport, call, timeout=timeout, options=options)
-        return running if stream else await running.result()
+        return running if stream else running.result()
+
+    async def _answer_all(
+        self, calls: list[Streaming[Any, GenerationChunk]], timeout: float | None, options: SamplingOptions
+    ) -> list[Generation]:
+        running = [AsyncGenerationStream(self._transport, call, timeout=timeout, options=options) for call in calls]
+        at_once = asyncio.Semaphore(AT_ONCE)
+
+        async def result(stream: AsyncGenerationStream) -> Generation:
+            async with at_once:
+                return await stream.result()
+
+        tasks = [asyncio.create_task(result(stream)) for stream in running]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # after an error none of the others goes on
+                task.cancel()
 
     async def score(self, model: str, text: Prompt, *, top_logprobs: int = 0, timeout: float | None = None) -> Score:
         """As Client.score."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Literal, Self, Unpack, overload
+from typing import Any, Literal, Self, Unpack, cast, overload
 
 from graftwork import requests
 from graftwork.calls import Streaming
-from graftwork.requests import Messages, Prompt, SamplingOptions, TextInput, Tools
+from graftwork.requests import Messages, Prompt, Prompts, SamplingOptions, TextInput, Tools
 from graftwork.resources.adapters import Adapters
 from graftwork.resources.datasets import Datasets
+from graftwork.resources.server import Server
 from graftwork.resources.strategies import Strategies
 from graftwork.resources.tuning import Tuning
 from graftwork.streams import GenerationStream
@@ -25,6 +27,9 @@ from graftwork.types import (
     Tokenization,
 )
 
+AT_ONCE = 32
+"""Prompts of one call that are answered at the same time."""
+
 
 class Client:
     """A connection to a Graftwork server; safe to use from several threads. Close it, or use it in a with block.
@@ -34,11 +39,13 @@ class Client:
     back-off, when the server is away or says when to come back; only calls that may safely be sent twice are.
     Connects with the first call. Raises ValueError for a bad timeout or max_retries.
 
-    model, in every method: "base", an adapter id (its newest version), or "id@version".
+    model, in every method: "base", an adapter id (its newest version, as "id@latest"), or
+    "id@version".
     """
 
     adapters: Adapters
     datasets: Datasets
+    server: Server
     strategies: Strategies
     tuning: Tuning
 
@@ -52,6 +59,7 @@ class Client:
         self._transport = Transport(Settings.of(address, timeout, max_retries))
         self.adapters = Adapters(self._transport)
         self.datasets = Datasets(self._transport)
+        self.server = Server(self._transport)
         self.strategies = Strategies(self._transport)
         self.tuning = Tuning(self._transport)
 
@@ -96,26 +104,44 @@ class Client:
         priority: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation | GenerationStream: ...
+    @overload
     def generate(
         self,
         model: str,
-        prompt: Prompt,
+        prompt: Prompts,
+        *,
+        stream: Literal[False] = False,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
+        priority: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Generation]: ...
+    def generate(
+        self,
+        model: str,
+        prompt: Prompt | Prompts,
         *,
         stream: bool = False,
         timeout: float | None = None,
         cache_salt: str | None = None,
         priority: int | None = None,
         **options: Unpack[SamplingOptions],
-    ) -> Generation | GenerationStream:
-        """Continues a prompt, a text or token ids.
+    ) -> Generation | GenerationStream | list[Generation]:
+        """Continues a prompt, a text or token ids; or several of them, which are sent at the same time.
 
         cache_salt: share nothing in the server's cache with requests of another salt, at most 256 characters. priority:
         -100 to 100, higher ones begin first.
         Options: max_tokens, temperature, top_p, top_k, seed, stop, logprobs, n and more; see SamplingOptions.
-        Returns the whole generation, or with stream=True an iterator of its chunks that can be closed.
+        Returns the whole generation, or with stream=True an iterator of its chunks that can be closed; of a list of
+        prompts a list of generations, in their order, or the first error.
         Raises NotFoundError for an unknown model, InvalidArgumentError with the wrong field, and APIError.
         """
-        call = requests.generate(model, prompt, options, cache_salt, priority)
+        prompts = requests.several(prompt)
+        if prompts is not None:
+            requests.one_prompt(stream)
+            calls = [requests.generate(model, one, options, cache_salt, priority) for one in prompts]
+            return self._answer_all(calls, timeout, options)
+        call = requests.generate(model, cast("Prompt", prompt), options, cache_salt, priority)
         return self._answer(call, stream, timeout, options)
 
     @overload
@@ -189,6 +215,18 @@ class Client:
         running = GenerationStream(self._transport, call, timeout=timeout, options=options)
         return running if stream else running.result()
 
+    def _answer_all(
+        self, calls: list[Streaming[Any, GenerationChunk]], timeout: float | None, options: SamplingOptions
+    ) -> list[Generation]:
+        running = [GenerationStream(self._transport, call, timeout=timeout, options=options) for call in calls]
+        threads = ThreadPoolExecutor(min(len(calls), AT_ONCE), "graftwork-generate")
+        try:
+            return list(threads.map(GenerationStream.result, running))
+        finally:
+            for stream in running:  # after an error, or Ctrl-C: none of the others goes on
+                stream.close()
+            threads.shutdown(cancel_futures=True)
+
     def score(self, model: str, text: Prompt, *, top_logprobs: int = 0, timeout: float | None = None) -> Score:
         """Returns the log probability of every token of a text or of token ids, without sampling.
 
@@ -218,9 +256,10 @@ class Client:
     ) -> EmbeddingResult:
         """Returns the vector of a text, or of several: a hidden state of the last layer, the adapter applied.
 
-        inputs: as in classify. pooling: "mean", "cls" (the first token) or "last"; None: what the base model's files
-        say, else the last token for decoders and the mean for encoders. normalize: scale vectors to length 1.
-        dimensions: keep so many first values. Raises NotFoundError, InvalidArgumentError.
+        inputs: as in classify. pooling: "mean", "cls" (the first token), "last", "max", "mean_sqrt_len" or
+        "weightedmean"; None: what the base model's files say, else the last token for decoders and the mean for
+        encoders. normalize: scale vectors to length 1. dimensions: keep so many first values. Raises NotFoundError,
+        InvalidArgumentError, FailedPreconditionError if the files ask for what is not done and no pooling is named.
         """
         return self._transport.unary(requests.embed(model, inputs, pooling, normalize, dimensions), timeout)
 

@@ -25,7 +25,7 @@ GraftworkError
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -41,12 +41,34 @@ class GraftworkError(Exception):
 class FieldViolation:
     """One wrong field of a request.
 
-    field: its path in the request, e.g. "sampling.temperature".
+    field: its path in the request, e.g. "sampling.temperature"; messages name the argument, temperature.
     description: what is wrong and what would be accepted.
     """
 
     field: str
     description: str
+
+
+_WORDS = (
+    ("sampling.structured_output.", ""),
+    ("sampling.", ""),
+    ("spec.config.", "config."),
+    ("spec.adapter_id", "adapter"),
+    ("spec.validation_dataset", "validation"),
+    ("spec.", ""),
+    ("upload.", ""),
+    ("check.", ""),
+    ("tools_json", "tools"),
+)
+"""How the paths of requests begin, and what this package calls the same."""
+
+
+def in_words(field: str) -> str:
+    """A field's path in a request as the argument that a caller knows: "sampling.top_p" is top_p."""
+    for path, word in _WORDS:
+        if field.startswith(path):
+            return word + field.removeprefix(path)
+    return field
 
 
 class APIError(GraftworkError):
@@ -75,31 +97,48 @@ class APIError(GraftworkError):
         retry_after_ms: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.message = message
+        self._sent = message
         self.code = code or self.default_code
         self.reason = reason
         self.metadata = dict(metadata or {})
         self.field_violations = tuple(field_violations)
+        self.message = self.spoken(in_words)
         self.request_id = request_id
         self.retry_after_ms = retry_after_ms
 
+    def spoken(self, word: Callable[[str], str]) -> str:
+        """The message, in which each path of a field is what `word` makes of it."""
+        text = self._sent
+        for field in sorted({violation.field for violation in self.field_violations}, key=len, reverse=True):
+            if in_words(field) != field:
+                text = text.replace(field, word(field))
+        return text
+
     @property
-    def summary(self) -> str:
-        """The message with code, reason and request id, without the field violations."""
+    def facts(self) -> str:
+        """Code, reason and request id."""
         facts = [self.code]
         if self.reason:
             facts.append(f"reason {self.reason}")
         if self.request_id:
             facts.append(f"request {self.request_id}")
-        return f"{self.message} [{', '.join(facts)}]"
+        return f"[{', '.join(facts)}]"
 
     @property
     def unsaid_violations(self) -> tuple[FieldViolation, ...]:
-        """The field violations that the message does not tell already."""
-        return tuple(v for v in self.field_violations if v.description not in self.message)
+        """The field violations that the message does not tell already; of several with one description it tells one."""
+        said: set[str] = set()
+        unsaid = []
+        for violation in self.field_violations:
+            if violation.description in self._sent and violation.description not in said:
+                said.add(violation.description)
+            else:
+                unsaid.append(violation)
+        return tuple(unsaid)
 
     def __str__(self) -> str:
-        return "; ".join([self.summary, *(f"{v.field}: {v.description}" for v in self.unsaid_violations)])
+        said = [f"{self.message} {self.facts}"]
+        return "; ".join([*said, *(f"{in_words(v.field)}: {v.description}" for v in self.unsaid_violations)])
 
 
 class InvalidArgumentError(APIError):

@@ -44,6 +44,19 @@ def build(kind: type[M], names: Mapping[str, str] | None = None, /, **fields: An
         raise
 
 
+def text(value: Any, called: str) -> str:
+    """`value`, if it is valid Unicode text. Raises TypeError or ValueError naming what it is called."""
+    if not isinstance(value, str):
+        raise TypeError(f"{called} is {value!r:.60}; {_ACCEPTED[FieldDescriptor.CPPTYPE_STRING]} is accepted")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{called} is {value!r:.60}; {_ACCEPTED[FieldDescriptor.CPPTYPE_STRING]} is accepted"
+        ) from None
+    return value
+
+
 def _unfit(
     kind: type[Message], name: str, value: Any, names: Mapping[str, str] | None, error: Exception
 ) -> TypeError | ValueError:

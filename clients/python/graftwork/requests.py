@@ -6,19 +6,22 @@ attempt. Not retried are deleting and cancelling: a second attempt could report 
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypedDict
 
 from graftwork import responses, types
 from graftwork.calls import Message, Page, Streaming, Unary, Upload
-from graftwork.fields import build
+from graftwork.fields import build, text
 from graftwork.uploads import AdapterFiles
-from graftwork.v1 import adapters_pb2, generation_pb2, strategies_pb2
+from graftwork.v1 import adapters_pb2, generation_pb2, server_pb2, strategies_pb2
 
 Prompt: TypeAlias = str | Sequence[int]
+Prompts: TypeAlias = list[str] | list[list[int]] | tuple[str, ...]
+"""Several prompts, each answered by itself."""
 TextInput: TypeAlias = str | tuple[str, str] | Sequence[int]
 """A text, two texts that belong together (a question and a passage), or token ids."""
 Messages: TypeAlias = Sequence[types.Message | Mapping[str, Any]]
@@ -28,11 +31,15 @@ _POOLINGS: Mapping[str, generation_pb2.Pooling.ValueType] = {
     "mean": generation_pb2.POOLING_MEAN,
     "cls": generation_pb2.POOLING_CLS,
     "last": generation_pb2.POOLING_LAST,
+    "max": generation_pb2.POOLING_MAX,
+    "mean_sqrt_len": generation_pb2.POOLING_MEAN_SQRT_LEN,
+    "weightedmean": generation_pb2.POOLING_WEIGHTED_MEAN,
 }
 
 _GENERATION = "/graftwork.v1.GenerationService/"
 _ADAPTERS = "/graftwork.v1.AdapterService/"
 _STRATEGIES = "/graftwork.v1.StrategyService/"
+_SERVER = "/graftwork.v1.ServerService/"
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -92,7 +99,10 @@ def sampling(options: SamplingOptions) -> generation_pb2.SamplingParameters:
     """
     unknown = sorted(set(options) - set(SamplingOptions.__annotations__))
     if unknown:
-        raise TypeError(f"there is no option {unknown[0]!r}; known are {', '.join(SamplingOptions.__annotations__)}")
+        known = list(SamplingOptions.__annotations__)
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        raise TypeError(f"there is no option {unknown[0]!r}; {hint}")
     values: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]
@@ -139,11 +149,26 @@ def generate(
     )
 
 
-def _prompt(prompt: Prompt) -> dict[str, Any]:
+def several(prompt: Prompt | Prompts) -> list[Prompt] | None:
+    """The prompts, if it is a list of them; None for one, a text or token ids."""
+    if isinstance(prompt, list | tuple) and prompt and not any(isinstance(one, int) for one in prompt):
+        return list(prompt)
+    return None
+
+
+def one_prompt(stream: bool) -> None:
+    """Raises ValueError for stream=True, where several prompts were given."""
+    if stream:
+        raise ValueError("stream=True takes one prompt; call it once for each of several")
+
+
+def _prompt(prompt: Prompt, called: str = "prompt") -> dict[str, Any]:
     """A prompt as the field that it is; an empty list is still the choice of token ids."""
     if isinstance(prompt, str):
         return {"text": prompt}
-    return {"token_ids": build(generation_pb2.TokenIds, {"ids": "token_ids"}, ids=prompt)}
+    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
+        raise TypeError(f"{called} is {prompt!r:.60}; a text or a list of token ids is accepted")
+    return {"token_ids": build(generation_pb2.TokenIds, {"ids": called}, ids=prompt)}
 
 
 def chat(
@@ -171,9 +196,9 @@ def chat(
     )
 
 
-def score(model: str, text: Prompt, top_logprobs: int) -> Unary[generation_pb2.ScoreResponse, types.Score]:
+def score(model: str, prompt: Prompt, top_logprobs: int) -> Unary[generation_pb2.ScoreResponse, types.Score]:
     """Score."""
-    request = build(generation_pb2.ScoreRequest, model=model, top_logprobs=top_logprobs, **_prompt(text))
+    request = build(generation_pb2.ScoreRequest, model=model, top_logprobs=top_logprobs, **_prompt(prompt, "text"))
     return Unary(
         path=_GENERATION + "Score",
         request=request,
@@ -224,6 +249,8 @@ def embed(
 
 
 def _inputs(inputs: TextInput | Sequence[TextInput]) -> list[generation_pb2.TextInput]:
+    if not isinstance(inputs, str | list | tuple):
+        raise TypeError(f"inputs is {inputs!r:.60}; a text, token ids, or a list of these is accepted")
     is_one = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], int))
     all_inputs: Any = [inputs] if is_one else inputs
     return [_text_input(one, f"inputs[{index}]") for index, one in enumerate(all_inputs)]
@@ -233,19 +260,21 @@ def _text_input(one: TextInput, name: str) -> generation_pb2.TextInput:
     names = {"text": name, "text_pair": f"{name}[1]"}
     if isinstance(one, str):
         return build(generation_pb2.TextInput, names, text=one)
+    if not isinstance(one, list | tuple):
+        raise TypeError(f"{name} is {one!r:.60}; a text, a pair of texts, or a list of token ids is accepted")
     if len(one) == 2 and isinstance(one[0], str) and isinstance(one[1], str):
         return build(generation_pb2.TextInput, names, text=one[0], text_pair=one[1])
     return generation_pb2.TextInput(token_ids=build(generation_pb2.TokenIds, {"ids": name}, ids=one))
 
 
 def tokenize(
-    text: str | Messages, model: str, tools: Tools | None, continue_final_message: bool
+    given: str | Messages, model: str, tools: Tools | None, continue_final_message: bool
 ) -> Unary[generation_pb2.TokenizeResponse, types.Tokenization]:
     """Tokenize, of a text or of a conversation."""
     request = build(
         generation_pb2.TokenizeRequest,
-        text=text if isinstance(text, str) else "",
-        messages=() if isinstance(text, str) else _messages(text),
+        text=given if isinstance(given, str) else "",
+        messages=() if isinstance(given, str) else _messages(given),
         model=model,
         tools_json=_json(tools),
         continue_final_message=continue_final_message,
@@ -270,12 +299,25 @@ def _message(message: Mapping[str, Any] | types.Message, called: str) -> generat
     if "role" not in message:
         raise ValueError(f'{called} has no "role"; it is "system", "user", "assistant" or another of the template\'s')
     fields = ("role", "content", "tool_call_id", "name")
+    values = {name: message.get(name) or "" for name in fields}
+    if not isinstance(values["content"], str):
+        values["content"] = _joined(values["content"], f"{called}.content")
     return build(
         generation_pb2.ChatMessage,
         {name: f"{called}.{name}" for name in fields},
-        **{name: message.get(name) or "" for name in fields},
+        **values,
         tool_calls_json=_json(message.get("tool_calls")),
     )
+
+
+def _joined(parts: Any, called: str) -> str:
+    """The text of content that is a list of text parts, as other APIs have it; nothing is put between them."""
+    if not isinstance(parts, list | tuple):
+        raise TypeError(f'{called} is {parts!r:.60}; a text is accepted, or a list of {{"type": "text", "text": ...}}')
+    for index, part in enumerate(parts):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise TypeError(f'{called}[{index}] is {part!r:.60}; {{"type": "text", "text": ...}} is accepted')
+    return "".join(part["text"] for part in parts)
 
 
 def _json(value: Any) -> str:
@@ -285,17 +327,17 @@ def _json(value: Any) -> str:
 def adapter_name(adapter: str | types.Adapter) -> str:
     """The resource name of "id", "id@version", a resource name, or an Adapter (then of its version).
 
-    Raises ValueError where the part after "@" is not a number.
+    Raises ValueError where the part after "@" is neither a number nor "latest".
     """
     if isinstance(adapter, types.Adapter):
         return f"adapters/{adapter.adapter_id}/versions/{adapter.version}"
-    if adapter.startswith("adapters/"):
+    if text(adapter, "adapter").startswith("adapters/"):
         return adapter
     adapter_id, at, version = adapter.partition("@")
-    if not at:
+    if not at or version == "latest":
         return f"adapters/{adapter_id}"
     if not re.fullmatch(r"[0-9]{1,9}", version):
-        raise ValueError(f"{adapter!r}: expected ID or ID@VERSION, where VERSION is a number")
+        raise ValueError(f'{adapter!r}: expected ID or ID@VERSION, where VERSION is a number or "latest"')
     return f"adapters/{adapter_id}/versions/{int(version)}"
 
 
@@ -365,7 +407,7 @@ def list_versions(
         path=_ADAPTERS + "ListVersions",
         request=build(
             adapters_pb2.ListVersionsRequest,
-            parent=_whole_adapter(adapter, "the versions of an adapter are listed"),
+            parent=_whole_adapter(adapter),
             page_size=page_size,
             page_token=token,
         ),
@@ -375,27 +417,45 @@ def list_versions(
     )
 
 
-def _whole_adapter(adapter: str | types.Adapter, what: str) -> str:
-    """The resource name without a version. Raises ValueError, beginning with `what`, where one is named."""
+def _whole_adapter(adapter: str | types.Adapter) -> str:
+    """The resource name without a version. Raises ValueError where one is named."""
     if isinstance(adapter, types.Adapter):
         adapter = adapter.adapter_id
     if "@" in adapter or "/versions/" in adapter:
-        raise ValueError(f"{adapter!r}: {what}; give its id without a version")
+        raise ValueError(f"{adapter!r}: the versions of an adapter are listed; give its id without a version")
     return adapter_name(adapter)
 
 
 def delete_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.DeleteAdapterResponse, int]:
-    """DeleteAdapter. Raises ValueError for a version: whoever names one does not mean all of them."""
+    """DeleteAdapter, of an id or an Adapter."""
+    adapter_id = adapter.adapter_id if isinstance(adapter, types.Adapter) else adapter
     return Unary(
         path=_ADAPTERS + "DeleteAdapter",
-        request=build(
-            adapters_pb2.DeleteAdapterRequest,
-            name=_whole_adapter(adapter, "an adapter is deleted with all its versions"),
-        ),
+        request=build(adapters_pb2.DeleteAdapterRequest, name=adapter_name(adapter_id)),
         response=adapters_pb2.DeleteAdapterResponse,
         parse=lambda message: message.deleted_versions,
         retry=False,
     )
+
+
+def delete_version(adapter: str) -> Unary[adapters_pb2.DeleteVersionResponse, int]:
+    """DeleteVersion, of "id@version". Parsed to how many were deleted, which is one."""
+    return Unary(
+        path=_ADAPTERS + "DeleteVersion",
+        request=build(adapters_pb2.DeleteVersionRequest, name=adapter_name(adapter)),
+        response=adapters_pb2.DeleteVersionResponse,
+        parse=lambda message: 1,
+        retry=False,
+    )
+
+
+def delete(adapter: str | types.Adapter) -> Unary[Any, int]:
+    """DeleteVersion of "id@version", else DeleteAdapter. Raises ValueError for "id@latest": that moves."""
+    if isinstance(adapter, types.Adapter) or ("@" not in adapter and "/versions/" not in adapter):
+        return delete_adapter(adapter)
+    if adapter.endswith(("@latest", "/latest")):
+        raise ValueError(f"{adapter!r}: name the version to delete by its number, such as dates@3")
+    return delete_version(adapter)
 
 
 def load_adapter(adapter: str | types.Adapter) -> Unary[adapters_pb2.LoadAdapterResponse, types.Adapter]:
@@ -464,6 +524,23 @@ def get_strategy(strategy: str) -> Unary[strategies_pb2.GetStrategyResponse, typ
     )
 
 
+def get_server() -> Unary[server_pb2.GetServerResponse, types.ServerInfo]:
+    """GetServer."""
+    return Unary(
+        path=_SERVER + "GetServer",
+        request=server_pb2.GetServerRequest(),
+        response=server_pb2.GetServerResponse,
+        parse=responses.server,
+        retry=True,
+    )
+
+
+_SINGULAR = {"datasets": "dataset", "tuningJobs": "job", "strategies": "strategy"}
+"""What arguments that name one of a collection are called."""
+
+
 def resource_name(collection: str, resource: str) -> str:
     """The resource name "collection/{id}" of an id; a name stays as it is."""
-    return resource if resource.startswith(f"{collection}/") else f"{collection}/{resource}"
+    return (
+        resource if text(resource, _SINGULAR[collection]).startswith(f"{collection}/") else f"{collection}/{resource}"
+    )

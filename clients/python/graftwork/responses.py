@@ -13,16 +13,20 @@ from google.protobuf import json_format, struct_pb2, timestamp_pb2
 from graftwork import types
 from graftwork.calls import Page
 from graftwork.errors import InternalError
-from graftwork.v1 import adapters_pb2, generation_pb2, strategies_pb2, tuning_pb2
+from graftwork.v1 import adapters_pb2, generation_pb2, server_pb2, strategies_pb2, tuning_pb2
 
 _FINISH: Mapping[int, types.FinishReason] = {
     generation_pb2.FINISH_REASON_STOP: "stop",
     generation_pb2.FINISH_REASON_LENGTH: "length",
 }
-_POOLINGS: Mapping[int, types.Pooling] = {
+_POOLINGS: Mapping[int, types.AnsweredPooling] = {
     generation_pb2.POOLING_MEAN: "mean",
     generation_pb2.POOLING_CLS: "cls",
     generation_pb2.POOLING_LAST: "last",
+    generation_pb2.POOLING_MAX: "max",
+    generation_pb2.POOLING_MEAN_SQRT_LEN: "mean_sqrt_len",
+    generation_pb2.POOLING_WEIGHTED_MEAN: "weightedmean",
+    generation_pb2.POOLING_SEVERAL: "several",
 }
 _PROBLEM_TYPES: Mapping[int, types.ProblemType] = {
     generation_pb2.PROBLEM_TYPE_SINGLE_LABEL: "single_label",
@@ -32,6 +36,7 @@ _PROBLEM_TYPES: Mapping[int, types.ProblemType] = {
 _STATES: Mapping[int, types.JobState] = {
     tuning_pb2.TUNING_JOB_STATE_PENDING: "pending",
     tuning_pb2.TUNING_JOB_STATE_RUNNING: "running",
+    tuning_pb2.TUNING_JOB_STATE_PAUSED: "paused",
     tuning_pb2.TUNING_JOB_STATE_SUCCEEDED: "succeeded",
     tuning_pb2.TUNING_JOB_STATE_FAILED: "failed",
     tuning_pb2.TUNING_JOB_STATE_CANCELLED: "cancelled",
@@ -211,6 +216,7 @@ def _adapter(message: adapters_pb2.Adapter, report: adapters_pb2.LoadReport | No
         rank=message.rank,
         pinned=message.pinned,
         load_report=load_report,
+        follows_version=message.follows_version,
     )
 
 
@@ -270,9 +276,35 @@ def strategy_page(message: strategies_pb2.ListStrategiesResponse) -> Page[types.
     return Page(tuple(_strategy(item) for item in message.strategies), message.next_page_token)
 
 
-def dataset(message: tuning_pb2.UploadDatasetResponse) -> types.Dataset:
+def server(message: server_pb2.GetServerResponse) -> types.ServerInfo:
+    """A server."""
+    found = message.server
+    return types.ServerInfo(
+        version=found.version,
+        versions=dict(found.versions),
+        start_time=_time(found, "start_time"),
+        engine_ready=found.engine_ready,
+        base_model=types.BaseModelInfo(**_scalars(found.base_model, types.BaseModelInfo)),
+        limits=types.ServerLimits(**_scalars(found.limits, types.ServerLimits)),
+        loaded_versions=tuple(found.loaded_versions),
+        adapter_count=found.adapter_count,
+        sequence_count=found.sequence_count,
+        jobs=tuple(job(item) for item in found.jobs),
+        job_count=found.job_count,
+    )
+
+
+def dataset(message: tuning_pb2.UploadDatasetResponse | tuning_pb2.GetDatasetResponse) -> types.Dataset:
     """A stored data set."""
-    data = message.dataset
+    return _dataset(message.dataset)
+
+
+def dataset_page(message: tuning_pb2.ListDatasetsResponse) -> Page[types.Dataset]:
+    """One page of data sets."""
+    return Page(tuple(_dataset(item) for item in message.datasets), message.next_page_token)
+
+
+def _dataset(data: tuning_pb2.Dataset) -> types.Dataset:
     return types.Dataset(
         name=data.name,
         dataset_id=data.dataset_id,
@@ -296,6 +328,8 @@ def dataset_report(message: tuning_pb2.ValidateDatasetResponse) -> types.Dataset
         loss_tokens=message.loss_tokens,
         longest_row_tokens=message.longest_row_tokens,
         cut_rows=message.cut_rows,
+        more_errors=tuple(types.LineErrorKind(**_scalars(kind, types.LineErrorKind)) for kind in message.more_errors),
+        warnings=tuple(message.warnings),
     )
 
 
@@ -322,6 +356,7 @@ def job(message: tuning_pb2.TuningJob) -> types.TuningJobInfo:
             adapter_id=message.spec.adapter_id,
             config=_struct(message.spec.config),
             load=message.spec.load,
+            new_version=message.spec.new_version,
         ),
         state=_STATES.get(message.state, "unspecified"),
         progress=_progress(message.progress) if message.HasField("progress") else None,
@@ -336,6 +371,13 @@ def job(message: tuning_pb2.TuningJob) -> types.TuningJobInfo:
         start_time=_time(message, "start_time"),
         end_time=_time(message, "end_time"),
         validation_loss=message.validation_loss if message.HasField("validation_loss") else None,
+        follows_version=message.follows_version,
+        choices=tuple(
+            types.SettingChoice(
+                choice.key, _whole(json_format.MessageToDict(choice.value)), choice.reason, choice.automatic
+            )
+            for choice in message.choices
+        ),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -96,7 +96,7 @@ class GenerationStream:
 
 
 class AsyncGenerationStream:
-    """The chunks of one generation, as GenerationStream, for async for and async with."""
+    """The chunks of one generation, as GenerationStream, for async for and async with. Awaiting it gives itself."""
 
     def __init__(
         self,
@@ -113,6 +113,12 @@ class AsyncGenerationStream:
         self._stream: AsyncServerStream[GenerationChunk] | None = None
         self._request_id = ""
         self._closed = False
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        async def itself() -> Self:
+            return self
+
+        return itself().__await__()
 
     def __aiter__(self) -> AsyncIterator[GenerationChunk]:
         return self

@@ -42,6 +42,39 @@ def upload_dataset(
     )
 
 
+def get_dataset(dataset: str | types.Dataset) -> Unary[tuning_pb2.GetDatasetResponse, types.Dataset]:
+    """GetDataset."""
+    return Unary(
+        path=_TUNING + "GetDataset",
+        request=build(tuning_pb2.GetDatasetRequest, name=dataset_name(dataset)),
+        response=tuning_pb2.GetDatasetResponse,
+        parse=responses.dataset,
+        retry=True,
+    )
+
+
+def list_datasets(page_size: int, token: str) -> Unary[tuning_pb2.ListDatasetsResponse, Page[types.Dataset]]:
+    """ListDatasets, one page."""
+    return Unary(
+        path=_TUNING + "ListDatasets",
+        request=build(tuning_pb2.ListDatasetsRequest, page_size=page_size, page_token=token),
+        response=tuning_pb2.ListDatasetsResponse,
+        parse=responses.dataset_page,
+        retry=True,
+    )
+
+
+def delete_dataset(dataset: str | types.Dataset) -> Unary[tuning_pb2.DeleteDatasetResponse, None]:
+    """DeleteDataset."""
+    return Unary(
+        path=_TUNING + "DeleteDataset",
+        request=build(tuning_pb2.DeleteDatasetRequest, name=dataset_name(dataset)),
+        response=tuning_pb2.DeleteDatasetResponse,
+        parse=lambda message: None,
+        retry=False,
+    )
+
+
 def validate_dataset(
     source: DatasetSource | None, dataset: str | types.Dataset | None, max_sequence_tokens: int
 ) -> Upload[tuning_pb2.ValidateDatasetResponse, types.DatasetReport]:
@@ -67,15 +100,17 @@ def validate_dataset(
 def create_job(
     *,
     strategy: str,
-    dataset: str | types.Dataset,
+    dataset: str | types.Dataset | None,
     adapter: str,
     config: Mapping[str, Any] | None = None,
     validation: str | types.Dataset | None = None,
-    validation_fraction: float = 0.0,
+    validation_fraction: float | None = None,
     load: bool = False,
+    new_version: bool = False,
     request_id: str | None = None,
+    validate_only: bool = False,
 ) -> Unary[tuning_pb2.CreateTuningJobResponse, types.TuningJobInfo]:
-    """CreateTuningJob. Raises ValueError for a config that is not JSON."""
+    """CreateTuningJob; with validate_only, dataset may be None. Raises ValueError for a config that is not JSON."""
     settings = struct_pb2.Struct()
     for key, value in (config or {}).items():
         try:
@@ -86,17 +121,23 @@ def create_job(
         tuning_pb2.TuningJobSpec,
         {"adapter_id": "adapter"},
         strategy=strategy,
-        dataset=dataset_name(dataset),
+        dataset=dataset_name(dataset) if dataset is not None else "",
         validation_dataset=dataset_name(validation) if validation is not None else "",
         validation_fraction=validation_fraction,
         adapter_id=adapter,
         config=settings,
         load=load,
+        new_version=new_version,
     )
     return Unary(
         path=_TUNING + "CreateTuningJob",
         # Made here, once: every attempt of this call carries the same id, so a retry cannot start a second job.
-        request=build(tuning_pb2.CreateTuningJobRequest, spec=spec, request_id=request_id or new_request_id()),
+        request=build(
+            tuning_pb2.CreateTuningJobRequest,
+            spec=spec,
+            request_id=request_id or new_request_id(),
+            validate_only=validate_only,
+        ),
         response=tuning_pb2.CreateTuningJobResponse,
         parse=lambda message: responses.job(message.job),
         retry=True,
@@ -132,6 +173,17 @@ def cancel_job(job: str) -> Unary[tuning_pb2.CancelTuningJobResponse, types.Tuni
         request=build(tuning_pb2.CancelTuningJobRequest, name=resource_name("tuningJobs", job)),
         response=tuning_pb2.CancelTuningJobResponse,
         parse=lambda message: responses.job(message.job),
+        retry=False,
+    )
+
+
+def delete_job(job: str) -> Unary[tuning_pb2.DeleteTuningJobResponse, None]:
+    """DeleteTuningJob, by id or resource name."""
+    return Unary(
+        path=_TUNING + "DeleteTuningJob",
+        request=build(tuning_pb2.DeleteTuningJobRequest, name=resource_name("tuningJobs", job)),
+        response=tuning_pb2.DeleteTuningJobResponse,
+        parse=lambda message: None,
         retry=False,
     )
 

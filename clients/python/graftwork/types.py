@@ -8,9 +8,11 @@ from datetime import datetime
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
 FinishReason: TypeAlias = Literal["stop", "length"]
-Pooling: TypeAlias = Literal["mean", "cls", "last"]
+Pooling: TypeAlias = Literal["mean", "cls", "last", "max", "mean_sqrt_len", "weightedmean"]
+AnsweredPooling: TypeAlias = Pooling | Literal["several"]
+"""several: their vectors one after another, as the base model's files say."""
 ProblemType: TypeAlias = Literal["single_label", "multi_label", "regression"]
-JobState: TypeAlias = Literal["unspecified", "pending", "running", "succeeded", "failed", "cancelled"]
+JobState: TypeAlias = Literal["unspecified", "pending", "running", "paused", "succeeded", "failed", "cancelled"]
 DatasetForm: TypeAlias = Literal["unspecified", "chat", "prompt_completion", "instruction", "text"]
 EventKind: TypeAlias = Literal["state", "progress", "evaluation", "checkpoint", "message", "unknown"]
 
@@ -18,12 +20,13 @@ EventKind: TypeAlias = Literal["state", "progress", "evaluation", "checkpoint", 
 class Message(TypedDict):
     """One message of a conversation: role is "system", "user" or "assistant", or another that the template knows.
 
+    content: a text, or a list of parts {"type": "text", "text": ...}, which are joined as they are.
     tool_calls: what the assistant called, as the template reads it. tool_call_id: the call that a message answers.
     name: who speaks, such as a tool.
     """
 
     role: str
-    content: str
+    content: str | Sequence[Mapping[str, Any]]
     tool_calls: NotRequired[Sequence[Mapping[str, Any]]]
     tool_call_id: NotRequired[str]
     name: NotRequired[str]
@@ -182,7 +185,7 @@ class EmbeddingResult:
     """One Embedding for each input, in their order. pooling: how they were made. model and version: who answered."""
 
     embeddings: tuple[Embedding, ...]
-    pooling: Pooling
+    pooling: AnsweredPooling
     usage: Usage
     model: str
     version: int
@@ -213,7 +216,7 @@ class Adapter:
     """An adapter and its newest version, or the version that was asked for.
 
     tuning_job is "" for an uploaded one. load_report is set by create(load=True), load() and pin() only; unpinned by
-    unload(): true if that ended a pin.
+    unload(): true if that ended a pin. follows_version: the version that the name served before; 0: none.
     """
 
     name: str
@@ -231,6 +234,7 @@ class Adapter:
     pinned: bool = False
     load_report: LoadReport | None = None
     unpinned: bool = False
+    follows_version: int = 0
 
 
 @dataclass(frozen=True)
@@ -270,11 +274,22 @@ class LineError:
 
 
 @dataclass(frozen=True)
+class LineErrorKind:
+    """Bad lines whose reasons differ in values alone: the first one's reason and line, and how many there are."""
+
+    reason: str
+    count: int
+    first_line: int
+
+
+@dataclass(frozen=True)
 class DatasetReport:
     """What a check of a data set found.
 
-    errors holds the first 100 bad lines, error_count counts them all. total_tokens and loss_tokens count after rows
-    were cut to the sequence length, longest_row_tokens before.
+    errors holds the first 100 bad lines, error_count counts them all; more_errors: those after the first ten, by kind.
+    What is wrong in the same way with every row, such as an unknown field, is one error. total_tokens and loss_tokens
+    count after rows were cut to the sequence length, longest_row_tokens before. warnings: what a job would do, but
+    hardly as meant.
     """
 
     valid: bool
@@ -286,6 +301,8 @@ class DatasetReport:
     loss_tokens: int
     longest_row_tokens: int
     cut_rows: int
+    more_errors: tuple[LineErrorKind, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -299,6 +316,17 @@ class TuningSpec:
     adapter_id: str
     config: Mapping[str, Any]
     load: bool
+    new_version: bool = False
+
+
+@dataclass(frozen=True)
+class SettingChoice:
+    """Where a setting of a job comes from: chosen by the server (automatic) or set by the request, and why."""
+
+    key: str
+    value: Any
+    reason: str
+    automatic: bool
 
 
 @dataclass(frozen=True)
@@ -337,7 +365,8 @@ class TuningResult:
     """What a job left behind.
 
     adapter_version is "adapters/{id}/versions/{n}". final_loss is the mean training loss of the last tenth of the
-    steps; validation_loss is None without a validation set.
+    steps; validation_loss is the published weights', None where no rows are held out; published_step is the step after
+    which the weights were as they are published, 0 if the server does not say.
     """
 
     adapter_version: str
@@ -347,6 +376,7 @@ class TuningResult:
     train_ms: int
     final_loss: float
     validation_loss: float | None
+    published_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -365,7 +395,10 @@ class TuningEvent:
 
 @dataclass(frozen=True)
 class TuningJobInfo:
-    """A tuning job at one moment. result is set once it succeeded, error ("" otherwise) once it failed."""
+    """A tuning job at one moment. result is set once it succeeded, error ("" otherwise) once it failed.
+
+    follows_version: the version that the adapter's name serves before the job's own is published; 0: none.
+    """
 
     name: str
     job_id: str
@@ -379,8 +412,65 @@ class TuningJobInfo:
     start_time: datetime | None
     end_time: datetime | None
     validation_loss: float | None
+    follows_version: int = 0
+    choices: tuple[SettingChoice, ...] = ()
+    """Settings that the request set or the server chose; others are the strategy's defaults."""
 
     @property
     def done(self) -> bool:
         """True once the job has ended, however it did."""
         return self.state in ("succeeded", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class BaseModelInfo:
+    """The base model of a server; see ServerInfo. context_tokens: what one sequence can have, prompt and completion."""
+
+    display_name: str
+    fingerprint: str
+    architecture: str
+    dtype: str
+    device: str
+    quantization: str
+    parameter_count: int
+    weight_bytes: int
+    context_tokens: int
+    vocab_size: int
+    generates: bool
+    has_tokenizer: bool
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What a server takes at most: sequences decoded together, and that wait or run; tokens of a step and of the KV
+    cache; bytes of an adapter upload and of a data set; tuning jobs at once."""
+
+    max_sequences: int
+    max_queue: int
+    max_step_tokens: int
+    kv_cache_tokens: int
+    max_upload_bytes: int
+    max_dataset_bytes: int
+    max_concurrent_jobs: int
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """A server at one moment.
+
+    versions: of what it runs on, by name. engine_ready: False while a dead engine is started again. loaded_versions:
+    names of the versions on the device. sequence_count: sequences that wait or run. jobs: the first 100 that have not
+    ended, job_count counts them all.
+    """
+
+    version: str
+    versions: Mapping[str, str]
+    start_time: datetime | None
+    engine_ready: bool
+    base_model: BaseModelInfo
+    limits: ServerLimits
+    loaded_versions: tuple[str, ...]
+    adapter_count: int
+    sequence_count: int
+    jobs: tuple[TuningJobInfo, ...]
+    job_count: int

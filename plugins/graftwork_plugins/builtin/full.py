@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -31,6 +31,8 @@ from graftwork_plugins import (
     UnsupportedBase,
     hookimpl,
 )
+from graftwork_plugins.automatic import FULL_RATE, FULL_WIDTH, Automatic, Choice, full_rate, model_width
+from graftwork_plugins.derived import without_derived
 from graftwork_plugins.estimates import activation_bytes
 
 if TYPE_CHECKING:
@@ -41,24 +43,35 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _DESCRIPTIVE = frozenset(
     """
     architectures transformers_version torch_dtype dtype use_cache return_dict output_attentions
-    output_hidden_states chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type
+    output_hidden_states chunk_size_feed_forward is_encoder_decoder id2label label2id num_labels problem_type
     bos_token_id eos_token_id pad_token_id cls_token_id sep_token_id decoder_start_token_id attention_dropout
     attn_pdrop embd_pdrop resid_pdrop hidden_dropout dropout initializer_range tokenizer_class max_length
     do_sample temperature top_p top_k num_beams pretraining_tp attn_implementation experts_implementation
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj n_ctx
-    task_specific_params gradient_checkpointing
+    task_specific_params gradient_checkpointing tie_word_embeddings
     """.split()  # noqa: SIM905 - one name a line would fill a page
 )
-"""Keys of config.json that change nothing in the forward."""
+"""Keys of config.json that change nothing in the forward; what is tied is in the weights, see _resolve_tie."""
 
-_DERIVED = frozenset({"head_dim", "num_key_value_heads", "n_inner"})
-"""Keys for which null means: as the other sizes say. The tensors' shapes decide."""
+_LIMITS = frozenset({"max_position_embeddings", "n_positions", "n_ctx"})
+"""How far positions go: a table of learned positions has its size in its tensor's shape, and rotary positions have no
+end. What a kind of rotary positions derives from the limit is another matter (_derives_from_limit)."""
+
+
+def _rate(config: FullConfig, base: BaseInfo) -> Choice:
+    rate = float(f"{full_rate(base):.2g}")
+    return Choice(
+        rate,
+        f"{FULL_RATE:g} is usual at width {FULL_WIDTH}, and the best rate falls as width rises: {model_width(base)}",
+    )
 
 
 class FullConfig(TrainingConfig):
     """Settings of full tuning."""
 
-    learning_rate: float = Field(5e-5, gt=0, le=10, description="Peak learning rate of AdamW; a tenth of LoRA's.")
+    learning_rate: Annotated[float, Automatic(_rate)] = Field(
+        5e-5, gt=0, le=10, description="Peak learning rate of AdamW; left open: by the model's width."
+    )
 
 
 @dataclass
@@ -134,6 +147,10 @@ class FullTuning(Strategy):
         persistent = set(model.state_dict())
         tensors |= {name: buffer.to("cpu") for name, buffer in model.named_buffers() if name in persistent}
         config = copy.deepcopy(model.config)
+        # A base whose files hold an output layer of its own may say that it is tied.
+        output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if output is not None and output.weight is not embedding.weight:
+            config.tie_word_embeddings = False
         config.architectures = [type(model).__name__]
         config.dtype = dtype
         config._name_or_path = ""  # a path of the server's is nobody's business
@@ -145,7 +162,8 @@ class FullTuning(Strategy):
     def load(self, artifact: Artifact, base: BaseInfo) -> Sequence[FullWeights]:
         """One FullWeights. The configuration must be the base's in everything that the forward depends on; names and
         shapes are compared with the base's by the engine."""
-        _check_config(artifact.json("config.json"), base)
+        config = artifact.json("config.json")
+        _check_config(config, base)
         files = [name for name in artifact.names() if _WEIGHTS.fullmatch(name)]
         if not files:
             raise ArtifactError(
@@ -155,41 +173,112 @@ class FullTuning(Strategy):
             )
         tensors: dict[str, torch.Tensor] = {}
         for file in files:
-            for name, tensor in artifact.tensors(file).items():
+            for name, tensor in without_derived(artifact.tensors(file)).items():
                 if name in tensors:
                     raise ArtifactError(name, f"{name} is in two files")
                 _check_values(name, tensor)
                 tensors[name] = tensor
+        _resolve_tie(tensors, config, base)
         return [FullWeights(tensors=tensors)]
 
 
+def _resolve_tie(tensors: dict[str, torch.Tensor], config: Mapping[str, Any], base: BaseInfo) -> None:
+    """Gives the output layer the weight that transformers gives it: its own where the files hold one; else, where the
+    checkpoint ties it, the input embedding's. The base may be tied or not."""
+    from transformers import CONFIG_MAPPING
+
+    if base.output_module is None or base.input_module is None:
+        return
+    output, embedding = f"{base.output_module}.weight", f"{base.input_module}.weight"
+    missing, present = (output, embedding) if embedding in tensors else (embedding, output)
+    if missing in tensors or present not in tensors:
+        return
+    # A config.json leaves out what its class has by default.
+    default = CONFIG_MAPPING[base.config["model_type"]]().tie_word_embeddings
+    if not config.get("tie_word_embeddings", default):
+        raise ArtifactError(
+            missing,
+            f"no file has {missing}, and config.json does not say tie_word_embeddings, which would do without it",
+        )
+    if base.output_module not in base.tied_modules:
+        tensors[missing] = tensors[present]
+
+
 def _check_config(config: Mapping[str, Any], base: BaseInfo) -> None:
+    """Both configurations are read by transformers' own class, which fills in defaults and what older versions wrote
+    otherwise. What the forward depends on must be equal; what describes (_DESCRIPTIVE, names that begin with "_") and
+    what the class does not read may be anything. Raises ArtifactError."""
+    _check_class(config, base)
+    theirs, ours = _as_read(config, base)
+    free = frozenset() if _derives_from_limit(ours) else _LIMITS
+    for key, value in ours.items():
+        if key not in free:
+            _require_same(key, theirs.get(key), value)
+
+
+def _check_class(config: Mapping[str, Any], base: BaseInfo) -> None:
+    kind = config.get("model_type", base.config.get("model_type"))
+    if kind != base.config.get("model_type"):
+        raise ArtifactError(
+            "model_type", f"config.json: model_type is {_short(kind)}; the base has {_short(base.config['model_type'])}"
+        )
     architectures = config.get("architectures") or [base.architecture]
-    if architectures != [base.architecture]:
+    # What wraps a model puts its own name before the class's: FSDPLlamaForCausalLM.
+    fits = isinstance(architectures, list) and all(str(name).endswith(base.architecture) for name in architectures)
+    if not fits:
         raise ArtifactError(
             "architectures", f"architectures is {_short(architectures)}; the base is {base.architecture}"
         )
-    config = _with_rope_parameters(config)
-    for key, value in config.items():
-        # What the base's configuration does not have at all, its class does not read.
-        if key in _DESCRIPTIVE or key.startswith("_") or key not in base.config:
-            continue
-        if value is None and key in _DERIVED:
-            continue
-        if not _same(value, base.config[key]):
-            raise ArtifactError(key, f"config.json: {key} is {_short(value)}; the base has {_short(base.config[key])}")
 
 
-def _with_rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers before 5 wrote rope_theta and rope_scaling where now there is rope_parameters."""
-    result = dict(config)
-    if "rope_theta" in result and "rope_parameters" not in result:
-        scaling = result.pop("rope_scaling", None)
-        scaling = scaling if isinstance(scaling, dict) else {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        others = {key: value for key, value in scaling.items() if key not in ("type", "rope_type")}
-        result["rope_parameters"] = {"rope_theta": result.pop("rope_theta"), "rope_type": kind, **others}
+def _as_read(config: Mapping[str, Any], base: BaseInfo) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys that matter of the checkpoint's configuration and of the base's."""
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[base.config["model_type"]]
+    given, ours = _that_matter(config), _that_matter(base.config)
+    names = kind.attribute_map
+    for key, value in given.items():
+        # Before any class makes a list with so many entries.
+        known = ours.get(names.get(key, key))
+        if key.startswith(("num_", "n_")) and key not in _LIMITS and type(known) is type(value) is int:
+            _require_same(key, value, known)
+    try:
+        # Both as the class reads them: it may leave out what another setting makes meaningless.
+        read = [_that_matter(kind.from_dict(dict(document)).to_dict()) for document in (given, ours)]
+    except Exception as error:  # the classes raise ValueError, TypeError and errors of their own
+        for key in given.keys() & ours.keys() - _LIMITS:
+            if given[key] is not None:
+                _require_same(key, given[key], ours[key])
+        text = " ".join(str(error).split())[:200]
+        raise ArtifactError("config.json", f"config.json is none of a {base.config['model_type']}: {text}") from None
+    return read[0], {key: value for key, value in read[1].items() if key in ours}
+
+
+def _require_same(key: str, value: Any, ours: Any) -> None:
+    if not _same(value, ours):
+        raise ArtifactError(key, f"config.json: {key} is {_short(value)}; the base has {_short(ours)}")
+
+
+def _that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
+    result = {key: value for key, value in config.items() if key not in _DESCRIPTIVE and not key.startswith("_")}
+    rope = result.get("rope_parameters")
+    if isinstance(rope, dict):
+        # "type" is the older name of rope_type, which the class adds.
+        result["rope_parameters"] = {key: value for key, value in rope.items() if key != "type"}
     return result
+
+
+def _derives_from_limit(config: Mapping[str, Any]) -> bool:
+    """Whether the rotary frequencies depend on max_position_embeddings (transformers' modeling_rope_utils)."""
+    rope = config.get("rope_parameters") or {}
+    of_kinds_of_layers = [value for value in rope.values() if isinstance(value, dict)]
+    for one in of_kinds_of_layers or [rope]:
+        kind = one.get("rope_type", "default")
+        by_factor = kind in ("yarn", "longrope") and one.get("factor") is not None
+        if kind not in ("default", "linear", "llama3") and not by_factor:
+            return True
+    return False
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -28,8 +28,9 @@ from graftwork_plugins import (
     TrainingConfig,
     hookimpl,
 )
-from graftwork_plugins.builtin.lora_config import AdapterConfig, PatternError, read_ia3_config, targets_of_names
+from graftwork_plugins.builtin.lora_config import AdapterConfig, read_ia3_config, targets_of_names
 from graftwork_plugins.builtin.lora_tensors import no_such_module, not_supported, replacements
+from graftwork_plugins.builtin.patterns import PatternError
 from graftwork_plugins.builtin.peft_files import (
     CONFIG_FILE,
     PREFIX,

@@ -6,8 +6,9 @@ of the tensors (lora_tensors.py), and never runs PEFT on what a client sent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -27,29 +28,48 @@ from graftwork_plugins import (
     TrainingConfig,
     hookimpl,
 )
+from graftwork_plugins.automatic import Automatic, Choice, full_rate, model_width
 from graftwork_plugins.builtin.lora_config import (
     LoraPatterns,
-    PatternError,
-    PatternMatcher,
     read_adapter_config,
     targets_of_names,
 )
 from graftwork_plugins.builtin.lora_heads import deltas_of_task
+from graftwork_plugins.builtin.patterns import PatternError, PatternMatcher
 from graftwork_plugins.builtin.peft_files import CONFIG_FILE, artifact_files, peft_type, saved_by_peft
 from graftwork_plugins.estimates import activation_bytes
+
+
+def lora_rate(config: LoraConfig, base: BaseInfo) -> Choice:
+    """Ten times full tuning's rate, which does not depend on the rank as long as lora_alpha is 32 ("LoRA Without
+    Regret"); what scales the updates more or less has to be made up for, since AdamW's steps do not follow it."""
+    alpha = config.lora_alpha * (math.sqrt(config.r) if config.use_rslora else 1)
+    rate = _ADAPTER_FACTOR * full_rate(base) * _USUAL_ALPHA / alpha
+    scale = "lora_alpha" if not config.use_rslora else "lora_alpha * sqrt(r)"
+    return Choice(
+        float(f"{min(rate, _HIGHEST_RATE):.2g}"),
+        f"{_ADAPTER_FACTOR} times full tuning's rate for a model of width {model_width(base)}, times {_USUAL_ALPHA:g} "
+        f"over {scale} ({alpha:g}); the rank changes nothing else",
+    )
+
+
+_ADAPTER_FACTOR, _USUAL_ALPHA, _HIGHEST_RATE = 10, 32.0, 2e-2
 
 
 class LoraConfig(TrainingConfig):
     """Settings of LoRA. Defaults after "LoRA Without Regret": every linear layer, ten times full tuning's learning
     rate whatever the rank, small batches."""
 
-    learning_rate: float = Field(5e-4, gt=0, le=10, description="Peak learning rate of AdamW; ten times full tuning's.")
+    learning_rate: Annotated[float, Automatic(lora_rate)] = Field(
+        5e-4, gt=0, le=10, description="Peak learning rate of AdamW; left open: by the model's width and lora_alpha."
+    )
     r: int = Field(16, ge=1, le=1024, description="Rank of the updates.")
     lora_alpha: float = Field(32, gt=0, le=65_536, description="The updates are scaled by lora_alpha / r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the updates' input while training.")
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead (arXiv:2312.03732).")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear",
+        examples=[["q_proj", "v_proj"]],
         description="Linear layers to update, by full name or last parts of it; all-linear: all but the output layer.",
     )
     rank_pattern: dict[str, int] = Field(

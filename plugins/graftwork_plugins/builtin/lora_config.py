@@ -1,28 +1,29 @@
-"""PEFT's adapter_config.json for LoRA, read with an allow-list, and PEFT's rules for which module it means.
+"""PEFT's adapter_config.json for LoRA and IA3, and PEFT's rules for which module it means.
 
-The document comes from a client. Nothing in it names code to run: keys outside the list are accepted only with a value
-that means "not used", and patterns are matched with a time limit.
+The document comes from a client. Nothing in it names code to run: which keys are accepted is said in peft_keys.py, and
+patterns are matched within limits (patterns.py).
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from graftwork_plugins.builtin.patterns import PatternMatcher
+from graftwork_plugins.builtin.peft_keys import (
+    DESCRIPTIVE,
+    LORA_DESCRIPTIVE,
+    LORA_DETAILS,
+    check_auto_mapping,
+    refuse_unknown,
+    require,
+    shown,
+)
 from graftwork_plugins.strategy import ArtifactError, BaseInfo
 
-_ANY = frozenset(
-    """
-    auto_mapping base_model_name_or_path eva_config fan_in_fan_out inference_mode init_lora_weights
-    lora_dropout megatron_core peft_version qalora_group_size revision runtime_config
-    """.split()  # noqa: SIM905 - one name a line would fill a page
-)
-"""Keys whose value changes nothing in serving, or is checked by itself below."""
-
-_PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
+_PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica"}
 """Initialisations that leave the base's weights as they were; PiSSA, OLoRA, LoftQ, CorDA and others change them."""
 
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
@@ -33,53 +34,6 @@ LABEL_KEYS = frozenset({"id2label", "label2id", "num_labels", "problem_type"})
 
 _TIED_NAMES = ("embed_tokens", "lm_head")
 """Names of layers for which PEFT heeds ensure_weight_tying."""
-
-_SECONDS = 2.0
-_MAX_PATTERN = 4096
-
-
-class PatternError(ValueError):
-    """A name pattern cannot be used."""
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(message)
-        self.key = key
-
-
-class PatternMatcher:
-    """Regular expressions of a client's, with one time limit for all matches made by this object."""
-
-    def __init__(self) -> None:
-        self._compiled: dict[str, Any] = {}
-        self._seconds_left = _SECONDS
-
-    def fullmatch(self, pattern: str, name: str) -> bool:
-        """Whether all of `name` matches. Raises PatternError."""
-        import regex
-
-        started = time.monotonic()
-        try:
-            if pattern not in self._compiled:
-                if len(pattern) > _MAX_PATTERN:
-                    raise PatternError(
-                        pattern[:80], f"the pattern {pattern[:80]!r}... is over {_MAX_PATTERN} characters"
-                    )
-                self._compiled[pattern] = regex.compile(pattern)
-            # concurrent: other threads run meanwhile.
-            if self._seconds_left <= 0:
-                raise TimeoutError
-            match = self._compiled[pattern].fullmatch(name, timeout=self._seconds_left, concurrent=True)
-            return match is not None
-        except TimeoutError:
-            raise PatternError(pattern, f"the pattern {pattern!r} takes too long to match; use a plainer one") from None
-        except (regex.error, RecursionError, OverflowError) as error:
-            raise PatternError(pattern, f"{pattern!r} is no regular expression: {error}") from None
-        finally:
-            self._seconds_left -= time.monotonic() - started
-
-    def first_match(self, patterns: Iterable[str], name: str) -> str | None:
-        """The first pattern that matches `name` or its last dotted parts, as PEFT's rank_pattern does."""
-        return next((key for key in patterns if self.fullmatch(rf"(.*\.)?({key})", name)), None)
 
 
 @dataclass(frozen=True)
@@ -217,15 +171,17 @@ def read_adapter_config(document: Mapping[str, Any]) -> AdapterConfig:
         document,
         "init_lora_weights",
         init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITS),
-        "true, false, gaussian, eva or orthogonal; others change the base's weights, so convert the adapter first "
-        "(path_initial_model_for_weight_conversion)",
+        "true, false, gaussian, eva, orthogonal or mica; others change the base's weights, so convert the adapter "
+        "first (path_initial_model_for_weight_conversion)",
     )
-    require(document, "auto_mapping", _is_descriptive(document.get("auto_mapping")), "null, or what PEFT writes")
+    check_auto_mapping(document)
     require(
         document, "megatron_core", document.get("megatron_core") in (None, "megatron.core"), "megatron.core or null"
     )
     classifies = document.get("task_type") == "SEQ_CLS"
-    refuse_unknown(document, _READ | _ANY | (LABEL_KEYS if classifies else frozenset()))
+    refuse_unknown(
+        document, _READ | DESCRIPTIVE | LORA_DESCRIPTIVE | LORA_DETAILS | (LABEL_KEYS if classifies else frozenset())
+    )
     rank_pattern = _numbers(document, "rank_pattern", integers=True)
     alpha_pattern = _numbers(document, "alpha_pattern", integers=False)
     r = _number(document, "r", document.get("r", 8), integers=True)
@@ -284,9 +240,9 @@ def read_ia3_config(document: Mapping[str, Any]) -> tuple[AdapterConfig, str | l
     """PEFT's adapter_config.json for IA3, and its feedforward_modules. Raises ArtifactError."""
     require(document, "peft_type", document.get("peft_type") == "IA3", "IA3")
     require(document, "task_type", document.get("task_type") in (None, "CAUSAL_LM"), "CAUSAL_LM or null")
-    require(document, "auto_mapping", _is_descriptive(document.get("auto_mapping")), "null, or what PEFT writes")
+    check_auto_mapping(document)
     require(document, "target_modules", document.get("target_modules") is not None, "names, or a regular expression")
-    refuse_unknown(document, _IA3)
+    refuse_unknown(document, _IA3 | DESCRIPTIVE)
     config = AdapterConfig(
         patterns=LoraPatterns(1, 1.0, {}, {}, False),
         target_modules=_names(document, "target_modules"),
@@ -300,48 +256,17 @@ def read_ia3_config(document: Mapping[str, Any]) -> tuple[AdapterConfig, str | l
 
 _IA3 = frozenset(
     """
-    peft_type task_type target_modules exclude_modules feedforward_modules modules_to_save auto_mapping
-    base_model_name_or_path fan_in_fan_out inference_mode init_ia3_weights peft_version revision
+    peft_type task_type target_modules exclude_modules feedforward_modules modules_to_save init_ia3_weights
     """.split()  # noqa: SIM905 - one name a line would fill a page
 )
 
 _READ = frozenset(
     """
     peft_type task_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules
-    layers_to_transform layers_pattern use_dora lora_bias bias modules_to_save trainable_token_indices
+    init_lora_weights layers_to_transform layers_pattern use_dora lora_bias bias modules_to_save trainable_token_indices
     ensure_weight_tying target_parameters
     """.split()  # noqa: SIM905 - one name a line would fill a page
 )
-
-
-def _is_descriptive(auto_mapping: Any) -> bool:
-    """PEFT writes the base's class there if the task was not given. It is never imported here, but a configuration that
-    names another module is an attempt at those who would."""
-    return auto_mapping is None or (
-        isinstance(auto_mapping, dict)
-        and set(auto_mapping) <= {"base_model_class", "parent_library"}
-        and str(auto_mapping.get("parent_library", "transformers.models.")).startswith("transformers.models.")
-    )
-
-
-def refuse_unknown(document: Mapping[str, Any], known: frozenset[str]) -> None:
-    """Features that are not served (layer_replication, ...) and keys of other versions are fine unless used.
-
-    Raises ArtifactError.
-    """
-    for key, value in document.items():
-        if key in known or value in (None, False, {}, [], ""):
-            continue
-        raise ArtifactError(
-            key, f"adapter_config.json: {key} = {_shown(value)} is not supported; null or false is accepted"
-        )
-
-
-def require(document: Mapping[str, Any], key: str, fits: bool, accepted: str) -> None:
-    """Raises ArtifactError for `key` unless its value fits."""
-    if not fits:
-        value = _shown(document.get(key))
-        raise ArtifactError(key, f"adapter_config.json: {key} is {value}; accepted: {accepted}")
 
 
 def _number(document: Mapping[str, Any], key: str, value: Any, *, integers: bool) -> float:
@@ -349,7 +274,7 @@ def _number(document: Mapping[str, Any], key: str, value: Any, *, integers: bool
     fits = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and 0 < value <= 65_536
     if not fits:
         accepted = "a whole number" if integers else "a number"
-        raise ArtifactError(key, f"adapter_config.json: {key} has {_shown(value)}; accepted: {accepted} up to 65536")
+        raise ArtifactError(key, f"adapter_config.json: {key} has {shown(value)}; accepted: {accepted} up to 65536")
     return float(value)
 
 
@@ -366,8 +291,3 @@ def _names(document: Mapping[str, Any], key: str) -> str | list[str] | None:
     )
     require(document, key, fits, "names, a regular expression, or null")
     return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

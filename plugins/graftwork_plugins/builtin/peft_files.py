@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
+from graftwork_plugins.derived import without_derived
 from graftwork_plugins.strategy import Artifact, ArtifactError, SavedArtifact
 
 if TYPE_CHECKING:
@@ -30,8 +32,15 @@ def peft_type(artifact: Artifact) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
+_IN_MODEL = re.compile(r"\.(lora_[A-Za-z_]+|ia3_l)\.default(?=\.|$)")
+"""What PEFT's names have while the adapter is in a model, and scripts save that write a model's state as it is."""
+
+
 def read_tensors(artifact: Artifact) -> dict[str, torch.Tensor]:
-    """All tensors of PEFT's file by their names in it. Raises ArtifactError."""
+    """The tensors of PEFT's file by the names that save_pretrained gives them, less what transformers derives itself.
+
+    Raises ArtifactError.
+    """
     names = artifact.names()
     if WEIGHTS_FILE not in names and "adapter_model.bin" in names:
         raise ArtifactError(
@@ -39,7 +48,15 @@ def read_tensors(artifact: Artifact) -> dict[str, torch.Tensor]:
             f"adapter_model.bin is a pickle, which is never read; save the adapter as {WEIGHTS_FILE} "
             "(save_pretrained with safe_serialization=True)",
         )
-    return artifact.tensors(WEIGHTS_FILE)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in without_derived(artifact.tensors(WEIGHTS_FILE)).items():
+        saved_as = _IN_MODEL.sub(r".\1", name)
+        if saved_as.endswith(".lora_magnitude_vector.weight"):
+            saved_as = saved_as.removesuffix(".weight")
+        if saved_as in tensors:
+            raise ArtifactError(name, f"{WEIGHTS_FILE} has {saved_as} twice: with and without the adapter's name in it")
+        tensors[saved_as] = tensor
+    return tensors
 
 
 def saved_by_peft(model: Any) -> SavedArtifact:

@@ -23,8 +23,8 @@ from graftwork_plugins import (
     TrainingConfig,
     hookimpl,
 )
-from graftwork_plugins.builtin.lora_config import refuse_unknown, require
 from graftwork_plugins.builtin.peft_files import CONFIG_FILE, artifact_files, check_values, peft_type, read_tensors
+from graftwork_plugins.builtin.peft_keys import DESCRIPTIVE, check_auto_mapping, refuse_unknown, require
 
 if TYPE_CHECKING:
     import torch
@@ -38,11 +38,10 @@ _READ = frozenset(
     peft_type task_type num_virtual_tokens token_dim num_layers num_attention_heads num_transformer_submodules
     """.split()  # noqa: SIM905 - as below
 )
-_ANY = frozenset(
+_TRAINING = frozenset(
     """
-    auto_mapping base_model_name_or_path inference_mode peft_version revision prompt_tuning_init
-    prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs encoder_hidden_size prefix_projection init_weights
-    encoder_reparameterization_type encoder_num_layers encoder_dropout
+    prompt_tuning_init prompt_tuning_init_text tokenizer_kwargs encoder_hidden_size prefix_projection init_weights
+    encoder_reparameterization_type encoder_num_layers
     """.split()  # noqa: SIM905 - one name a line would fill a page
 )
 """Keys that matter in training alone: PEFT saves what its encoders and projections give."""
@@ -111,7 +110,8 @@ def _sizes(document: Mapping[str, Any]) -> dict[str, int]:
     require(document, "task_type", document.get("task_type") in (None, "CAUSAL_LM"), "CAUSAL_LM or null")
     submodules = document.get("num_transformer_submodules")
     require(document, "num_transformer_submodules", submodules in (None, 1), "1 or null")
-    refuse_unknown(document, _READ | _ANY)
+    check_auto_mapping(document)
+    refuse_unknown(document, _READ | _TRAINING | DESCRIPTIVE)
     names = ["num_virtual_tokens", "token_dim"]
     if document["peft_type"] == "PREFIX_TUNING":
         names += ["num_layers", "num_attention_heads"]

@@ -6,16 +6,21 @@ trains on a quantised base in the same way. This strategy refuses any other, and
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from graftwork_plugins import BaseInfo, Strategy, UnsupportedBase, hookimpl
-from graftwork_plugins.builtin.lora import Lora, LoraConfig
+from graftwork_plugins.automatic import Automatic
+from graftwork_plugins.builtin.lora import Lora, LoraConfig, lora_rate
 
 
 class QloraConfig(LoraConfig):
     """Settings of QLoRA: those of LoRA. Defaults after the paper's appendix B.2, for models up to 13B."""
 
-    learning_rate: float = Field(2e-4, gt=0, le=10, description="Peak learning rate of AdamW.")
+    learning_rate: Annotated[float, Automatic(lora_rate)] = Field(
+        2e-4, gt=0, le=10, description="Peak learning rate of AdamW; left open: by the model's width and lora_alpha."
+    )
     r: int = Field(64, ge=1, le=1024, description="Rank of the updates.")
     lora_alpha: float = Field(16, gt=0, le=65_536, description="The updates are scaled by lora_alpha / r.")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the updates' input while training.")

@@ -155,7 +155,13 @@ class AdaptedLinear(torch.nn.Module):
 def wrap_linears(model: torch.nn.Module, step: StepRouting, kernels: NativeKernels | None = None) -> list[LinearGroup]:
     """Replaces every Linear and Conv1D of `model` by an AdaptedLinear and returns their groups, in order."""
     output = model.get_output_embeddings()  # type: ignore[operator]
-    linears: dict[str, LinearModule] = {n: m for n, m in model.named_modules() if isinstance(m, LinearModule)}
+    # A router that is a Linear may answer with more than its product.
+    linears: dict[str, LinearModule] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LinearModule)
+        and not (isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward)
+    }
     groups: list[LinearGroup] = []
     taken: set[str] = set()
     for name in linears:

@@ -9,13 +9,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
 from graftwork_server.engine.engine_process import ENGINE_COMMAND, EngineProcess
 from graftwork_server.engine.output_stream import OutputStream
-from graftwork_server.errors import FailedPrecondition, GraftworkServerError, Internal, Unavailable, from_body
+from graftwork_server.engine.suspects import UnderWay
+from graftwork_server.errors import (
+    FailedPrecondition,
+    GraftworkServerError,
+    Internal,
+    Unavailable,
+    body_of,
+    from_body,
+)
+from graftwork_server.logs import log_event
 from graftwork_server.messages import (
     Cancel,
     EngineMessage,
@@ -59,6 +68,9 @@ FAST_FAILURE_SECONDS = 30.0
 FIRST_BACKOFF_SECONDS = 0.25
 LONGEST_BACKOFF_SECONDS = 10.0
 EXIT_SECONDS = 5.0
+SHOWN_DIGEST = 19
+"""Characters of a digest that a log line has: "sha256:" and twelve more."""
+MAX_NAMES = 10_000
 
 
 class EngineListener(Protocol):
@@ -88,8 +100,11 @@ class EngineClient:
         self._next_id = 1
         self._streams: dict[int, OutputStream] = {}
         self._calls: dict[int, asyncio.Future[Result]] = {}
+        self._under_way = UnderWay()
         self.loaded: set[str] = set()
         """Digests on the device now."""
+        self._names: dict[str, str] = {}
+        """What was asked for last by these digests, for the log."""
         self.failure: asyncio.Future[GraftworkServerError] = asyncio.get_running_loop().create_future()
         """Done once restarts were given up, with the error that says why."""
 
@@ -142,7 +157,7 @@ class EngineClient:
             await self.stop()
             raise
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
-        self._tell_ready()
+        self._tell(lambda listener: listener.on_engine_ready())
         return hello
 
     async def stop(self, drain_ms: int = 0) -> None:
@@ -172,27 +187,30 @@ class EngineClient:
             await self._read_until_lost()
             if self._stopping:
                 return
-            streams = len(self._streams)
+            streams, loaded = len(self._streams), self.loaded
             self._disconnect(_restarting())
-            self._tell_lost()
+            self._tell(lambda listener: listener.on_engine_lost())
             await self._process.reap()
             error: GraftworkServerError = Internal(f"the engine ended {self._process.end}", reason="ENGINE_DIED")
             log.error("%s; %d sequences were running", error.message, streams)
-            failures = failures + 1 if time.monotonic() - started < FAST_FAILURE_SECONDS else 1
+            is_fast = time.monotonic() - started < FAST_FAILURE_SECONDS
+            # What a client's input did says nothing of the engine, whose start proved that it can compute.
+            has_suspects = self._under_way.died(loaded, killed=self._process.was_killed)
+            failures = 0 if has_suspects else failures + 1 if is_fast else 1
             while not self.ready and not self._stopping:
                 if failures >= MAX_FAST_FAILURES:
                     text = f"gave up after {failures} failures of the engine in a row; the last: {error.message}"
                     self.failure.set_result(Internal(text, reason="ENGINE_GIVEN_UP"))
                     return
-                await asyncio.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** (failures - 1), LONGEST_BACKOFF_SECONDS))
+                await asyncio.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** max(failures - 1, 0), LONGEST_BACKOFF_SECONDS))
                 try:
                     started = time.monotonic()
                     await self._connect()
-                except GraftworkServerError as raised:
-                    failures, error = failures + 1, raised
+                except Exception as raised:  # no socket or no process to be had: there may be the next time
+                    failures, error = failures + 1, from_body(body_of(raised))
                     log.error("the engine did not start again: %s", error.message)
             log.info("the engine is back (process %s)", self.process_id)
-            self._tell_ready()
+            self._tell(lambda listener: listener.on_engine_ready())
 
     def _disconnect(self, error: GraftworkServerError) -> None:
         """Ends every stream and call with `error`."""
@@ -214,13 +232,13 @@ class EngineClient:
             stream.fail(error)
             self._send(Cancel(id=sequence_id))
 
-    def _tell_ready(self) -> None:
+    def _tell(self, what: Callable[[EngineListener], None]) -> None:
+        """What one listener makes of it is no other's matter, and not the engine's."""
         for listener in self._listeners:
-            listener.on_engine_ready()
-
-    def _tell_lost(self) -> None:
-        for listener in self._listeners:
-            listener.on_engine_lost()
+            try:
+                what(listener)
+            except Exception:
+                log.exception("%s failed on news of the engine", type(listener).__name__)
 
     # ------------------------------------------------------------------------------------------ what it says
 
@@ -239,10 +257,13 @@ class EngineClient:
         match message:
             case StepOutputs():
                 for output in message.outputs:
+                    if output.finish:
+                        self._under_way.done(output.id)
                     stream = self._streams.get(output.id)
                     if stream is not None:
                         stream.push(output)
             case Reply():
+                self._under_way.done(message.call_id)
                 call = self._calls.pop(message.call_id, None)
                 if call is not None and not call.done():
                     if message.error is not None:
@@ -250,12 +271,23 @@ class EngineClient:
                     elif message.result is not None:
                         call.set_result(message.result)
             case LoadedChanged():
-                self.loaded = set(message.digests)
+                self._tell_loaded(set(message.digests))
             case JobEvent():
-                for listener in self._listeners:
-                    listener.on_job_event(message)
+                self._tell(lambda listener: listener.on_job_event(message))
             case _:
                 raise ValueError(f"{type(message).__name__} is no message for a running engine")
+
+    def _tell_loaded(self, loaded: set[str]) -> None:
+        for digest in loaded - self.loaded:
+            log_event(log, "adapter loaded", adapter=self._names.get(digest), digest=digest[:SHOWN_DIGEST])
+        for digest in self.loaded - loaded:
+            log_event(log, "adapter unloaded", adapter=self._names.pop(digest, None), digest=digest[:SHOWN_DIGEST])
+        self.loaded = loaded
+
+    def _keep_name(self, adapter: AdapterRef) -> None:
+        if len(self._names) >= MAX_NAMES and adapter.digest not in self._names:
+            self._names.clear()
+        self._names[adapter.digest] = adapter.name
 
     # ------------------------------------------------------------------------------------------ what it is told
 
@@ -263,6 +295,12 @@ class EngineClient:
         if self._writer is None:
             raise _restarting()
         self._writer.write(encode_frame(message))
+
+    def _begin(self, id: int, message: Any) -> None:
+        """Sends what is answered. Raises FailedPrecondition (ENGINE_DIED_BEFORE) for what engines died under."""
+        self._under_way.check(message, self.loaded)
+        self._send(message)
+        self._under_way.begin(id, message)
 
     def _take_id(self) -> int:
         self._next_id += 1
@@ -285,6 +323,8 @@ class EngineClient:
         Raises the sequence's own error, Unavailable when the engine dies, ResourceExhausted (SLOW_CONSUMER) when more
         than a bounded amount waits for the reader.
         """
+        if adapter is not None:
+            self._keep_name(adapter)
         sequence_id = self._take_id()
         message = Generate(
             id=sequence_id,
@@ -296,13 +336,14 @@ class EngineClient:
             priority=priority,
             pool=pool,
         )
-        self._send(message)
+        self._begin(sequence_id, message)
         stream = self._streams[sequence_id] = OutputStream()
         try:
             while not stream.ended:
                 yield await stream.next()
         finally:
             self._streams.pop(sequence_id, None)
+            self._under_way.leave(sequence_id)
             if not stream.ended and self._writer is not None:
                 self._send(Cancel(id=sequence_id))
 
@@ -316,7 +357,8 @@ class EngineClient:
 
     async def _call(self, message_type: Any, result_type: type[Any], **fields: Any) -> Any:
         call_id = self._take_id()
-        self._send(message_type(call_id=call_id, **fields))
+        message = message_type(call_id=call_id, **fields)
+        self._begin(call_id, message)
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
         try:
@@ -328,11 +370,18 @@ class EngineClient:
         return result
 
     async def prepare_job(
-        self, strategy: str, config: dict[str, Any], row_count: int, total_tokens: int
+        self, strategy: str, config: dict[str, Any], row_count: int, total_tokens: int, held_out_rows: int = 0
     ) -> PreparedJob:
-        """Checks a job's configuration and estimates it; raises InvalidArgument with the keys that are wrong."""
+        """Checks a job's configuration, completes and estimates it; raises InvalidArgument with the keys that are
+        wrong."""
         result: PreparedJob = await self._call(
-            PrepareJob, PreparedJob, strategy=strategy, config=config, row_count=row_count, total_tokens=total_tokens
+            PrepareJob,
+            PreparedJob,
+            strategy=strategy,
+            config=config,
+            row_count=row_count,
+            total_tokens=total_tokens,
+            held_out_rows=held_out_rows,
         )
         return result
 
@@ -348,6 +397,7 @@ class EngineClient:
 
     async def load(self, adapter: AdapterRef) -> LoadReport:
         """Loads an adapter beside the base, if it is not there yet."""
+        self._keep_name(adapter)
         result: LoadReply = await self._call(Load, LoadReply, adapter=adapter)
         return result.report
 
@@ -360,9 +410,9 @@ class EngineClient:
         """From now on the engine evicts none of these, and no longer keeps others that it was told to."""
         await self._call(Pin, Pinned, digests=sorted(digests))
 
-    async def inspect(self, path: str, strategy: str | None = None) -> ArtifactInfo:
-        """Reads an artifact and checks it against the base without loading it."""
-        result: InspectReply = await self._call(Inspect, InspectReply, path=path, strategy=strategy)
+    async def inspect(self, path: str, strategy: str | None = None, content: str = "") -> ArtifactInfo:
+        """Reads an artifact and checks it against the base without loading it; `content` names what its files hold."""
+        result: InspectReply = await self._call(Inspect, InspectReply, path=path, strategy=strategy, content=content)
         return result.info
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
@@ -25,17 +26,21 @@ from graftwork_server.engine.heads import bind_head
 from graftwork_server.engine.model import (
     BaseModel,
     EngineModel,
-    fast_tokenizer,
     load_base,
 )
 from graftwork_server.engine.native import NativeKernels, native_kernels
-from graftwork_server.engine.pooling import collect, default_pooling, head_for
+from graftwork_server.engine.pooling import collect, head_for
 from graftwork_server.engine.routing import Routing
 from graftwork_server.engine.runner import ChunkLogits, packing_order, spans_of
+from graftwork_server.engine.sentence_files import asked_pooling
 from graftwork_server.engine.sequence import ScheduledChunk, Sequence
+from graftwork_server.engine.tokenizer import resolved_tokenizer
 from graftwork_server.engine.weights import SharedWeights
 from graftwork_server.errors import FailedPrecondition
+from graftwork_server.text import ModelFacts
 from graftwork_server.types import ModelInfo
+
+log = logging.getLogger("graftwork.engine")
 
 _PROBE_ROWS = ([3, 1, 4, 1, 5], [2, 7, 1, 8, 2, 8, 1, 8])
 """13 tokens: a number that no dimension of a model is likely to have, see record_row_dims."""
@@ -194,8 +199,9 @@ def load_model(
             reason="MODEL_UNSUPPORTED",
         )
     base = load_base(source, device, dtype, cache_dir, native, quantization)
+    pooling, undone = asked_pooling(source, "last")
     info = msgspec.structs.replace(
-        base.info, hidden_size=base.engine_model.hidden_size, default_pooling=default_pooling(source, "last")
+        base.info, hidden_size=base.engine_model.hidden_size, default_pooling=pooling, undone_pooling=undone
     )
     return dataclasses.replace(base, info=info)
 
@@ -228,11 +234,13 @@ def _load_encoder(
     with torch.no_grad():
         for name in missing:  # transformers makes them up, each time anew
             trunk.get_parameter(name).zero_()
+    log.info("starting: probing %s, rows one by one and packed together", type(whole).__name__)
     expected, expected_logits = _probe(whole, trunk)
     print_of_base = fingerprint(trunk.config.to_dict(), trunk.state_dict() | tensors)
     weights = SharedWeights(trunk, device)
     model = EncoderModel(trunk, layout, native_kernels(device, dtype) if native else None)
     model.missing_modules = tuple({name.rpartition(".")[0] for name in missing})
+    pooling, undone = asked_pooling(source, "mean")
     info = ModelInfo(
         fingerprint=print_of_base,
         source=source,
@@ -246,12 +254,15 @@ def _load_encoder(
         parameter_count=sum(parameter.numel() for parameter in whole.parameters()),
         weight_bytes=weights.size_bytes,
         eos_token_ids=[],
-        tokenizer_dir=fast_tokenizer(source, cache_dir, print_of_base),
+        tokenizer_dir=resolved_tokenizer(
+            source, cache_dir, print_of_base, ModelFacts(embedding_rows=int(config.vocab_size))
+        ),
         kv_tokens=0,
         max_sequences=0,
         generates=False,
         hidden_size=model.hidden_size,
-        default_pooling=default_pooling(source, "mean"),
+        default_pooling=pooling,
+        undone_pooling=undone,
     )
     base = BaseModel(model, weights, info, [], [])
     if tensors:

@@ -72,7 +72,13 @@ class Engine:
             longest = min(base.info.context_tokens, self.kv_tokens)
             graphs = decode_steps_for(model, cache, base.device, limits.max_sequences, longest, limits.cuda_graphs)
             self._runner = Runner(model, cache, base.device, graphs)
-            self._scheduler = Scheduler(self._admission, self.blocks, prefix_cache=limits.prefix_cache, **sizes)
+            self._scheduler = Scheduler(
+                self._admission,
+                self.blocks,
+                prefix_cache=limits.prefix_cache,
+                rope_borders=model.rope_borders,
+                **sizes,
+            )
         self._sequences: dict[int, Sequence] = {}
         self._masks = Masks()
         self._eos = frozenset(base.info.eos_token_ids)

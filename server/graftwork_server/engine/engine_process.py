@@ -1,4 +1,4 @@
-"""The engine process from outside: spawned with a private unix socket, greeted, ended."""
+"""The engine process from outside: spawned with one end of a socket pair, greeted, ended."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
+import socket
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from graftwork_server.errors import Internal, from_body
@@ -21,7 +19,6 @@ ENGINE_COMMAND = (sys.executable, "-m", "graftwork_server.engine_main")
 LEAST_EXIT_SECONDS = 2.0
 """A process that dies by itself gets this long, so that its own exit status is seen and not our kill."""
 
-Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Greeting = tuple[Hello, asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -45,56 +42,58 @@ class EngineProcess:
             return "its connection"
         return f"with signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether the newest process was ended from outside, as the kernel does when memory runs out."""
+        return self._process is not None and self._process.returncode in (-signal.SIGKILL, -signal.SIGTERM)
+
     async def launch(self) -> Greeting:
         """Starts a process and waits for its greeting.
 
         Raises the error of its StartFailed, or Internal (ENGINE_DIED) if it ended without a word.
         """
-        connections: asyncio.Queue[Connection] = asyncio.Queue()
-        # The socket's name is there until the engine has connected, and no longer: even a killed front leaves nothing.
-        folder = _private_folder()
-        server = await asyncio.start_unix_server(
-            lambda reader, writer: connections.put_nowait((reader, writer)), folder / "engine.sock"
-        )
+        # A pair without a name: whoever is killed, and whenever, nothing is left behind, and nobody else can connect.
+        ours, theirs = socket.socketpair()
         try:
-            message, reader, writer = await self._greeted(folder / "engine.sock", connections)
-        finally:
-            server.close()
-            shutil.rmtree(folder, ignore_errors=True)
+            reader, writer = await asyncio.open_unix_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            theirs.close()
+            raise
+        try:
+            message = await self._greeted(theirs, reader)
+        except BaseException:
+            writer.close()  # it ends by itself now, wherever in its start it is
+            raise
         if isinstance(message, StartFailed):
             writer.close()
             await self.reap()
             raise from_body(message.error)
         return message, reader, writer
 
-    async def _greeted(
-        self, path: Path, connections: asyncio.Queue[Connection]
-    ) -> tuple[Hello | StartFailed, asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _greeted(self, theirs: socket.socket, reader: asyncio.StreamReader) -> Hello | StartFailed:
         try:
             # Own session: Ctrl-C in a terminal reaches the front only, which then drains. stdout goes to stderr (fd 2).
             self._process = await asyncio.create_subprocess_exec(
                 *self._arguments,
-                "--socket",
-                str(path),
+                "--fd",
+                str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=2,
                 start_new_session=True,
+                pass_fds=[theirs.fileno()],
             )
         except OSError as error:
             raise Internal(f"the engine process could not be started: {error.strerror}", reason="ENGINE_DIED") from None
-        exited = asyncio.ensure_future(self._process.wait())
-        greeting = asyncio.ensure_future(_first_greeting(connections))
-        try:
-            await asyncio.wait({exited, greeting}, return_when=asyncio.FIRST_COMPLETED)
-            if not greeting.done():
-                # What it wrote before it died (StartFailed, usually) may still lie in the socket.
-                await asyncio.wait({greeting}, timeout=0.5)
-            if not greeting.done():
-                raise Internal(f"the engine process ended {self.end}", reason="ENGINE_DIED")
-            return greeting.result()
         finally:
-            greeting.cancel()
-            exited.cancel()
+            theirs.close()
+        # What it wrote before it died (StartFailed, usually) comes before the end of the stream.
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            message = engine_decoder.decode(await read_frame(reader))
+            if isinstance(message, Hello | StartFailed):
+                return message
+        await self.reap()
+        raise Internal(f"the engine process ended {self.end}", reason="ENGINE_DIED")
 
     async def reap(self, seconds: float = 0.0) -> None:
         """Waits for the process to end; after `seconds`, or a little more, it is killed."""
@@ -109,25 +108,3 @@ class EngineProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             await self._process.wait()
-
-
-async def _first_greeting(
-    connections: asyncio.Queue[Connection],
-) -> tuple[Hello | StartFailed, asyncio.StreamReader, asyncio.StreamWriter]:
-    """The first connection whose first message is a greeting."""
-    while True:
-        reader, writer = await connections.get()
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            message = engine_decoder.decode(await read_frame(reader))
-            if isinstance(message, Hello | StartFailed):
-                return message, reader, writer
-        writer.close()
-
-
-def _private_folder() -> Path:
-    """A new folder that only this user can open (0700), with a name short enough for a unix socket in it."""
-    folder = tempfile.mkdtemp(prefix="graftwork-")
-    if len(folder) > 80:
-        os.rmdir(folder)
-        folder = tempfile.mkdtemp(prefix="graftwork-", dir="/tmp")
-    return Path(folder)

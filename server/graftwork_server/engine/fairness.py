@@ -21,7 +21,7 @@ INPUT_WEIGHT, OUTPUT_WEIGHT = 1, 2
 """What a prompt token that is computed and a token that is sampled cost; the paper's weights."""
 
 _KEPT_CLIENTS = 1024
-"""Clients from which on those are forgotten whom it does not help."""
+"""With more clients than these, those that gain nothing by their counters are forgotten."""
 
 Key = TypeVar("Key", int, tuple[int, int])
 

@@ -27,6 +27,8 @@ KEPT = 64
 """Compiled grammars in memory."""
 KEPT_TOKENIZERS = 8
 """Tokenizers in memory, the base's among them; those of adapters without files of their own are the base's."""
+_Key = tuple[int, tuple[int, ...]]
+"""Of a tokenizer: the identity of its TextProcessor, and the tokens that end a text."""
 _LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 50_000,  # about 15 ms; a schema of 300 properties or 1,000 choices take less than half
     "step_lexer_fuel": 30_000,  # about 8 ms; a token of rare letters in \w takes nearly 20,000, and much less time
@@ -44,13 +46,13 @@ class Grammars:
     def __init__(self, info: ModelInfo) -> None:
         self._info = info
         self._texts: AdapterTexts | None = None
-        self._tokenizers: OrderedDict[int, tuple[TextProcessor, LLTokenizer]] = OrderedDict()
-        self._compiled: OrderedDict[tuple[int, str, str], LLMatcher] = OrderedDict()
+        self._tokenizers: OrderedDict[_Key, tuple[TextProcessor, LLTokenizer]] = OrderedDict()
+        self._compiled: OrderedDict[tuple[_Key, str, str], LLMatcher] = OrderedDict()
 
     def matcher(self, grammar: Grammar, adapter: AdapterRef | None) -> LLMatcher:
         """A fresh matcher. Raises InvalidArgument (GRAMMAR_INVALID), FailedPrecondition (TOKENIZER_MISSING, ...)."""
-        text, tokenizer = self._tokenizer(adapter)
-        key = (id(text), grammar.kind, grammar.text)
+        speaker, tokenizer = self._tokenizer(adapter)
+        key = (speaker, grammar.kind, grammar.text)
         if key not in self._compiled:
             limits = LLParserLimits(**_LIMITS)
             matcher = LLMatcher(tokenizer, _source(grammar), limits=limits, log_level=0)
@@ -76,28 +78,33 @@ class Grammars:
             if tried.is_error():
                 raise from_body(too_complex(grammar, tried.get_error()))
 
-    def _tokenizer(self, adapter: AdapterRef | None) -> tuple[TextProcessor, LLTokenizer]:
+    def _tokenizer(self, adapter: AdapterRef | None) -> tuple[_Key, LLTokenizer]:
         if self._texts is None:
             folder = self._info.tokenizer_dir
             base = TextProcessor.from_dir(folder) if folder else None
-            self._texts = AdapterTexts(base, folder, self._info.vocab_size, compile_template=_no_template)
+            self._texts = AdapterTexts(
+                base, folder, self._info.vocab_size, compile_template=_no_template, source_dir=self._info.source
+            )
         text = self._texts.of(adapter.digest, adapter.path) if adapter else self._texts.base
         if text is None:
             raise FailedPrecondition(
                 "the base model brings no tokenizer, so no structured output can be asked for",
                 reason="TOKENIZER_MISSING",
             )
-        if id(text) not in self._tokenizers:
-            ends = {*self._info.eos_token_ids, *([text.eos_token_id] if text.eos_token_id is not None else [])}
-            made = LLTokenizer(text.to_json(), n_vocab=self._info.vocab_size, eos_token=sorted(ends) or None)
+        ends = {*self._info.eos_token_ids, *(adapter.end_token_ids if adapter else ())}
+        if text.eos_token_id is not None:
+            ends.add(text.eos_token_id)
+        key = (id(text), tuple(sorted(ends)))
+        if key not in self._tokenizers:
+            made = LLTokenizer(text.to_json(), n_vocab=self._info.vocab_size, eos_token=list(key[1]) or None)
             # The processor is kept with it, so that its id belongs to nothing else.
-            self._tokenizers[id(text)] = (text, made)
+            self._tokenizers[key] = (text, made)
             if len(self._tokenizers) > KEPT_TOKENIZERS:
                 old, _ = self._tokenizers.popitem(last=False)
-                for key in [key for key in self._compiled if key[0] == old]:
-                    del self._compiled[key]
-        self._tokenizers.move_to_end(id(text))
-        return self._tokenizers[id(text)]
+                for compiled in [compiled for compiled in self._compiled if compiled[0] == old]:
+                    del self._compiled[compiled]
+        self._tokenizers.move_to_end(key)
+        return key, self._tokenizers[key][1]
 
 
 def _no_template(source: str, variables: object) -> NoReturn:

@@ -6,8 +6,33 @@ import contextlib
 import ctypes
 import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
+
+from graftwork_server.last_words import exit_after
+
+
+class HelperThreads:
+    """Threads for work beside the step loop, which answers by itself. Work that raises instead has a defect, and nobody
+    would ever hear of it: the process ends."""
+
+    def __init__(self, count: int, name: str, first: Callable[[], None]) -> None:
+        """`first` is called first in each thread."""
+        self._threads = ThreadPoolExecutor(count, name, first)
+
+    def submit(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Runs `work` in one of the threads, when one is free."""
+        self._threads.submit(_run, work, *arguments)
+
+
+def _run(work: Callable[..., None], *arguments: Any) -> None:
+    try:
+        work(*arguments)
+    except BaseException as error:
+        exit_after(error)
 
 
 def compute_alone() -> None:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from graftwork_server.engine.host_memory import zeros_on_demand
-from graftwork_server.engine.native import NativeKernels
+from graftwork_server.engine.native import KV_BLOCK_TOKENS, NativeKernels
 
-BLOCK_TOKENS = 16
+BLOCK_TOKENS = KV_BLOCK_TOKENS
+"""Tokens in a block."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,16 @@ class LayerShape:
         return self.kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
 
 
-def root_key(digest: str | None, cache_salt: str) -> bytes:
-    """What the keys of all blocks of an adapter (None: the base) under a salt begin with.
+def root_key(digest: str | None, cache_salt: str, rope_regime: int = 0) -> bytes:
+    """What the keys of all blocks of an adapter (None: the base) under a salt begin with. rope_regime: which rotary
+    frequencies their keys were turned with (Sequence.rope_regime).
 
     The digest stands for the adapter's virtual tokens too: those of one digest are always the same.
     """
     who = b"base" if digest is None else b"adapter " + digest.encode()
     salt = cache_salt.encode()
     # Both lengths first: no two pairs of digest and salt give the same bytes.
-    return hashlib.sha256(struct.pack("<QQ", len(who), len(salt)) + who + salt).digest()
+    return hashlib.sha256(struct.pack("<QQQ", len(who), len(salt), rope_regime) + who + salt).digest()
 
 
 def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
+import torch
+
 from graftwork_plugins import Delta, FullWeights, Head, LowRank, Prefix, Replace, Scale
+from graftwork_plugins.derived import without_derived
 from graftwork_server.engine.binding import bind_changes, check_values, rejected
 from graftwork_server.engine.changes import Changes
 from graftwork_server.engine.heads import BoundHead, bind_head
@@ -79,7 +83,7 @@ def _bind_prefix(base: BaseModel, digest: str, deltas: Sequence[Delta], delta: P
     tensors = [delta.embeddings] if delta.embeddings is not None else [*delta.keys, *delta.values]
     return PreparedAdapter(
         digest=digest,
-        modules_bound=len(prefix.keys),
+        modules_bound=len(prefix.keys[0]),
         rank=0,
         parameter_count=sum(tensor.numel() for tensor in tensors),
         device_bytes=prefix.device_bytes,
@@ -96,6 +100,12 @@ def _parameters(delta: LowRank | Scale | Replace) -> int:
     return sum(tensor.numel() for tensor in tensors if tensor is not None)
 
 
+def _is_ignored(model: torch.nn.Module, name: str) -> bool:
+    """Whether transformers' class says of a tensor in a checkpoint that it does without it."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
 def _bind_full(base: BaseModel, digest: str, delta: FullWeights, place: bool) -> PreparedAdapter:
     if base.info.quantization != "none":
         raise rejected(
@@ -104,31 +114,38 @@ def _bind_full(base: BaseModel, digest: str, delta: FullWeights, place: bool) ->
             "with --quantization none for it",
         )
     state = unwrapped_state(base)
-    resident = [entry.name for entry in base.weights.layout]
-    tensors = dict(delta.tensors)
-    for name in set(tensors) - set(state):
-        raise rejected(name, f"the base has no tensor {name}")
-    for name in resident:
-        if name not in tensors:
-            # A tied tensor may come under either of its names.
-            twin = next((n for n in tensors if n in state and state[n].data_ptr() == state[name].data_ptr()), None)
-            if twin is None:
-                raise rejected(name, f"the checkpoint lacks {name}")
-            tensors[name] = tensors[twin]
-        tensor, wanted = tensors[name], state[name]
+    given: dict[int, list[str]] = {}
+    for name in delta.tensors.keys() & state.keys():
+        given.setdefault(state[name].data_ptr(), []).append(name)
+    for name in sorted(without_derived(delta.tensors).keys() - state.keys()):
+        if not _is_ignored(base.engine_model.model, name):
+            raise rejected(name, f"the base has no tensor {name}")
+    tensors: dict[str, torch.Tensor] = {}
+    for name in (entry.name for entry in base.weights.layout):
+        # What the base ties comes under either name. Under both, with values of its own, it is not tied here.
+        names = given.get(state[name].data_ptr(), [])
+        if not names:
+            raise rejected(name, f"the checkpoint lacks {name}")
+        tensors[name] = delta.tensors[name if name in names else names[0]]
+        tensors |= {n: delta.tensors[n] for n in names if not _are_equal(delta.tensors[n], tensors[name])}
+    for name, tensor in tensors.items():
+        wanted = state[name]
         if tensor.shape != wanted.shape:
             raise rejected(name, f"{name} is {list(tensor.shape)}; this base takes {list(wanted.shape)}")
         if tensor.is_floating_point() != wanted.is_floating_point():
             raise rejected(name, f"{name} is {tensor.dtype}; floating point is accepted")
         if tensor.is_floating_point():
             check_values(name, tensor)
-    parameters = sum(tensors[name].numel() for name in resident)
     model, own_bytes = tuned_model(base, tensors) if place else (None, 0)
     return PreparedAdapter(
         digest=digest,
-        modules_bound=len(resident),
+        modules_bound=len(tensors),
         rank=0,
-        parameter_count=parameters,
+        parameter_count=sum(tensor.numel() for tensor in tensors.values()),
         device_bytes=own_bytes,
         model=model,
     )
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (one.dtype == other.dtype and torch.equal(one, other))

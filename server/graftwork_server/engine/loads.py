@@ -10,14 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from graftwork_server.engine.adapter_pool import AdapterPool
-from graftwork_server.engine.helper_threads import compute_alone
+from graftwork_server.engine.helper_threads import HelperThreads, compute_alone
 from graftwork_server.engine.slots import LoadedAdapter, PreparedAdapter
 from graftwork_server.types import AdapterRef
 
@@ -27,7 +26,7 @@ _FIRST_TOKEN_SECONDS = 0.05
 _LARGE_BYTES = 256 * 1024 * 1024
 """Files from this size on, whole checkpoints mostly, are read one at a time and keep no other load waiting."""
 
-Done = Callable[[LoadedAdapter | Exception | None], None]
+Done = Callable[[LoadedAdapter | BaseException | None], None]
 """Gets the adapter with one lease, why it could not be loaded, or None if it found no room and is not due."""
 
 
@@ -46,8 +45,8 @@ class Loads:
         """`prepare` reads and checks an adapter."""
         self._prepare = prepare
         self._pool = pool
-        self._threads = ThreadPoolExecutor(_THREADS, "load", compute_alone)
-        self._large = ThreadPoolExecutor(1, "load-large", compute_alone)
+        self._threads = HelperThreads(_THREADS, "load", compute_alone)
+        self._large = HelperThreads(1, "load-large", compute_alone)
         self._reading = threading.Lock()
         self._under_way: dict[str, _Load] = {}
 
@@ -69,7 +68,7 @@ class Loads:
             load.not_due.set()
 
     def _run(self, load: _Load, in_own_thread: bool = False) -> None:
-        result: LoadedAdapter | Exception | None = None
+        result: LoadedAdapter | BaseException | None = None
         try:
             if in_own_thread or _file_bytes(load.adapter.path) < _LARGE_BYTES:
                 result = self._load(load, nullcontext() if in_own_thread else self._reading)
@@ -77,7 +76,7 @@ class Loads:
                 self._large.submit(self._run, load, True)
                 return
             # A large one that is not due would be read for nothing, which costs seconds.
-        except Exception as error:
+        except BaseException as error:  # a panic in a library in Rust is no Exception
             result = error
         del self._under_way[load.adapter.digest]
         load.done(result)

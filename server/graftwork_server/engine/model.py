@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from graftwork_server.engine.adapted_linear import LinearGroup, StepRouting, wrap_linears
-from graftwork_server.engine.attention import packed, paged
+from graftwork_server.engine.attention import paged
 from graftwork_server.engine.attention.paged import AttentionPlan, Chunk, plan_attention
-from graftwork_server.engine.changes import ChangeableModule, changeable_modules, hook_changes, record_row_dims
+from graftwork_server.engine.attention.rotary import rope_borders, rotate_by_length, sequence_lengths
+from graftwork_server.engine.changes import ChangeableModule, changeable_modules, hook_changes
 from graftwork_server.engine.describe import fingerprint, plain_name
 from graftwork_server.engine.fused_layers import AttentionSettings, fuse_layers
 from graftwork_server.engine.fused_modules import fuse_modules
 from graftwork_server.engine.kv_cache import KVCache, LayerShape
 from graftwork_server.engine.native import NativeKernels, native_kernels
+from graftwork_server.engine.pretrained import causal_model
+from graftwork_server.engine.probe import PROBE_ROWS, logprobs_alone, logprobs_packed, probe_layers
 from graftwork_server.engine.quantization import check_available, quantize_linears
 from graftwork_server.engine.routing import Routing
+from graftwork_server.engine.tokenizer import resolved_tokenizer
 from graftwork_server.engine.triton_kernels import triton_kernels
 from graftwork_server.engine.weights import SharedWeights, assign_tensors, empty_model, pack
 from graftwork_server.errors import FailedPrecondition
+from graftwork_server.text import ModelFacts
 from graftwork_server.types import ModelInfo
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ class EngineModel:
         """Linear layers that stand before a head: BERT's pooler."""
         self.missing_modules: tuple[str, ...] = ()
         """Those of them that the checkpoint has no weights for."""
+        self.rope_borders = rope_borders(model)
+        """Lengths up to which a sequence has other rotary frequencies than beyond (attention/rotary.py)."""
         model.set_attn_implementation(paged.NAME)  # type: ignore[operator]
 
     def fuse_layers(self, settings: list[AttentionSettings]) -> None:
@@ -92,10 +96,12 @@ class EngineModel:
         plan: AttentionPlan,
         tokens: Routing | None,
         outputs: Routing | None,
+        lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """input_ids and position_ids [tokens], keep [kept] rows to make logits of -> logits [kept, vocabulary].
 
         `tokens` routes the packed rows and `outputs` the kept ones; None where no row has an adapter.
+        lengths [tokens]: of the sequence that each row belongs to; None: each row is its sequence's last one.
         """
         self.step.tokens = tokens or None
         self.step.outputs = outputs or None
@@ -105,9 +111,10 @@ class EngineModel:
             hooks = hook_changes(self.changeable, tokens.changed, outputs.changed if outputs is not None else ())
         paged.set_plan(plan)
         try:
-            output = self.model(
-                input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=keep
-            )
+            with sequence_lengths(position_ids + 1 if lengths is None else lengths):
+                output = self.model(
+                    input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=keep
+                )
         finally:
             paged.set_plan(None)
             for hook in hooks:
@@ -175,22 +182,28 @@ def load_base(
     Raises FailedPrecondition, saying what is wrong, if it cannot be served.
     """
     check_available(quantization, device)
-    model = _from_pretrained(source, dtype)
+    model = causal_model(source, dtype)
     # Of the checkpoint, not of how it is served: an adapter fits the base quantised or not.
     print_of_base = fingerprint(model.config.to_dict(), model.state_dict())
     parameter_count = sum(parameter.numel() for parameter in model.parameters())
+    if quantization != "none":
+        log.info("starting: quantising the linear layers to %s", quantization)
     quantize_linears(model, quantization, device)
     model.to(device)
-    shapes, settings = _probe_layers(model)
-    expected = _probe_logprobs(model)
+    log.info("starting: probing %s, rows one by one and packed together", type(model).__name__)
+    shapes, settings = probe_layers(model)
+    expected = logprobs_alone(model)
+    if rotate_by_length(model):
+        log.warning("dynamic NTK scaling begins beyond max_position_embeddings, where the context of this base ends")
     weights = SharedWeights(model, device, quantization)
     engine_model = EngineModel(model, native_kernels(device, dtype) if native else None)
     if native:
         engine_model.triton = triton_kernels(device, dtype, [group.out_features for group in engine_model.groups])
     # int8 rounds what goes into each layer: the smallest difference may become one of a 127th.
-    _check_probe(engine_model, expected, device, exact=dtype == torch.float32 and quantization != "int8")
+    _check_probe(engine_model, expected, exact=dtype == torch.float32 and quantization != "int8")
     _fuse_layers(engine_model, shapes, settings, device)
     config = model.config.get_text_config()
+    ends = _eos_token_ids(model)
     info = ModelInfo(
         fingerprint=print_of_base,
         source=source,
@@ -202,8 +215,8 @@ def load_base(
         context_tokens=int(config.max_position_embeddings),
         parameter_count=parameter_count,
         weight_bytes=weights.size_bytes,
-        eos_token_ids=_eos_token_ids(model),
-        tokenizer_dir=fast_tokenizer(source, cache_dir, print_of_base),
+        eos_token_ids=ends,
+        tokenizer_dir=resolved_tokenizer(source, cache_dir, print_of_base, ModelFacts(ends, int(config.vocab_size))),
         kv_tokens=0,
         max_sequences=0,
         quantization=quantization,
@@ -213,17 +226,18 @@ def load_base(
 
 def tuned_model(base: BaseModel, tensors: dict[str, torch.Tensor]) -> tuple[EngineModel, int]:
     """A model of the base's class over `tensors` and what it takes on the device in bytes; tensors equal to the base's
-    are the base's own. Names and shapes must be those of the base (checked by the caller)."""
+    are the base's own. Names and shapes must be those of the base (checked by the caller); a tensor that the base ties
+    to another comes under its name only where the two differ."""
     state = unwrapped_state(base)
     chosen: dict[str, torch.Tensor] = {}
     own: dict[str, torch.Tensor] = {}
-    for entry in base.weights.layout:
-        resident = state[entry.name]
-        tensor = tensors[entry.name].to(base.device, resident.dtype)
+    for name, given in tensors.items():
+        resident = state[name]
+        tensor = given.to(base.device, resident.dtype)
         if torch.equal(tensor, resident):
-            chosen[entry.name] = resident
+            chosen[name] = resident
         else:
-            own[entry.name] = tensor
+            own[name] = tensor
     packed_tensors = pack(own, base.device) if own else {}
     model = empty_model(base.engine_model.model.config)
     assign_tensors(model, chosen | packed_tensors)
@@ -248,120 +262,15 @@ def unwrapped_state(base: BaseModel) -> dict[str, torch.Tensor]:
     return {plain_name(name): tensor for name, tensor in base.engine_model.model.state_dict().items()}
 
 
-def _from_pretrained(source: str, dtype: torch.dtype) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if config.is_encoder_decoder or getattr(config.get_text_config(), "use_bidirectional_attention", False):
-            raise FailedPrecondition(
-                f"{source} is a {config.model_type} model; decoder-only causal models are served",
-                reason="MODEL_UNSUPPORTED",
-            )
-        if getattr(config, "quantization_config", None) is not None:
-            raise FailedPrecondition(
-                f"the weights of {source} are stored quantised; serve the checkpoint that they were made of, with "
-                "--quantization",
-                reason="MODEL_UNSUPPORTED",
-            )
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=packed.NAME, trust_remote_code=False, use_safetensors=True
-        )
-    except FailedPrecondition:
-        raise
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and safetensors' own, as it happens
-        text = " ".join(str(error).split())[:300].rstrip(".")
-        raise FailedPrecondition(
-            f"cannot load the model {source!r}: {text}. It must be a directory with config.json and safetensors "
-            "weights of a causal language model",
-            reason="MODEL_UNUSABLE",
-        ) from None
-    return model.eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _attention(model: Any, name: str, function: Any) -> Iterator[None]:
-    AttentionInterface.register(name, function)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-def _probe_layers(model: Any) -> tuple[list[LayerShape], list[AttentionSettings]]:
-    """Runs two tokens and records each attention layer's key and value shapes, and what it hands to attention.
-
-    Raises FailedPrecondition if the model does not send all its attention through transformers' attention interface.
-    """
-    seen: dict[int, LayerShape] = {}
-    settings: dict[int, AttentionSettings] = {}
-    unknown: set[str] = set()
-
-    def record(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
-        known = {"scaling", "dropout", "sliding_window", "softcap", "is_causal", "position_ids", "use_cache"}
-        unknown.update(name for name, given in kwargs.items() if name not in known and _matters(name, given))
-        seen[module.layer_idx] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        settings[module.layer_idx] = AttentionSettings(scaling, kwargs.get("sliding_window"), kwargs.get("softcap"))
-        return packed.packed_attention(module, query, key, value, mask, **kwargs)
-
-    ids = torch.tensor([[1, 0]], device=model.device)
-    with torch.inference_mode(), _attention(model, "graftwork_probe", record):
-        model(input_ids=ids, use_cache=False)
-    layers = model.config.get_text_config().num_hidden_layers
-    if sorted(seen) != list(range(layers)) or unknown:
-        why = f"its attention takes {', '.join(sorted(unknown))}" if unknown else "not every layer has plain attention"
-        raise FailedPrecondition(
-            f"{type(model).__name__} cannot be served: {why}; served are causal models whose layers all use "
-            "transformers' attention interface",
-            reason="MODEL_UNSUPPORTED",
-        )
-    return [seen[index] for index in range(layers)], [settings[index] for index in range(layers)]
-
-
-def _matters(name: str, given: Any) -> bool:
-    """Attention sinks and the like change the result; tensors and flags that only inform do not."""
-    return name in {"s_aux", "sinks", "position_bias", "alibi"} and given is not None
-
-
-_PROBE_ROWS = ([3, 1, 4, 1, 5], [2, 7, 1, 8, 2, 8, 1, 8])
-"""13 tokens: a number that no dimension of a model is likely to have, see record_row_dims."""
-
-
-def _probe_logprobs(model: Any) -> torch.Tensor:
-    """Log probabilities of two short rows run one by one with torch's own attention: [tokens, vocabulary]."""
-    vocab = model.config.get_text_config().vocab_size
-    before = model.config._attn_implementation
-    with torch.inference_mode():
-        model.set_attn_implementation("eager")
-        try:
-            logits = [
-                model(input_ids=torch.tensor([row], device=model.device) % vocab, use_cache=False).logits[0]
-                for row in _PROBE_ROWS
-            ]
-        finally:
-            model.set_attn_implementation(before)
-    return torch.cat(logits).float().log_softmax(-1)
-
-
-def _check_probe(engine_model: EngineModel, expected: torch.Tensor, device: torch.device, exact: bool) -> None:
-    """Runs the probe rows packed into one forward and refuses a model whose answers change by that: it would be served
-    wrong answers (a layer that mixes tokens outside attention, say)."""
+def _check_probe(engine_model: EngineModel, expected: torch.Tensor, exact: bool) -> None:
+    """Runs the probe's rows packed into one forward and refuses a model whose answers change by that: it would be
+    served wrong answers (a layer that mixes tokens outside attention, say)."""
     model: Any = engine_model.model
-    vocab = model.config.get_text_config().vocab_size
-    ids = torch.tensor([token for row in _PROBE_ROWS for token in row], device=device) % vocab
-    positions = torch.tensor([position for row in _PROBE_ROWS for position in range(len(row))], device=device)
-    model.set_attn_implementation(packed.NAME)
-    row_dims, hooks = record_row_dims(model, len(ids))
-    with torch.inference_mode(), packed.packed_rows([0, len(_PROBE_ROWS[0]), len(ids)]):
-        output = model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
-    for hook in hooks:
-        hook.remove()
+    found, row_dims = logprobs_packed(model)
     engine_model.changeable = changeable_modules(model, row_dims, model.get_output_embeddings())
-    model.set_attn_implementation(paged.NAME)
     for group in engine_model.groups:
         group.forget()
-    differences = (output.logits[0].float().log_softmax(-1) - expected).abs()
+    differences = (found - expected).abs()
     difference = (differences.max() if exact else differences.mean()).item()
     if not difference <= (_PROBE_TOLERANCE if exact else _ROUNDED_PROBE_TOLERANCE):
         raise FailedPrecondition(
@@ -389,13 +298,13 @@ def _trial_logprobs(engine_model: EngineModel, shapes: list[LayerShape], device:
     """Log probabilities [tokens, vocabulary] of the probe rows on a small KV cache, their last tokens decoded."""
     model: Any = engine_model.model
     vocab = model.config.get_text_config().vocab_size
-    cache = KVCache(shapes, len(_PROBE_ROWS), model.dtype, device, engine_model.kernels)
-    prompts = [Chunk([index], 0, len(row) - 1) for index, row in enumerate(_PROBE_ROWS)]
-    last = [Chunk([index], len(row) - 1, 1) for index, row in enumerate(_PROBE_ROWS)]
+    cache = KVCache(shapes, len(PROBE_ROWS), model.dtype, device, engine_model.kernels)
+    prompts = [Chunk([index], 0, len(row) - 1) for index, row in enumerate(PROBE_ROWS)]
+    last = [Chunk([index], len(row) - 1, 1) for index, row in enumerate(PROBE_ROWS)]
     logits = []
     with torch.inference_mode():
         for chunks in (prompts, last):
-            ids = [_PROBE_ROWS[c.block_table[0]][p] % vocab for c in chunks for p in range(c.start, c.start + c.count)]
+            ids = [PROBE_ROWS[c.block_table[0]][p] % vocab for c in chunks for p in range(c.start, c.start + c.count)]
             positions = [position for c in chunks for position in range(c.start, c.start + c.count)]
             plan = plan_attention(cache, chunks, device)
             keep = torch.arange(len(ids), device=device)
@@ -410,20 +319,3 @@ def _eos_token_ids(model: Any) -> list[int]:
         if ids is not None:
             return [int(i) for i in ids] if isinstance(ids, list | tuple) else [int(ids)]
     return []
-
-
-def fast_tokenizer(source: str, cache_dir: Path, name: str) -> str | None:
-    """A directory with the model's tokenizer as tokenizer.json, converted if need be; None if the model has none."""
-    if (Path(source) / "tokenizer.json").is_file():
-        return str(Path(source).resolve())
-    target = cache_dir / "tokenizers" / name.removeprefix("sha256:")[:32]
-    if not (target / "tokenizer.json").is_file():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except Exception:
-            # No tokenizer files at all: the model still answers token ids, and the front says so for text.
-            return None
-        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
-            return None  # transformers made one up from the configuration: nothing but special tokens
-        tokenizer.save_pretrained(target)
-    return str(target) if (target / "tokenizer.json").is_file() else None

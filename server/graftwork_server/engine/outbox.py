@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from graftwork_server.engine.output_stream import merge
-from graftwork_server.messages import SequenceOutput, StepOutputs, encode_frame
+from graftwork_server.errors import InvalidArgument
+from graftwork_server.messages import SequenceOutput, StepOutputs, encode_frame, instead_of
+
+log = logging.getLogger("graftwork.engine")
 
 _MESSAGES_PER_CORE = 250
 """One costs front and client together some 100 us, whatever is in it, and as much again of a step on the CPU, whose
@@ -31,10 +35,16 @@ class Outbox:
     Each becomes a message to a client, which costs front and client time whatever is in it. What is held goes out with
     the outputs of a later step, never between steps: with few sequences, or a model whose steps take long, every step's
     outputs are sent at once.
+
+    A message that cannot be encoded becomes an error for who waits for it, and for nobody else. `broken` is called with
+    a sequence to which that happened, in the sending thread: it need not go on.
     """
 
-    def __init__(self, connection: socket.socket, messages_per_second: float) -> None:
+    def __init__(
+        self, connection: socket.socket, messages_per_second: float, broken: Callable[[int], None] = lambda _: None
+    ) -> None:
         self._connection = connection
+        self._broken = broken
         self._seconds_each = 1 / messages_per_second
         self._changed = threading.Condition()
         self._ready: list[Any] = []
@@ -90,7 +100,17 @@ class Outbox:
     def run(self) -> None:
         """Sends until `close`. Raises OSError when the connection is lost."""
         while (messages := self._next()) is not None:
-            self._connection.sendall(b"".join(encode_frame(message) for message in messages))
+            self._connection.sendall(b"".join(self._frames(message) for message in messages))
+
+    def _frames(self, message: Any) -> bytes:
+        try:
+            return encode_frame(message)
+        except InvalidArgument as error:
+            log.error("%s", error.message)
+            instead = instead_of(message, error.body())
+            if isinstance(message, StepOutputs) and len(message.outputs) == 1:
+                self._broken(message.outputs[0].id)
+            return b"".join(self._frames(other) for other in instead)
 
     def _next(self) -> list[Any] | None:
         """What is to be sent now, waited for; None at the end."""

@@ -6,11 +6,10 @@ logits are made of them. A state is gathered chunk by chunk, so a prompt may tak
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from graftwork_server.engine.model import EngineModel
 from graftwork_server.engine.sequence import Sequence
 from graftwork_server.messages import Pool, Pooled, SequenceOutput
 
-POOLINGS = ("mean", "cls", "last")
+POOLINGS = ("cls", "max", "mean", "mean_sqrt_len", "weightedmean", "last")
+"""As sentence-transformers has them. Several joined by "+" give their vectors one after another."""
 
 
 @contextmanager
@@ -54,16 +54,42 @@ def collect(sequence: Sequence, head: BoundHead | None, start: int, states: torc
     if start <= first:
         sequence.state = None  # computed anew, perhaps after a preemption
     assert sequence.request.pool is not None  # the caller chose it
-    pooling = head.pooling if head is not None else sequence.request.pool.pooling
-    if pooling == "mean":
-        total = states.float().sum(0)
-        sequence.state = total if sequence.state is None else sequence.state + total
-        if start + len(states) == len(sequence.tokens):
-            sequence.state = sequence.state / (len(sequence.tokens) - first)
-        return
-    wanted = first if pooling == "cls" else _last(sequence, head)
-    if start <= wanted < start + len(states):
-        sequence.state = states[wanted - start].to(torch.float32, copy=True)
+    poolings = (head.pooling if head is not None else sequence.request.pool.pooling).split("+")
+    states = states.float()
+    before = sequence.state if sequence.state is not None else [None] * len(poolings)
+    wanted = {"cls": first, "last": _last(sequence, head)}
+    so_far = torch.stack(
+        [_gathered(*pair, states, start, first, wanted) for pair in zip(poolings, before, strict=True)]
+    )  # [poolings, hidden]
+    if start + len(states) == len(sequence.tokens):
+        weights = _weights(len(sequence.tokens) - first)
+        divided = [state / weights.get(pooling, 1.0) for pooling, state in zip(poolings, so_far, strict=True)]
+        so_far = torch.cat(divided)
+    sequence.state = so_far
+
+
+def _gathered(
+    pooling: str, before: torch.Tensor | None, states: torch.Tensor, start: int, first: int, wanted: dict[str, int]
+) -> torch.Tensor:
+    """[hidden]: what a pooling had before `start` (None: nothing), and has with `states` [n, hidden] from there."""
+    if pooling == "max":
+        largest = states.amax(0)
+        return largest if before is None else torch.maximum(before, largest)
+    if pooling in wanted:
+        row = wanted[pooling] - start
+        own = states[row] if 0 <= row < len(states) else torch.zeros_like(states[0])
+    elif pooling == "weightedmean":
+        # Later tokens weigh more: 1, 2, 3 and so on (SGPT, arXiv:2202.08904).
+        positions = torch.arange(start - first + 1, start - first + 1 + len(states), device=states.device)
+        own = (states * positions[:, None]).sum(0)
+    else:
+        own = states.sum(0)
+    return own if before is None else before + own
+
+
+def _weights(tokens: int) -> dict[str, float]:
+    """What the sums over so many tokens are divided by."""
+    return {"mean": tokens, "mean_sqrt_len": math.sqrt(tokens), "weightedmean": tokens * (tokens + 1) / 2}
 
 
 def _last(sequence: Sequence, head: BoundHead | None) -> int:
@@ -101,16 +127,3 @@ def answers(sequences: SequenceOf[Sequence], base_head: BoundHead | None) -> lis
 def _embedding(state: torch.Tensor, pool: Pool) -> torch.Tensor:
     vector = state[: pool.dimensions] if pool.dimensions else state
     return torch.nn.functional.normalize(vector, dim=0) if pool.normalize else vector
-
-
-def default_pooling(source: str, otherwise: str) -> str:
-    """What sentence-transformers' 1_Pooling/config.json in the model's directory says, if that is served."""
-    file = Path(source) / "1_Pooling" / "config.json"
-    try:
-        document = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return otherwise
-    names = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last"}
-    chosen = [pooling for name, pooling in names.items() if document.get(f"pooling_mode_{name}") is True]
-    chosen = chosen or [names.get(str(document.get("pooling_mode")), str(document.get("pooling_mode")))]
-    return chosen[0] if len(chosen) == 1 and chosen[0] in POOLINGS else otherwise

@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from graftwork_plugins import Prefix
+from graftwork_server.engine.attention.rotary import sequence_lengths
 from graftwork_server.engine.binding import check_values, rejected
 from graftwork_server.engine.block_cache import AnyKVCache
 from graftwork_server.engine.model import BaseModel, resident_model
@@ -23,20 +24,21 @@ class PrefixKV:
     """Keys and values of an adapter's virtual tokens, on the device."""
 
     tokens: int
-    keys: list[torch.Tensor]
-    """For each layer [kv_heads, tokens, key_dim]"""
-    values: list[torch.Tensor]
-    """For each layer [kv_heads, tokens, value_dim]"""
+    keys: list[list[torch.Tensor]]
+    """For each layer [kv_heads, tokens, key_dim]; several times if they depend on the sequence's rope_regime."""
+    values: list[list[torch.Tensor]]
+    """For each layer [kv_heads, tokens, value_dim], as often."""
 
     @property
     def device_bytes(self) -> int:
         """What they take."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        return sum(tensor.nbytes for of_layers in (*self.keys, *self.values) for tensor in of_layers)
 
-    def write(self, cache: AnyKVCache, start: int, rows: torch.Tensor) -> None:
-        """Writes virtual tokens [start, start + len(rows)) to cache rows `rows`."""
+    def write(self, cache: AnyKVCache, start: int, rows: torch.Tensor, rope_regime: int = 0) -> None:
+        """Writes virtual tokens [start, start + len(rows)) of a sequence of that regime to cache rows `rows`."""
         part = slice(start, start + len(rows))
-        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+        index = min(rope_regime, len(self.keys) - 1)
+        for layer, (key, value) in enumerate(zip(self.keys[index], self.values[index], strict=True)):
             cache.write(layer, rows, key[:, part], value[:, part])
 
 
@@ -52,18 +54,22 @@ def bind_prefix(base: BaseModel, delta: Prefix) -> PrefixKV:
         raise rejected("prefix", f"the virtual tokens are {shape}; this base takes [virtual tokens, {hidden_size}]")
     check_values("prefix", delta.embeddings)
     _check_length(base, shape[0])
-    cache: Any = DynamicCache()
-    with torch.inference_mode():
-        resident_model(base)(
-            inputs_embeds=delta.embeddings[None].to(base.device, base.dtype),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    model = resident_model(base)
+    lengths = [shape[0], *(border + 1 for border in base.engine_model.rope_borders)]
+    caches: list[Any] = [DynamicCache() for _ in lengths]
+    for length, cache in zip(lengths, caches, strict=True):
+        rows = torch.full((shape[0],), length, device=base.device)
+        with torch.inference_mode(), sequence_lengths(rows):
+            model(
+                inputs_embeds=delta.embeddings[None].to(base.device, base.dtype),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
     return PrefixKV(
         shape[0],
-        [layer.keys[0].contiguous() for layer in cache.layers],
-        [layer.values[0].contiguous() for layer in cache.layers],
+        [[layer.keys[0].contiguous() for layer in cache.layers] for cache in caches],
+        [[layer.values[0].contiguous() for layer in cache.layers] for cache in caches],
     )
 
 
@@ -92,7 +98,7 @@ def _of_keys_and_values(base: BaseModel, delta: Prefix) -> PrefixKV:
         [tensor.to(base.device, base.dtype).contiguous() for tensor in tensors]
         for tensors in (delta.keys, delta.values)
     )
-    return PrefixKV(tokens, keys, values)
+    return PrefixKV(tokens, [keys], [values])
 
 
 def _check_length(base: BaseModel, tokens: int) -> None:

@@ -73,6 +73,7 @@ class Runner:
         counts: list[int] = []
         to_attend: list[Chunk] = []
         starts: list[int] = []
+        lengths: list[int] = []
         for chunk in chunks:
             start, end = self._skip_virtual(chunk), chunk.start + chunk.count
             row, count = len(input_ids), end - start
@@ -82,6 +83,7 @@ class Runner:
                 to_attend.append(Chunk(chunk.sequence.block_table, start, count))
             input_ids.extend(chunk.sequence.tokens[start:end])
             positions.extend(range(start, end))
+            lengths.extend([len(chunk.sequence.tokens)] * count)
             if chunk.sequence.wants_prompt_logprobs:
                 kept = range(row, row + count)
             else:
@@ -100,6 +102,7 @@ class Runner:
                 plan_attention(self._cache, to_attend, self._device),
                 Routing(spans_of(chunks, counts), self._device, model.kernels, model.triton),
                 Routing(spans_of(chunks, kept_counts), self._device, model.kernels, model.triton),
+                torch.tensor(lengths, device=self._device) if model.rope_borders else None,
             )
         for of_chunks in states:
             for chunk, start, part in zip(chunks, starts, of_chunks.split(counts), strict=True):
@@ -122,7 +125,7 @@ class Runner:
         assert sequence.adapter is not None  # leased while it runs
         assert sequence.adapter.prefix is not None
         rows = torch.tensor(rows_of(sequence.block_table, start, own), device=self._device)
-        sequence.adapter.prefix.write(self._cache, start, rows)
+        sequence.adapter.prefix.write(self._cache, start, rows, sequence.rope_regime)
         return own
 
 

@@ -5,6 +5,8 @@ A step costs what runs and what begins, not what waits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
+
 from graftwork_server.engine.admission import Admission
 from graftwork_server.engine.kv_cache import BLOCK_TOKENS, BlockPool
 from graftwork_server.engine.sequence import ScheduledChunk, Sequence
@@ -24,19 +26,24 @@ class Scheduler:
         max_sequences: int,
         max_step_tokens: int,
         prefix_cache: bool = True,
+        rope_borders: SequenceOf[int] = (),
     ) -> None:
-        """prefix_cache: full blocks are found again by sequences that begin with the same tokens."""
+        """prefix_cache: full blocks are found again by sequences that begin with the same tokens. rope_borders: of the
+        base; a sequence whose length passes one is computed anew."""
         self.running: list[Sequence] = []
         self._admission = admission
         self._blocks = blocks
         self._max_sequences = max_sequences
         self._max_step_tokens = max_step_tokens
         self._prefix_cache = prefix_cache
+        self._rope_borders = rope_borders
 
     def schedule(self) -> list[ScheduledChunk]:
         """The chunks of the next step; empty if nothing can run now. Their blocks are taken, and the full ones among
         them are found by others from now on: a step writes all its keys and values before it reads any."""
         chunks: list[ScheduledChunk] = []
+        for sequence in [running for running in self.running if running.passes_border(self._rope_borders)]:
+            self._preempt(sequence)
         for sequence in list(self.running):
             if len(sequence.tokens) - sequence.computed == 1 and self._ensure_blocks(sequence):
                 chunks.append(ScheduledChunk(sequence, sequence.computed, 1))
@@ -81,6 +88,7 @@ class Scheduler:
     def _take_blocks(self, sequence: Sequence) -> bool:
         """Blocks for all its tokens, those that the cache has among them. The last token is always computed, and so are
         all of a prompt that needs logits, or hidden states, everywhere."""
+        sequence.passes_border(self._rope_borders)  # with its adapter's virtual tokens, say
         if self._prefix_cache and not sequence.wants_prompt_logprobs and sequence.request.pool is None:
             full = (len(sequence.tokens) - 1) // BLOCK_TOKENS
             keys = (sequence.block_key(index) for index in range(full))
@@ -113,12 +121,16 @@ class Scheduler:
             return False
         while not self._blocks.extend(sequence.block_table, len(sequence.tokens)):
             victim = min(reversed(self.running), key=lambda running: running.priority)
-            self.running.remove(victim)
-            self._free(victim)
-            self._admission.preempt(victim)
+            self._preempt(victim)
             if victim is sequence:
                 return False
         return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Makes a running sequence wait, and be computed anew."""
+        self.running.remove(sequence)
+        self._free(sequence)
+        self._admission.preempt(sequence)
 
     def _free(self, sequence: Sequence) -> None:
         """Gives blocks and lease back."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import random
 import sys
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -46,10 +48,13 @@ class Sequence:
 
     virtual_tokens: int = 0
     """How many of `tokens` are the adapter's virtual ones; their ids mean nothing."""
+    rope_regime: int = 0
+    """Which rotary frequencies its keys in the cache were turned with: of how many borders it was beyond."""
     too_long: bool = False
     """With the adapter's virtual tokens it would be longer than `longest`."""
     state: torch.Tensor | None = None
-    """[hidden] float32: the hidden state that is wanted of it, or the sum of those seen so far (pooling.py)."""
+    """[hidden] float32: the vector that is wanted of it. Before all its tokens were seen: [poolings, hidden], what
+    there is so far (pooling.py)."""
     misdirected: bool = False
     """It asks its adapter for tokens, which has a head instead, or for labels without a head."""
     _adapter: LoadedAdapter | None = None
@@ -116,10 +121,21 @@ class Sequence:
         """Key of its block `index`, which must be full. Only while an adapter is leased, or after: before the first
         lease its virtual tokens may be missing."""
         while len(self._block_keys) <= index:
-            parent = self._block_keys[-1] if self._block_keys else root_key(self.digest, self.request.cache_salt)
+            root = root_key(self.digest, self.request.cache_salt, self.rope_regime)
+            parent = self._block_keys[-1] if self._block_keys else root
             start = len(self._block_keys) * BLOCK_TOKENS
             self._block_keys.append(block_key(parent, self.tokens[start : start + BLOCK_TOKENS]))
         return self._block_keys[index]
+
+    def passes_border(self, rope_borders: SequenceOf[int]) -> bool:
+        """Whether its length, unlike when it was last asked, has passed one of the borders (EngineModel.rope_borders):
+        keys of before do not go with those to come. From then on it has the frequencies of its present length."""
+        regime = bisect.bisect_left(rope_borders, len(self.tokens))
+        if regime == self.rope_regime:
+            return False
+        self.rope_regime = regime
+        self._block_keys.clear()
+        return True
 
     @property
     def is_refused(self) -> bool:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from graftwork_server.errors import ErrorBody, FailedPrecondition
+from graftwork_server.errors import ErrorBody, FailedPrecondition, body_of
 from graftwork_server.messages import (
     Failed,
     Finished,
@@ -95,6 +95,16 @@ class Tuners:
             self.stop(job_id)
 
     def _spawn(self, job: JobSpec) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        frame = encode_frame(
+            StartTuning(
+                job=job,
+                model=self._model,
+                weights=self._weights,
+                gate_fd=self._gate_fd,
+                threads=self._threads,
+                yield_ms=self._yield_ms,
+            )
+        )
         mine, theirs = socket.socketpair()
         inherited = [theirs.fileno(), self._gate_fd]
         if self._weights.fd is not None:
@@ -106,21 +116,24 @@ class Tuners:
             pass_fds=inherited,
         )
         theirs.close()
-        command = StartTuning(
-            job=job,
-            model=self._model,
-            weights=self._weights,
-            gate_fd=self._gate_fd,
-            threads=self._threads,
-            yield_ms=self._yield_ms,
-        )
         # A tuner that died at once is noticed by its reader.
         with contextlib.suppress(OSError):
-            mine.sendall(encode_frame(command))
+            mine.sendall(frame)
         return process, mine
 
     def _listen(self, tuner: _Tuner) -> None:
-        """Forwards a tuner's events until it has ended its job, was stopped, or died too often."""
+        """Forwards a tuner's events until it has ended its job, was stopped, or died too often. What else goes wrong (a
+        message that is none, no process to be had) ends its job and no other."""
+        try:
+            self._follow(tuner)
+        except Exception as error:
+            log.exception("the tuner of job %s is given up", tuner.job.job_id)
+            with self._lock:
+                self._tuners.pop(tuner.job.job_id, None)
+            _end(tuner.process)
+            self._tell(tuner, Failed(error=body_of(error)))
+
+    def _follow(self, tuner: _Tuner) -> None:
         while True:
             if self._forward(tuner):
                 return

@@ -21,6 +21,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from graftwork_server.engine.attention import packed
+from graftwork_server.engine.attention.rotary import rotate_by_length
 from graftwork_server.engine.quantization import quantized_skeleton
 from graftwork_server.errors import Internal
 from graftwork_server.messages import SharedWeightsInfo, TensorLayout
@@ -101,11 +102,13 @@ def empty_model(config: Any, quantization: str = "none") -> torch.nn.Module:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=packed.NAME)
         quantized_skeleton(model, quantization)
+    rotate_by_length(model)
     return model
 
 
 def assign_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Makes `tensors` the model's own, by name, without a copy, and ties what is tied.
+    """Makes `tensors` the model's own, by name, without a copy, and ties what is tied and has no tensor of its own, as
+    transformers does when it loads.
 
     Raises Internal if a name is unknown or a parameter is left without storage.
     """
@@ -118,7 +121,11 @@ def assign_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> 
             parent._buffers[leaf] = tensor
         else:
             raise Internal(f"the model has no tensor {name}", reason="WEIGHTS_LAYOUT")
-    model.tie_weights()  # type: ignore[operator]
+    tied: dict[str, str] = model.all_tied_weights_keys  # type: ignore[assignment]
+    for name, other in list(tied.items()):
+        if name in tensors and other in tensors:
+            del tied[name]
+    model.tie_weights(recompute_mapping=False)  # type: ignore[operator]
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise Internal(f"no weights for {', '.join(missing[:3])}", reason="WEIGHTS_LAYOUT")

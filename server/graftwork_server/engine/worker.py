@@ -17,7 +17,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,14 +27,14 @@ from graftwork_plugins import BaseInfo, Delta, DeviceInfo
 from graftwork_server import messages as m
 from graftwork_server.engine.engine import Engine, EngineLimits
 from graftwork_server.engine.grammars import Grammars
-from graftwork_server.engine.helper_threads import compute_alone, compute_behind
+from graftwork_server.engine.helper_threads import HelperThreads, compute_alone, compute_behind
 from graftwork_server.engine.loading import bind
 from graftwork_server.engine.loads import Loads
 from graftwork_server.engine.model import BaseModel
 from graftwork_server.engine.outbox import Outbox
 from graftwork_server.engine.slots import LoadedAdapter, PreparedAdapter
 from graftwork_server.engine.tuners import Tuners
-from graftwork_server.errors import ErrorBody, FailedPrecondition, Unavailable, body_of
+from graftwork_server.errors import ErrorBody, FailedPrecondition, GraftworkServerError, Unavailable, body_of
 from graftwork_server.types import AdapterRef, ArtifactInfo, StrategyInfo
 
 log = logging.getLogger("graftwork.engine")
@@ -58,6 +57,7 @@ class Strategies(Protocol):
         total_tokens: int,
         base: BaseInfo,
         device: DeviceInfo,
+        held_out_rows: int = 0,
     ) -> m.PreparedJob: ...
 
 
@@ -83,11 +83,11 @@ class EngineWorker:
         self._connection = connection
         self._threads = threads
         self._inbox: queue.SimpleQueue[m.FrontMessage | Callable[[], None] | None] = queue.SimpleQueue()
-        self._outbox = Outbox(connection, messages_per_second)
+        self._outbox = Outbox(connection, messages_per_second, lambda id: self._inbox.put(m.Cancel(id=id)))
         self._stop = threading.Event()
         self._loads = Loads(self._prepare_adapter, self.engine.adapters)
-        self._answers = ThreadPoolExecutor(1, "answer", compute_alone)
-        self._compiler = ThreadPoolExecutor(1, "compile", compute_behind)
+        self._answers = HelperThreads(1, "answer", compute_alone)
+        self._compiler = HelperThreads(1, "compile", compute_behind)
         self._grammars = Grammars(base.info)
         self._compiling: set[int] = set()
         """Sequences whose grammar is being compiled."""
@@ -121,7 +121,11 @@ class EngineWorker:
         )
 
     def run(self) -> None:
-        """Greets the front and serves until the connection closes or Shutdown is done."""
+        """Greets the front and serves until the connection closes or Shutdown is done.
+
+        What is unexpected in the step loop, or in reading and writing, ends the process: raised here, or logged as its
+        last words.
+        """
         threading.Thread(target=self._read, name="read", daemon=True).start()
         writer = threading.Thread(target=self._write, name="write", daemon=True)
         writer.start()
@@ -258,8 +262,8 @@ class EngineWorker:
             try:
                 if message.id in self._compiling:
                     matcher = self._grammars.matcher(grammar, message.adapter)
-            except Exception as raised:
-                error = body_of(raised)
+            except BaseException as raised:
+                error = _error_body(raised)
             self._inbox.put(lambda: compiled(matcher, error))
 
         self._compiler.submit(work)
@@ -270,8 +274,8 @@ class EngineWorker:
         def run() -> None:
             try:
                 self._reply(call_id, work())
-            except Exception as error:
-                self._reply_error(call_id, body_of(error))
+            except BaseException as error:
+                self._reply_error(call_id, _error_body(error))
 
         self._answers.submit(run)
 
@@ -295,7 +299,13 @@ class EngineWorker:
             threads=self._threads,
         )
         return self._strategies.prepare_job(
-            message.strategy, message.config, message.row_count, message.total_tokens, self._base_info, device
+            message.strategy,
+            message.config,
+            message.row_count,
+            message.total_tokens,
+            self._base_info,
+            device,
+            message.held_out_rows,
         )
 
     # ------------------------------------------------------------------------------------------ adapters
@@ -342,7 +352,7 @@ class EngineWorker:
             self._start_load(adapter, is_due=True)
 
     def _start_load(self, adapter: AdapterRef, *, is_due: bool) -> None:
-        def done(result: LoadedAdapter | Exception | None) -> None:
+        def done(result: LoadedAdapter | BaseException | None) -> None:
             self._inbox.put(lambda: self._load_done(adapter, result))
 
         self._loading[adapter.digest] = []
@@ -352,9 +362,9 @@ class EngineWorker:
         deltas = self._strategies.load_deltas(Path(adapter.path), adapter.strategy, self._base_info)
         return bind(self.engine.base, adapter.digest, deltas)
 
-    def _load_done(self, adapter: AdapterRef, result: LoadedAdapter | Exception | None) -> None:
-        if isinstance(result, Exception):
-            self._load_failed(adapter.digest, body_of(result))
+    def _load_done(self, adapter: AdapterRef, result: LoadedAdapter | BaseException | None) -> None:
+        if isinstance(result, BaseException):
+            self._load_failed(adapter.digest, _error_body(result))
             return
         calls = self._loading.pop(adapter.digest)
         if result is not None:
@@ -388,18 +398,19 @@ class EngineWorker:
                 self._inbox.put(m.front_decoder.decode(m.receive_frame(self._connection)))
         except (EOFError, OSError):
             self._inbox.put(None)  # the front is gone, and with it everybody who could read an answer
-        except Exception:
-            log.exception("a message of the front could not be read")
-            self._inbox.put(None)
 
     def _write(self) -> None:
         try:
             self._outbox.run()
         except OSError:
             self._inbox.put(None)
-        except Exception:
-            log.exception("a message to the front could not be sent")
-            self._inbox.put(None)
+
+
+def _error_body(error: BaseException) -> ErrorBody:
+    """`error` as data; what is not one of ours is a defect, and only here is known where it came from."""
+    if not isinstance(error, GraftworkServerError):
+        log.error("a call failed in the engine", exc_info=error)
+    return body_of(error)
 
 
 def _gate_file() -> int:

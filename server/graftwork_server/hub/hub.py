@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+from graftwork_server.hub.data_dir import REGISTRY
 from graftwork_server.hub.database import Database
+from graftwork_server.hub.datasets import Datasets
 from graftwork_server.hub.job_registry import JobRegistry
 from graftwork_server.hub.leases import Leases
 from graftwork_server.hub.records import NewVersion, VersionRecord
@@ -13,8 +15,6 @@ from graftwork_server.hub.registry import Registry, RequestKey
 from graftwork_server.hub.resolver import Resolver
 from graftwork_server.hub.store import Store, digest_of, write_manifest
 from graftwork_server.types import ArtifactInfo
-
-_log = logging.getLogger(__name__)
 
 
 class Hub:
@@ -26,17 +26,16 @@ class Hub:
     def __init__(self, data_dir: str | Path) -> None:
         self.store = Store(data_dir)
         try:
-            self._database = Database.at(self.store.root / "registry.db")
+            self._database = Database.at(self.store.root / REGISTRY)
         except BaseException:
             self.store.close()
             raise
         self.registry = Registry(self._database)
         self.jobs = JobRegistry(self._database)
+        self.datasets = Datasets(self._database, self.store)
         self.leases = Leases(self.store, self.registry)
         self.resolver = Resolver(self.store, self.registry)
-        removed = self._collect()
-        if removed:
-            _log.info("removed %d leftovers of an earlier run", len(removed))
+        self._collect()
 
     def close(self) -> None:
         """Lets another server have the data directory."""
@@ -51,11 +50,13 @@ class Hub:
         info: ArtifactInfo,
         base_fingerprint: str,
         adapter_may_exist: bool,
+        end_token_ids: Sequence[int] = (),
         request: RequestKey | None = None,
     ) -> VersionRecord:
         """Makes the uploaded files in `folder` the next version of an adapter, whole or not at all. Blocking.
 
-        `info` is what the engine found in them. Raises AlreadyExists (ADAPTER_EXISTS), storage errors.
+        `info` is what the engine found in them, `end_token_ids` what ends its texts. Raises AlreadyExists
+        (ADAPTER_EXISTS), storage errors.
         """
         write_manifest(
             folder,
@@ -64,6 +65,7 @@ class Hub:
             parameter_count=info.parameter_count,
             rank=info.rank,
             created_by="upload",
+            end_token_ids=end_token_ids,
         )
         digest = digest_of(folder)
         with self.leases.claimed(digest):
@@ -76,6 +78,7 @@ class Hub:
                 size_bytes=stored.size_bytes,
                 parameter_count=info.parameter_count,
                 rank=info.rank,
+                end_token_ids=list(end_token_ids),
             )
             return self.registry.add_version(version, adapter_may_exist=adapter_may_exist, request=request)
 
@@ -86,11 +89,17 @@ class Hub:
             self.leases.remove_if_unused(digest)
         return versions
 
-    def _collect(self) -> list[str]:
+    def delete_version(self, adapter_id: str, number: int) -> tuple[VersionRecord, int]:
+        """Forgets a version, as registry.delete_version; its files go once nobody uses them. Blocking."""
+        version, newest = self.registry.delete_version(adapter_id, number)
+        self.leases.remove_if_unused(version.digest)
+        return version, newest
+
+    def _collect(self) -> None:
         jobs = self.jobs.unfinished()
         announced = {job.publication.digest for job in jobs if job.publication is not None}
-        return self.store.collect(
+        self.store.collect(
             digests=self.registry.digests() | announced,
-            dataset_ids=self.registry.dataset_ids(),
+            dataset_ids=self.datasets.ids(),
             job_ids={job.job_id for job in jobs},
         )

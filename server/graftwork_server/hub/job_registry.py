@@ -13,8 +13,9 @@ from sqlalchemy.orm import Session
 
 from graftwork_server.errors import ErrorBody, FailedPrecondition, NotFound
 from graftwork_server.hub.database import Database, now
-from graftwork_server.hub.models import Job, JobEvent
+from graftwork_server.hub.models import Dataset, Job, JobEvent
 from graftwork_server.hub.pages import check_page_size, page_after, page_token
+from graftwork_server.hub.publishing import FINAL, check_target, insert_version, newest_version
 from graftwork_server.hub.records import (
     JobEventRecord,
     JobHappening,
@@ -25,11 +26,10 @@ from graftwork_server.hub.records import (
     TuningSpec,
     VersionRecord,
 )
-from graftwork_server.hub.registry import RequestKey, insert_version, recall, remember
+from graftwork_server.hub.registry import RequestKey, recall, remember
 from graftwork_server.messages import Checkpointed, Evaluated, Note, Progress
 from graftwork_server.types import JobState, TuningEstimate, TuningProgress, TuningResult
 
-_FINAL = [state.value for state in JobState if state.final]
 _POSITION = re.compile(r"[0-9]{1,18}")
 T = TypeVar("T")
 
@@ -43,10 +43,16 @@ class JobRegistry:
     def create(
         self, job_id: str, spec: TuningSpec, estimate: TuningEstimate, base_fingerprint: str, request: RequestKey | None
     ) -> JobRecord:
-        """A new job, PENDING. Two calls with the same request create one job; both get it."""
+        """A new job, PENDING. Two calls with the same request create one job; both get it.
+
+        Raises as check_target does.
+        """
         with self._database.write() as session:
             if request is not None and (resource := recall(session, request)) is not None:
                 return _record(_job(session, resource))
+            _check_datasets(session, spec)
+            _check_target(session, spec)
+            newest = newest_version(session, spec.adapter_id)
             job = Job(
                 id=job_id,
                 spec=_to_json(spec),
@@ -54,6 +60,7 @@ class JobRegistry:
                 state=JobState.PENDING.value,
                 estimate=_to_json(estimate),
                 engine_losses=0,
+                follows=newest.number if newest is not None else 0,
                 create_time=now(),
             )
             session.add(job)
@@ -62,6 +69,11 @@ class JobRegistry:
             if request is not None:
                 remember(session, request, job_id)
             return _record(job)
+
+    def check_target(self, spec: TuningSpec) -> None:
+        """Raises AlreadyExists (ADAPTER_EXISTS) if the job could not publish to its adapter."""
+        with self._database.read() as session:
+            _check_target(session, spec)
 
     def find_request(self, request: RequestKey | None) -> JobRecord | None:
         """The job that this request created before. Raises InvalidArgument (REQUEST_ID_REUSED)."""
@@ -91,8 +103,18 @@ class JobRegistry:
     def unfinished(self) -> Sequence[JobRecord]:
         """Jobs that have not ended, in the order they were created."""
         with self._database.read() as session:
-            rows = session.scalars(select(Job).where(Job.state.not_in(_FINAL)).order_by(Job.position))
+            rows = session.scalars(select(Job).where(Job.state.not_in(FINAL)).order_by(Job.position))
             return [_record(row) for row in rows]
+
+    def delete(self, job_id: str) -> None:
+        """Forgets a job and its events. Raises NotFound, FailedPrecondition (JOB_NOT_ENDED)."""
+        with self._database.write(makes_room=True) as session:
+            job = _job(session, job_id)
+            if not JobState(job.state).final:
+                raise FailedPrecondition(
+                    f"job {job_id} has not ended ({job.state}); cancel it first", reason="JOB_NOT_ENDED", field="name"
+                )
+            session.delete(job)
 
     def events(self, job_id: str, after_sequence: int, limit: int) -> tuple[Sequence[JobEventRecord], bool]:
         """The next events, at most `limit`, and whether none can follow them."""
@@ -111,8 +133,13 @@ class JobRegistry:
         error: ErrorBody | None = None,
         engine_losses: int | None = None,
     ) -> JobRecord:
-        """Adds events in one transaction. Raises FailedPrecondition (JOB_ENDED) if the job has ended."""
-        with self._database.write() as session:
+        """Adds events in one transaction; reports of steps that the job has already are left out.
+
+        Raises FailedPrecondition (JOB_ENDED) if the job has ended.
+        """
+        # Its state can be told on a full disk, too: that it is paused, and that it has ended, which frees its files.
+        changes_state = any(isinstance(happening, StateChanged) for happening in happenings)
+        with self._database.write(makes_room=changes_state) as session:
             job = _open_job(session, job_id)
             _append(session, job, happenings)
             if error is not None:
@@ -134,9 +161,22 @@ class JobRegistry:
             job = _open_job(session, job_id)
             published = insert_version(session, version)
             job.adapter_version = published.name
+            job.follows = published.follows
             job.result = _to_json(result)
             _append(session, job, [*happenings, StateChanged(state=JobState.SUCCEEDED)])
             return _record(job), published
+
+
+def _check_datasets(session: Session, spec: TuningSpec) -> None:
+    """In the job's own transaction: what is not there any more now was deleted since it was checked."""
+    fields = (("spec.dataset", spec.dataset_id), ("spec.validation_dataset", spec.validation_dataset_id))
+    for field, dataset_id in fields:
+        if dataset_id and session.get(Dataset, dataset_id) is None:
+            raise NotFound(f"the data set {dataset_id} was deleted just now", reason="DATASET_NOT_FOUND", field=field)
+
+
+def _check_target(session: Session, spec: TuningSpec) -> None:
+    check_target(session, spec.adapter_id, may_exist=spec.new_version, field="spec.adapter_id")
 
 
 def _job(session: Session, job_id: str) -> Job:
@@ -156,7 +196,7 @@ def _open_job(session: Session, job_id: str) -> Job:
 def _append(session: Session, job: Job, happenings: Sequence[JobHappening]) -> None:
     last = session.scalar(select(func.max(JobEvent.sequence)).where(JobEvent.job_id == job.id)) or 0
     time = now()
-    for sequence, happening in enumerate(happenings, last + 1):
+    for sequence, happening in enumerate(_unknown(session, job, happenings), last + 1):
         payload = _to_json(happening)
         kind = type(happening).__name__
         session.add(JobEvent(job_id=job.id, sequence=sequence, time=time, kind=kind, payload=payload))
@@ -177,6 +217,39 @@ def _append(session: Session, job: Job, happenings: Sequence[JobHappening]) -> N
                 pass
 
 
+def _unknown(session: Session, job: Job, happenings: Sequence[JobHappening]) -> Sequence[JobHappening]:
+    """`happenings` without reports of steps that the job has already: a run that goes on makes some again."""
+    reached: dict[str, int] = {}
+    new = []
+    for happening in happenings:
+        step = _step(happening)
+        if step is not None:
+            kind = type(happening).__name__
+            if kind not in reached:
+                reached[kind] = _reached(session, job, kind)
+            if step <= reached[kind]:
+                continue
+            reached[kind] = step
+        new.append(happening)
+    return new
+
+
+def _reached(session: Session, job: Job, kind: str) -> int:
+    of_kind = select(JobEvent.payload).where(JobEvent.job_id == job.id, JobEvent.kind == kind)
+    newest = session.scalar(of_kind.order_by(JobEvent.sequence.desc()).limit(1))
+    return (_step(_happening(newest)) or 0) if newest is not None else 0
+
+
+def _step(happening: JobHappening) -> int | None:
+    match happening:
+        case Progress(progress=progress):
+            return progress.step
+        case Evaluated(step=step) | Checkpointed(step=step):
+            return step
+        case _:
+            return None
+
+
 def _record(job: Job) -> JobRecord:
     return JobRecord(
         job_id=job.id,
@@ -191,6 +264,7 @@ def _record(job: Job) -> JobRecord:
         adapter_version=job.adapter_version,
         error=_from_json(job.error, ErrorBody),
         engine_losses=job.engine_losses,
+        follows=job.follows,
         create_time=job.create_time,
         start_time=job.start_time,
         end_time=job.end_time,

@@ -12,19 +12,25 @@ from typing import TYPE_CHECKING
 from graftwork_server.errors import NotFound
 from graftwork_server.hub.registry import Registry
 from graftwork_server.hub.store import Store
+from graftwork_server.threads import FILES
 
 if TYPE_CHECKING:
     from graftwork_server.hub.resolver import Resolved
 
 
 class Leases:
-    """Claims by digest. Safe to use from several threads and from the event loop."""
+    """Claims by digest. Safe to use from several threads and from the event loop.
+
+    The lock is held over counting alone. What publishes files or removes them takes its turn digest by digest: it
+    reads the database and the disk, which nobody else is to wait for.
+    """
 
     def __init__(self, store: Store, registry: Registry) -> None:
         self._store = store
         self._registry = registry
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._claims: Counter[str] = Counter()
+        self._removing: set[str] = set()
 
     @property
     def count(self) -> int:
@@ -43,7 +49,8 @@ class Leases:
         digest = resolved.adapter.digest
         self._claim(digest)
         try:
-            # Claimed first, looked up second: a deletion before the look-up is seen, one after it waits for us.
+            # Claimed first, looked up second: a deletion before the look-up is seen, one after it waits for us. What is
+            # being removed now has no version, and gets none before it is gone (claimed).
             published = self._registry.was_published(digest)
             if not published and not await asyncio.to_thread(self._registry.is_published, digest):
                 raise NotFound(
@@ -54,12 +61,17 @@ class Leases:
             # Whoever deletes it from now on finds no claim, and removes the files.
             if self._release(digest) and not self._registry.was_published(digest):
                 # Not awaited: whoever used it need not wait, and a cancelled request cannot.
-                asyncio.get_running_loop().run_in_executor(None, self.remove_if_unused, digest)
+                asyncio.get_running_loop().run_in_executor(FILES, self.remove_if_unused, digest)
 
     @contextmanager
     def claimed(self, digest: str) -> Iterator[None]:
-        """Keeps the files of `digest` while the block runs; afterwards they go if no version has them. Blocking."""
-        self._claim(digest)
+        """Keeps the files of `digest` while the block runs; afterwards they go if no version has them. Blocking.
+
+        Waits until nobody removes them: what is published in the block is not to meet a folder that is half gone.
+        """
+        with self._lock:
+            self._lock.wait_for(lambda: digest not in self._removing)
+            self._claims[digest] += 1
         try:
             yield
         finally:
@@ -69,10 +81,22 @@ class Leases:
     def remove_if_unused(self, digest: str) -> bool:
         """Removes the files of `digest` unless a version has them or somebody holds a claim. True if they are gone."""
         with self._lock:
-            if self._claims[digest] or self._registry.is_published(digest):
+            self._lock.wait_for(lambda: digest not in self._removing)
+            if self._claims[digest]:
                 return False
+            self._removing.add(digest)
+        try:
+            if self._registry.is_published(digest):
+                return False
+            with self._lock:
+                if self._claims[digest]:
+                    return False  # whoever claimed it meanwhile finds no version, and removes the files
             self._store.remove_artifact(digest)
-        return True
+            return True
+        finally:
+            with self._lock:
+                self._removing.discard(digest)
+                self._lock.notify_all()
 
     def _claim(self, digest: str) -> None:
         with self._lock:

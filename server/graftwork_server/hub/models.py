@@ -5,7 +5,19 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, Dialect, ForeignKey, Index, Integer, String, Text, UniqueConstraint, false
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    Text,
+    UniqueConstraint,
+    false,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
@@ -56,7 +68,18 @@ class Version(Base):
     rank: Mapped[int] = mapped_column(Integer)
     tuning_job: Mapped[str | None] = mapped_column(String(64))
     pinned: Mapped[bool] = mapped_column(Boolean, server_default=false())
+    end_token_ids: Mapped[list[int]] = mapped_column(JSON, server_default="[]")
+    follows: Mapped[int] = mapped_column(Integer, server_default="0")
     create_time: Mapped[datetime.datetime] = mapped_column(UtcTime)
+
+
+class DeletedAdapter(Base):
+    """A name that had versions: their numbers are not given again."""
+
+    __tablename__ = "deleted_adapters"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    next_number: Mapped[int] = mapped_column(Integer)
 
 
 class Dataset(Base):
@@ -92,6 +115,7 @@ class Job(Base):
     adapter_version: Mapped[str | None] = mapped_column(String(120))
     error: Mapped[str | None] = mapped_column(Text)
     engine_losses: Mapped[int] = mapped_column(Integer)
+    follows: Mapped[int] = mapped_column(Integer, server_default="0")
     create_time: Mapped[datetime.datetime] = mapped_column(UtcTime)
     start_time: Mapped[datetime.datetime | None] = mapped_column(UtcTime)
     end_time: Mapped[datetime.datetime | None] = mapped_column(UtcTime)

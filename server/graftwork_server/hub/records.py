@@ -9,7 +9,7 @@ import msgspec
 
 from graftwork_server.errors import ErrorBody
 from graftwork_server.messages import Checkpointed, Evaluated, Note, Progress
-from graftwork_server.types import DatasetFormat, JobState, TuningEstimate, TuningProgress, TuningResult
+from graftwork_server.types import DatasetFormat, JobState, SettingChoice, TuningEstimate, TuningProgress, TuningResult
 
 
 class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +27,10 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Id of the job that made it."""
     pinned: bool = False
     """Kept on the device."""
+    end_token_ids: list[int] = []
+    """Tokens that it was taught to end with; they end its texts beside those of the base model."""
+    follows: int = 0
+    """Number of the version that the name served before; 0: none."""
     create_time: datetime.datetime
 
     @property
@@ -46,6 +50,7 @@ class NewVersion(msgspec.Struct, frozen=True, kw_only=True):
     parameter_count: int
     rank: int
     tuning_job: str | None = None
+    end_token_ids: list[int] = []
 
 
 class DatasetRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,10 +70,15 @@ class TuningSpec(msgspec.Struct, frozen=True, kw_only=True):
     strategy: str
     dataset_id: str
     validation_dataset_id: str = ""
-    validation_fraction: float = 0.0
+    validation_fraction: float | None = None
+    """None in a request: not said."""
     adapter_id: str
     config: dict[str, Any] = {}
     load: bool = False
+    new_version: bool = True
+    """Whether the adapter may exist. True where it is not written: in jobs from before anybody was asked."""
+    choices: list[SettingChoice] = []
+    """Of a job: where settings come from, in the request's order and then those chosen by the server."""
 
 
 class Publication(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +108,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorBody | None = None
     engine_losses: int = 0
     """Engines that died under it since its last checkpoint."""
+    follows: int = 0
+    """Number of the version that its adapter's name serves before its own; 0: none."""
     create_time: datetime.datetime
     start_time: datetime.datetime | None = None
     end_time: datetime.datetime | None = None

@@ -1,4 +1,4 @@
-"""Adapters, versions, data sets and answered requests: what the database knows about the store's files. Blocking."""
+"""Adapters, versions and answered requests: what the database knows about the store's files. Blocking."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import msgspec
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from graftwork_server.errors import AlreadyExists, InvalidArgument, NotFound
+from graftwork_server.errors import InvalidArgument, NotFound
 from graftwork_server.hub.database import Database, now
-from graftwork_server.hub.models import Adapter, Dataset, Request, Version
+from graftwork_server.hub.models import Adapter, DeletedAdapter, Request, Version
 from graftwork_server.hub.pages import check_page_size, page_after, page_token
-from graftwork_server.hub.records import DatasetRecord, NewVersion, VersionRecord
-from graftwork_server.types import ADAPTER_ID, BASE, DatasetFormat
+from graftwork_server.hub.publishing import check_target, insert_version, newest_version, version_record
+from graftwork_server.hub.records import NewVersion, VersionRecord
+from graftwork_server.types import ADAPTER_ID, BASE
 
 VERSION_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 _MOST_REMEMBERED = 10_000
@@ -63,7 +64,7 @@ def request_key(method: str, request_id: str, content: Any) -> RequestKey | None
 
 
 class Registry:
-    """Adapters, versions, data sets and requests.
+    """Adapters, versions and requests.
 
     Every request of an adapter asks for its version, so the versions read last are remembered until this process writes
     to the database. No other process does: a data directory belongs to one server.
@@ -78,25 +79,24 @@ class Registry:
     def add_version(
         self, new: NewVersion, *, adapter_may_exist: bool, request: RequestKey | None = None
     ) -> VersionRecord:
-        """Publishes a version. Raises AlreadyExists (ADAPTER_EXISTS) if it may be the first one only, and is not.
+        """Publishes a version, or gives the newest one if that has the same files.
 
+        Raises AlreadyExists (ADAPTER_EXISTS) if it may be the first one only, and is not, or if a job will publish it.
         Two calls with the same request add one version; both get it.
         """
         with self._database.write() as session:
             if request is not None and (resource := recall(session, request)) is not None:
                 return _version_by_name(session, resource)
-            if not adapter_may_exist and session.get(Adapter, new.adapter_id) is not None:
-                raise adapter_exists(new.adapter_id)
+            check_target(session, new.adapter_id, may_exist=adapter_may_exist, field="upload.adapter_id")
             version = insert_version(session, new)
             if request is not None:
                 remember(session, request, version.name)
             return version
 
-    def check_adapter_free(self, adapter_id: str) -> None:
+    def check_target(self, adapter_id: str, *, may_exist: bool) -> None:
         """Raises AlreadyExists (ADAPTER_EXISTS) early, before bytes are sent for nothing."""
         with self._database.read() as session:
-            if session.get(Adapter, adapter_id) is not None:
-                raise adapter_exists(adapter_id)
+            check_target(session, adapter_id, may_exist=may_exist, field="upload.adapter_id")
 
     def get_version(self, adapter_id: str, number: int | None = None, field: str = "name") -> VersionRecord:
         """A version, the newest by default. Raises NotFound (ADAPTER_NOT_FOUND, VERSION_NOT_FOUND)."""
@@ -107,14 +107,7 @@ class Registry:
             row = session.scalar(query if number is None else query.where(Version.number == number))
             if row is not None:
                 return remembered.keep(number, version_record(row))
-            newest = session.scalar(select(func.max(Version.number)).where(Version.adapter_id == adapter_id))
-            if newest is not None:
-                raise NotFound(
-                    f"adapter {adapter_id!r} has no version {number}; its newest is {newest}",
-                    reason="VERSION_NOT_FOUND",
-                    field=field,
-                )
-            raise adapter_not_found(adapter_id, session.scalars(select(Adapter.id)).all(), field)
+            raise _version_not_found(session, adapter_id, number, field)
 
     def recent_version(self, adapter_id: str, number: int | None = None) -> VersionRecord | None:
         """As get_version if it is remembered, else None. Does not block."""
@@ -164,18 +157,35 @@ class Registry:
     def delete_adapter(self, adapter_id: str) -> list[VersionRecord]:
         """Forgets an adapter and gives the versions that it had. Raises NotFound (ADAPTER_NOT_FOUND)."""
         check_adapter_id(adapter_id, "name")
-        with self._database.write() as session:
+        with self._database.write(makes_room=True) as session:
             adapter = session.get(Adapter, adapter_id)
             if adapter is None:
                 raise adapter_not_found(adapter_id, session.scalars(select(Adapter.id)).all(), "name")
             rows = session.scalars(select(Version).where(Version.adapter_id == adapter_id).order_by(Version.number))
             versions = [version_record(row) for row in rows]
-            session.execute(delete(Adapter).where(Adapter.id == adapter_id))
+            _forget_adapter(session, adapter)
             return versions
+
+    def delete_version(self, adapter_id: str, number: int) -> tuple[VersionRecord, int]:
+        """Forgets a version and gives it, and the number that is the newest now; an adapter goes with its last (0).
+
+        Raises NotFound (ADAPTER_NOT_FOUND, VERSION_NOT_FOUND).
+        """
+        with self._database.write(makes_room=True) as session:
+            row = session.get(Version, (adapter_id, number))
+            if row is None:
+                raise _version_not_found(session, adapter_id, number, "name")
+            version = version_record(row)
+            session.delete(row)
+            session.flush()
+            newest = newest_version(session, adapter_id)
+            if newest is None:
+                _forget_adapter(session, session.get_one(Adapter, adapter_id))
+            return version, newest.number if newest is not None else 0
 
     def set_pinned(self, version: VersionRecord, pinned: bool) -> VersionRecord:
         """Pins or unpins a version. Raises NotFound (VERSION_NOT_FOUND) if it was deleted since."""
-        with self._database.write() as session:
+        with self._database.write(makes_room=not pinned) as session:
             row = session.get(Version, (version.adapter_id, version.number))
             if row is None:
                 raise NotFound(f"{version.name} was deleted just now", reason="VERSION_NOT_FOUND", field="name")
@@ -188,6 +198,17 @@ class Registry:
             rows = session.scalars(select(Version).where(Version.pinned).order_by(Version.adapter_id, Version.number))
             return [version_record(row) for row in rows]
 
+    def versions_of(self, digests: Collection[str]) -> list[VersionRecord]:
+        """Versions that have one of these digests, by adapter and number."""
+        query = select(Version).where(Version.digest.in_(digests)).order_by(Version.adapter_id, Version.number)
+        with self._database.read() as session:
+            return [version_record(row) for row in session.scalars(query)]
+
+    def adapter_count(self) -> int:
+        """How many adapters there are."""
+        with self._database.read() as session:
+            return session.scalar(select(func.count()).select_from(Adapter)) or 0
+
     def digests(self) -> set[str]:
         """Digests of all versions."""
         with self._database.read() as session:
@@ -197,43 +218,6 @@ class Registry:
         """Whether any version has this digest."""
         with self._database.read() as session:
             return session.scalar(select(Version.number).where(Version.digest == digest).limit(1)) is not None
-
-    # ------------------------------------------------------------------------------------------ data sets
-
-    def add_dataset(
-        self, dataset_id: str, *, display_name: str, format: DatasetFormat, row_count: int, size_bytes: int
-    ) -> DatasetRecord:
-        """Registers a data set whose lines are in the store. The same content a second time is the first one."""
-        with self._database.write() as session:
-            row = session.get(Dataset, dataset_id)
-            if row is None:
-                row = Dataset(
-                    id=dataset_id,
-                    display_name=display_name,
-                    format=format.value,
-                    row_count=row_count,
-                    size_bytes=size_bytes,
-                    create_time=now(),
-                )
-                session.add(row)
-            return _dataset_record(row)
-
-    def get_dataset(self, dataset_id: str, field: str = "name") -> DatasetRecord:
-        """A data set. Raises NotFound (DATASET_NOT_FOUND)."""
-        with self._database.read() as session:
-            row = session.get(Dataset, dataset_id)
-            if row is None:
-                raise NotFound(
-                    f"there is no data set {dataset_id[:100]!r}; upload it first",
-                    reason="DATASET_NOT_FOUND",
-                    field=field,
-                )
-            return _dataset_record(row)
-
-    def dataset_ids(self) -> set[str]:
-        """Ids of all data sets."""
-        with self._database.read() as session:
-            return set(session.scalars(select(Dataset.id)))
 
     # ------------------------------------------------------------------------------------------ requests
 
@@ -294,22 +278,21 @@ def remember(session: Session, request: RequestKey, resource: str) -> None:
     )
 
 
-def insert_version(session: Session, new: NewVersion) -> VersionRecord:
-    """The next version of an adapter, which is created with its first one."""
-    adapter = session.get(Adapter, new.adapter_id)
-    if adapter is None:
-        adapter = Adapter(id=new.adapter_id, next_number=1, create_time=now())
-        session.add(adapter)
-        session.flush()
-    row = Version(number=adapter.next_number, create_time=now(), pinned=False, **msgspec.structs.asdict(new))
-    adapter.next_number += 1
-    session.add(row)
-    return version_record(row)
+def _forget_adapter(session: Session, adapter: Adapter) -> None:
+    """Removes an adapter with what versions it has; its numbers are not given again."""
+    session.merge(DeletedAdapter(id=adapter.id, next_number=adapter.next_number))
+    session.execute(delete(Adapter).where(Adapter.id == adapter.id))
 
 
-def version_record(row: Version) -> VersionRecord:
-    """`row` as plain data."""
-    return VersionRecord(**{name: getattr(row, name) for name in VersionRecord.__struct_fields__})
+def _version_not_found(session: Session, adapter_id: str, number: int | None, field: str) -> NotFound:
+    newest = newest_version(session, adapter_id)
+    if newest is None:
+        return adapter_not_found(adapter_id, session.scalars(select(Adapter.id)).all(), field)
+    return NotFound(
+        f"adapter {adapter_id!r} has no version {number}; its newest is {newest.number}",
+        reason="VERSION_NOT_FOUND",
+        field=field,
+    )
 
 
 def adapter_not_found(adapter_id: str, known: Sequence[str], field: str) -> NotFound:
@@ -317,15 +300,6 @@ def adapter_not_found(adapter_id: str, known: Sequence[str], field: str) -> NotF
     close = difflib.get_close_matches(adapter_id, known, n=3)
     hint = f"; similar: {', '.join(close)}" if close else ""
     return NotFound(f"there is no adapter {adapter_id!r}{hint}", reason="ADAPTER_NOT_FOUND", field=field)
-
-
-def adapter_exists(adapter_id: str) -> AlreadyExists:
-    """The error for an adapter id that is taken."""
-    return AlreadyExists(
-        f"adapter {adapter_id!r} exists; set new_version to publish its next version, or choose another id",
-        reason="ADAPTER_EXISTS",
-        field="upload.adapter_id",
-    )
 
 
 def _version_by_name(session: Session, name: str) -> VersionRecord:
@@ -336,14 +310,3 @@ def _version_by_name(session: Session, name: str) -> VersionRecord:
             f"{name}, which this request created, was deleted since", reason="VERSION_NOT_FOUND", field="request_id"
         )
     return version_record(row)
-
-
-def _dataset_record(row: Dataset) -> DatasetRecord:
-    return DatasetRecord(
-        dataset_id=row.id,
-        display_name=row.display_name,
-        format=DatasetFormat(row.format),
-        row_count=row.row_count,
-        size_bytes=row.size_bytes,
-        create_time=row.create_time,
-    )

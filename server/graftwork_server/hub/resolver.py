@@ -10,7 +10,7 @@ from graftwork_server.errors import FailedPrecondition, InvalidArgument
 from graftwork_server.hub.records import VersionRecord
 from graftwork_server.hub.registry import VERSION_NUMBER, Registry, check_adapter_id
 from graftwork_server.hub.store import Store
-from graftwork_server.types import BASE, AdapterRef
+from graftwork_server.types import BASE, LATEST, AdapterRef
 
 
 class Resolved(msgspec.Struct, frozen=True):
@@ -60,17 +60,30 @@ class Resolver:
     def adapter_ref(self, version: VersionRecord) -> AdapterRef:
         """What the engine needs to serve `version`."""
         path = str(self._store.artifact_path(version.digest))
-        return AdapterRef(digest=version.digest, path=path, strategy=version.strategy)
+        return AdapterRef(
+            digest=version.digest,
+            path=path,
+            strategy=version.strategy,
+            end_token_ids=version.end_token_ids,
+            name=version.name,
+        )
 
 
 def parse_model(model: str, field: str = "model") -> tuple[str, int | None]:
-    """Adapter id and version number (None: newest) of "id" or "id@version". Raises InvalidArgument naming `field`."""
+    """Adapter id and version number (None: newest) of "id", "id@latest" or "id@version".
+
+    Raises InvalidArgument naming `field`.
+    """
     adapter_id, at, number = model.partition("@")
     if not model:
         raise InvalidArgument(f'give "{BASE}", an adapter id or "id@version"', reason="ADAPTER_ID_INVALID", field=field)
     check_adapter_id(adapter_id, field)
-    if at and not VERSION_NUMBER.fullmatch(number):
+    if not at or number == LATEST:
+        return adapter_id, None
+    if not VERSION_NUMBER.fullmatch(number):
         raise InvalidArgument(
-            f"{number[:20]!r} is no version number; versions count from 1", reason="VERSION_INVALID", field=field
+            f'{number[:20]!r} is no version number; versions count from 1, and "{LATEST}" is the newest',
+            reason="VERSION_INVALID",
+            field=field,
         )
-    return adapter_id, int(number) if at else None
+    return adapter_id, int(number)

@@ -1,6 +1,6 @@
 """The files of adapters, data sets and jobs, under one data directory that one server uses at a time.
 
-    lock                  held (flock) while a server runs
+    graftwork.json, lock  see data_dir.py
     registry.db           see database.py
     staging/              uploads that are not whole yet, and folders on their way to deletion
     artifacts/{sha256}/   the files of a version; the name is made from their content
@@ -14,37 +14,41 @@ or not there. What no row of the registry names is garbage, removed at the next 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from graftwork_server import failpoints
-from graftwork_server.errors import (
-    FailedPrecondition,
-    GraftworkServerError,
-    InvalidArgument,
-    ResourceExhausted,
-    Unavailable,
-)
+from graftwork_server.errors import InvalidArgument
+from graftwork_server.hub.data_dir import open_data_dir
+from graftwork_server.hub.durable import storage_errors, sync
 
 MANIFEST = "manifest.json"
+_MOST_END_TOKENS = 64
 MANIFEST_FORMAT = 1
 FILE_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md")
 MAX_FILES = 1000
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_OURS = {
+    "staging": re.compile(r"([0-9a-f]{16}(\.jsonl)?|deleted-[0-9a-f]{16})"),
+    "artifacts": re.compile(r"[0-9a-f]{64}"),
+    "datasets": re.compile(r"ds-[0-9a-f]{32}\.jsonl"),
+    "jobs": re.compile(r"job-[0-9a-f]{16}"),
+}
+"""Names that the server gives, by folder."""
 _PIECE = 1 << 20
+
+_log = logging.getLogger(__name__)
 
 
 class StoredArtifact(msgspec.Struct, frozen=True):
@@ -66,49 +70,10 @@ def check_file_name(name: str, field: str = "files.name") -> None:
         )
 
 
-@contextmanager
-def storage_errors(doing: str) -> Iterator[None]:
-    """Errors of the file system as ours, without paths: STORAGE_FULL or STORAGE_FAILED, see storage_error."""
-    try:
-        yield
-    except OSError as error:
-        raise storage_error(error, doing) from error
-
-
-def storage_error(error: OSError, doing: str) -> GraftworkServerError:
-    """`error` as ResourceExhausted (STORAGE_FULL) or Unavailable (STORAGE_FAILED); `doing` completes "while ..."."""
-    if error.errno in _FULL:
-        return ResourceExhausted(
-            f"the server's disk is full (while {doing}); nothing was published", reason="STORAGE_FULL"
-        )
-    text = os.strerror(error.errno) if error.errno else "input/output error"
-    return Unavailable(f"the server's disk failed while {doing}: {text}", reason="STORAGE_FAILED")
-
-
-@contextmanager
-def _data_dir_errors() -> Iterator[None]:
-    try:
-        yield
-    except (FileExistsError, NotADirectoryError) as error:
-        raise _unusable("a file stands in its place or above it") from error
-    except OSError as error:
-        if error.errno in _FULL:
-            raise storage_error(error, "opening the data directory") from error
-        raise _unusable(error.strerror or "input/output error") from error
-
-
-def _unusable(why: str) -> FailedPrecondition:
-    return FailedPrecondition(
-        f"the data directory cannot be used: {why}; name a directory that this user can make or write to",
-        reason="DATA_DIR_UNUSABLE",
-    )
-
-
 class Store:
     """The data directory of this server. Blocking; may be used from several threads.
 
-    Creates the directory if need be. Raises FailedPrecondition (DATA_DIR_UNUSABLE), or (DATA_DIR_IN_USE) if another
-    server has it, and ResourceExhausted (STORAGE_FULL).
+    Creates the directory if need be; raises as open_data_dir does.
     """
 
     def __init__(self, data_dir: str | Path) -> None:
@@ -117,19 +82,7 @@ class Store:
         self.artifacts = self.root / "artifacts"
         self.datasets = self.root / "datasets"
         self.jobs = self.root / "jobs"
-        with _data_dir_errors():
-            for folder in (self.root, self.staging, self.artifacts, self.datasets, self.jobs):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Not inherited by child processes, so the lock ends with this process whatever outlives it.
-            self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise FailedPrecondition(
-                "another graftwork server uses this data directory; stop it or choose another with --data-dir",
-                reason="DATA_DIR_IN_USE",
-            ) from error
+        self._lock = open_data_dir(self.root)
 
     def close(self) -> None:
         """Lets another server have the directory."""
@@ -215,10 +168,18 @@ class Store:
         """The folder of a job, or where it would be."""
         return self.jobs / job_id
 
+    def free_bytes(self) -> int:
+        """Room on the disk."""
+        status = os.statvfs(self.root)
+        return status.f_bavail * status.f_frsize
+
     # ------------------------------------------------------------------------------------------ garbage
 
     def collect(self, digests: Collection[str], dataset_ids: Collection[str], job_ids: Collection[str]) -> list[str]:
-        """Removes what is named by none of these; only at start, while no upload or job runs. Returns what went."""
+        """Removes what is named by none of these; only at start, while no upload or job runs. Returns what went.
+
+        What has no name of ours is somebody else's: it is left where it is, and logged. No link is followed.
+        """
         keep = {
             self.staging: set[str](),
             self.artifacts: {self.artifact_path(digest).name for digest in digests},
@@ -228,23 +189,19 @@ class Store:
         removed: list[str] = []
         for folder, names in keep.items():
             for entry in sorted(folder.iterdir()):
+                shown = f"{folder.name}/{entry.name}"
                 if entry.name in names:
                     continue
-                removed.append(f"{folder.name}/{entry.name}")
-                if entry.is_dir() and not entry.is_symlink():
+                if not _OURS[folder.name].fullmatch(entry.name) or entry.is_symlink():
+                    _log.warning("%a is none of the server's files and is left where it is", shown)
+                    continue
+                _log.info("removing %s, a leftover of an earlier run", shown)
+                removed.append(shown)
+                if entry.is_dir():
                     shutil.rmtree(entry, ignore_errors=True)
                 else:
                     entry.unlink(missing_ok=True)
         return removed
-
-
-def sync(path: Path) -> None:
-    """Makes a file's bytes, or a folder's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def artifact_files(folder: Path) -> list[str]:
@@ -281,8 +238,29 @@ def digest_of(folder: Path) -> str:
     return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def manifest_end_tokens(folder: Path, vocab_size: int) -> list[int]:
+    """Tokens that end a version's texts, by the manifest.json that a download brought along; none where it is no such.
+
+    Of a manifest it is all that an upload keeps: everything else is found in the files themselves.
+    """
+    try:
+        ids = json.loads((folder / MANIFEST).read_bytes())["end_token_ids"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return []
+    if not isinstance(ids, list) or len(ids) > _MOST_END_TOKENS:
+        return []
+    return ids if all(type(id) is int and 0 <= id < vocab_size for id in ids) else []
+
+
 def write_manifest(
-    folder: Path, *, strategy: str, base_fingerprint: str, parameter_count: int, rank: int, created_by: str
+    folder: Path,
+    *,
+    strategy: str,
+    base_fingerprint: str,
+    parameter_count: int,
+    rank: int,
+    created_by: str,
+    end_token_ids: Sequence[int] = (),
 ) -> None:
     """Writes manifest.json, over any that is there. It holds no times: the same content has the same digest."""
     files: dict[str, Any] = {
@@ -299,5 +277,7 @@ def write_manifest(
         "created_by": created_by,
         "files": files,
     }
+    if end_token_ids:
+        manifest["end_token_ids"] = list(end_token_ids)
     with storage_errors("writing a manifest"):
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")

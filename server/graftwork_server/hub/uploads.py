@@ -14,8 +14,9 @@ from typing import BinaryIO, Self
 import msgspec
 
 from graftwork_server.errors import InvalidArgument
+from graftwork_server.hub.durable import storage_errors, sync
 from graftwork_server.hub.safetensors_check import check_safetensors
-from graftwork_server.hub.store import MAX_FILES, Store, check_file_name, storage_errors, sync
+from graftwork_server.hub.store import MAX_FILES, Store, check_file_name
 
 
 class UploadFile(msgspec.Struct, frozen=True):
@@ -41,6 +42,7 @@ class ArtifactUpload:
         self._file: BinaryIO | None = None
         self._left = 0
         self._sha256 = hashlib.sha256()
+        self._digests: dict[str, str] = {}
         self._next_file()
 
     def write(self, name: str, data: bytes) -> None:
@@ -66,6 +68,11 @@ class ArtifactUpload:
         if not self._left:
             self._close_file()
             self._next_file()
+
+    @property
+    def content(self) -> str:
+        """A name for what the files hold, the same whoever sends them."""
+        return hashlib.sha256(repr(sorted(self._digests.items())).encode()).hexdigest()
 
     def finish(self) -> Path:
         """The folder with all files, complete and with valid headers. Their meaning is the engine's to check."""
@@ -111,7 +118,8 @@ class ArtifactUpload:
         with storage_errors("storing an upload"):
             self._file.close()
         file = self._files[self._index]
-        if file.sha256 and not hmac.compare_digest(file.sha256.encode(), self._sha256.hexdigest().encode()):
+        self._digests[file.name] = self._sha256.hexdigest()
+        if file.sha256 and not hmac.compare_digest(file.sha256.encode(), self._digests[file.name].encode()):
             raise InvalidArgument(
                 f"{file.name}: the bytes do not have the announced SHA-256", reason="UPLOAD_CORRUPT", field="chunk.data"
             )

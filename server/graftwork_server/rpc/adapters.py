@@ -7,23 +7,26 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 
 from graftwork.v1 import adapters_pb2 as pb
 from graftwork.v1.adapters_pb2_grpc import AdapterServiceServicer
-from graftwork_server.adapter_text import AdapterTexts
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import VersionRecord
 from graftwork_server.hub.registry import RequestKey, check_adapter_id, request_key
+from graftwork_server.hub.store import manifest_end_tokens
 from graftwork_server.hub.uploads import ArtifactUpload, UploadFile
+from graftwork_server.isolated_text import IsolatedTexts
+from graftwork_server.logs import log_event, note
 from graftwork_server.pins import Pins
 from graftwork_server.rpc.convert import adapter_message, load_report_message
 from graftwork_server.rpc.generation import text_of
-from graftwork_server.rpc.names import adapter_id, adapter_version
-from graftwork_server.rpc.streaming import check_chunk, first_payload, to_its_end
+from graftwork_server.rpc.names import adapter_id, adapter_version, version_name
+from graftwork_server.rpc.streaming import Uploads, check_chunk, first_payload, to_its_end
 
 log = logging.getLogger("graftwork.adapters")
 
@@ -33,26 +36,38 @@ Context = grpc.aio.ServicerContext
 class AdapterService(AdapterServiceServicer):
     """Adapters of this server's hub, on this server's engine. `max_upload_bytes` is for all files of one upload."""
 
-    def __init__(self, engine: EngineClient, hub: Hub, texts: AdapterTexts, pins: Pins, max_upload_bytes: int) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        hub: Hub,
+        texts: IsolatedTexts,
+        pins: Pins,
+        max_upload_bytes: int,
+        uploads: Uploads,
+    ) -> None:
         self._engine = engine
         self._hub = hub
         self._texts = texts
         self._pins = pins
         self._max_upload_bytes = max_upload_bytes
+        self._uploads = uploads
         self._unloads: set[asyncio.Task[None]] = set()
 
     async def CreateAdapter(
         self, request_iterator: AsyncIterator[pb.CreateAdapterRequest], context: Context
     ) -> pb.CreateAdapterResponse:
         """Publishes a version from streamed files."""
-        upload = (await first_payload(request_iterator, "upload")).upload
-        check_adapter_id(upload.adapter_id, "upload.adapter_id")
-        files = [UploadFile(file.name, file.size_bytes, file.sha256) for file in upload.files]
-        content = [upload.adapter_id, upload.strategy, upload.new_version, upload.load, files]
-        key = request_key("CreateAdapter", upload.request_id, content)
-        version = await asyncio.to_thread(self._hub.registry.find_request, key)
-        if version is None:
-            version = await self._receive(upload, files, key, request_iterator)
+        with self._uploads.open(request_iterator) as requests:
+            upload = (await first_payload(requests, "upload")).upload
+            check_adapter_id(upload.adapter_id, "upload.adapter_id")
+            files = [UploadFile(file.name, file.size_bytes, file.sha256) for file in upload.files]
+            content = [upload.adapter_id, upload.strategy, upload.new_version, upload.load, files]
+            key = request_key("CreateAdapter", upload.request_id, content)
+            version = await asyncio.to_thread(self._hub.registry.find_request, key)
+            if version is None:
+                version = await self._receive(upload, files, key, requests)
+                log_event(log, "adapter published", adapter=version.name, strategy=version.strategy)
+        note(adapter=version.name)
         report = await self._load(version) if upload.load else None
         return pb.CreateAdapterResponse(adapter=self._message(version), load_report=report)
 
@@ -80,13 +95,17 @@ class AdapterService(AdapterServiceServicer):
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
         """Forgets an adapter; its files and its place on the device go once nobody uses them."""
         versions = await to_its_end(self._hub.delete_adapter, adapter_id(request.name))
-        if any(version.pinned for version in versions):
-            await self._pins.tell()
-        for digest in {version.digest for version in versions}:  # loaded or not: the host may have a copy
-            task = asyncio.create_task(self._unload_unless_published(digest))
-            self._unloads.add(task)
-            task.add_done_callback(self._unloads.discard)
+        log_event(log, "adapter deleted", adapter=f"adapters/{adapter_id(request.name)}", versions=len(versions))
+        await self._forget(versions)
         return pb.DeleteAdapterResponse(deleted_versions=len(versions))
+
+    async def DeleteVersion(self, request: pb.DeleteVersionRequest, context: Context) -> pb.DeleteVersionResponse:
+        """Forgets one version; its files and its place on the device go once nobody uses them."""
+        found, number = version_name(request.name)
+        version, newest = await to_its_end(self._hub.delete_version, found, number)
+        log_event(log, "version deleted", adapter=version.name, newest_version=newest)
+        await self._forget([version])
+        return pb.DeleteVersionResponse(newest_version=newest)
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
         """Loads a version beside the base."""
@@ -124,12 +143,23 @@ class AdapterService(AdapterServiceServicer):
 
     # ------------------------------------------------------------------------------------------ parts
 
+    async def _forget(self, versions: list[VersionRecord]) -> None:
+        """What the engine has of deleted versions goes once nobody uses it."""
+        if any(version.pinned for version in versions):
+            await self._pins.tell()
+        for digest in {version.digest for version in versions}:  # loaded or not: the host may have a copy
+            task = asyncio.create_task(self._unload_unless_published(digest))
+            self._unloads.add(task)
+            task.add_done_callback(self._unloads.discard)
+
     def _message(self, version: VersionRecord) -> pb.Adapter:
         return adapter_message(version, loaded=version.digest in self._engine.loaded)
 
     async def _version(self, name: str) -> VersionRecord:
         found, number = adapter_version(name)
-        return await asyncio.to_thread(self._hub.registry.get_version, found, number)
+        version = await asyncio.to_thread(self._hub.registry.get_version, found, number)
+        note(adapter=version.name)
+        return version
 
     async def _set_pinned(self, version: VersionRecord, pinned: bool) -> VersionRecord:
         changed = await to_its_end(self._hub.registry.set_pinned, version, pinned)
@@ -153,8 +183,7 @@ class AdapterService(AdapterServiceServicer):
         key: RequestKey | None,
         requests: AsyncIterator[pb.CreateAdapterRequest],
     ) -> VersionRecord:
-        if not upload.new_version:
-            await asyncio.to_thread(self._hub.registry.check_adapter_free, upload.adapter_id)
+        await asyncio.to_thread(self._hub.registry.check_target, upload.adapter_id, may_exist=upload.new_version)
         # Made here and not in a thread: a call cancelled on the way back from there would leave the folder behind.
         with ArtifactUpload(self._hub.store, files, self._max_upload_bytes) as received:
             async for request in requests:
@@ -165,17 +194,30 @@ class AdapterService(AdapterServiceServicer):
                 check_chunk(request.chunk.data, "chunk.data")
                 await to_its_end(received.write, request.chunk.name, request.chunk.data)
             folder = await to_its_end(received.finish)
-            await to_its_end(self._texts.read, folder)
-            info = await self._engine.inspect(str(folder), upload.strategy or None)
+            ends = await self._end_tokens(folder)
+            info = await self._engine.inspect(str(folder), upload.strategy or None, received.content)
             return await to_its_end(
                 self._hub.publish,
                 folder,
                 adapter_id=upload.adapter_id,
                 info=info,
                 base_fingerprint=self._engine.model.fingerprint,
+                end_token_ids=ends,
                 adapter_may_exist=upload.new_version,
                 request=key,
             )
+
+    async def _end_tokens(self, folder: Path) -> list[int]:
+        """Tokens that end what the uploaded files write: by their manifest, and by a tokenizer and chat template of
+        their own. Raises FailedPrecondition for a tokenizer that cannot be used."""
+        text = await self._texts.read(folder)
+        ends = await asyncio.to_thread(manifest_end_tokens, folder, self._engine.model.vocab_size)
+        if text is None or text is self._texts.base:
+            return ends
+        with contextlib.suppress(GraftworkServerError):  # a template that fails or loops says no end; the rest works
+            own = await self._texts.run(text, 0, lambda text: text.end_tokens(), "messages")
+            ends = sorted({*ends, *own})
+        return ends
 
     async def _load(self, version: VersionRecord) -> pb.LoadReport:
         begun = time.monotonic()

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from graftwork.v1 import generation_pb2 as pb
+from graftwork_plugins.documents import read_json
 from graftwork_server.errors import InvalidArgument, Violation
-from graftwork_server.rpc.limits import check_messages, invalid, off_loop_if_large
+from graftwork_server.isolated_text import IsolatedTexts
+from graftwork_server.rpc.limits import check_messages, invalid
 from graftwork_server.text import TextProcessor
 
 MAX_JSON_BYTES = 256 << 10
 MAX_TOOLS = 128
 
 
-async def chat_ids(request: pb.ChatRequest | pb.TokenizeRequest, text: TextProcessor) -> list[int]:
+async def chat_ids(
+    request: pb.ChatRequest | pb.TokenizeRequest, text: TextProcessor, texts: IsolatedTexts
+) -> list[int]:
     """Token ids of the request's conversation, up to where the model is to write.
 
-    Raises InvalidArgument naming what is wrong, and the errors of TextProcessor.encode_chat.
+    Raises InvalidArgument naming what is wrong, and the errors of TextProcessor.encode_chat and IsolatedTexts.run.
     """
     check_messages(request.messages)
     turns = [_turn(message, f"messages[{index}]") for index, message in enumerate(request.messages)]
@@ -28,10 +31,11 @@ async def chat_ids(request: pb.ChatRequest | pb.TokenizeRequest, text: TextProce
         what = "needs a last message of the assistant, to be continued; leave it out to begin a new one"
         raise invalid([Violation("continue_final_message", what)])
     size = sum(len(message.content) + len(message.tool_calls_json) for message in request.messages)
-    return await off_loop_if_large(
+    return await texts.run(
+        text,
         size + len(request.tools_json),
-        lambda: text.encode_chat(turns, tools=tools, continue_final_message=request.continue_final_message),
-        always=text.template_is_slow,
+        lambda text: text.encode_chat(turns, tools=tools, continue_final_message=request.continue_final_message),
+        "messages",
     )
 
 
@@ -42,10 +46,9 @@ def json_objects(text: str, field: str) -> list[dict[str, Any]] | None:
     if len(text.encode()) > MAX_JSON_BYTES:
         raise invalid([Violation(field, f"has {len(text.encode())} bytes; at most {MAX_JSON_BYTES} are accepted")])
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        detail = str(error) if isinstance(error, ValueError) else "it is nested too deep"
-        raise InvalidArgument(f"{field} is no JSON: {detail}", reason="INVALID_PARAMETER", field=field) from None
+        value = read_json(text)
+    except ValueError as error:
+        raise InvalidArgument(f"{field} is no JSON: {error}", reason="INVALID_PARAMETER", field=field) from None
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise invalid([Violation(field, "is no list of objects; a JSON list of objects is accepted")])
     return value
@@ -56,7 +59,3 @@ def _turn(message: pb.ChatMessage, where: str) -> dict[str, Any]:
     calls = json_objects(message.tool_calls_json, f"{where}.tool_calls_json")
     others = {"tool_calls": calls, "tool_call_id": message.tool_call_id, "name": message.name}
     return turn | {key: value for key, value in others.items() if value}
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")

@@ -54,6 +54,7 @@ def adapter_message(version: VersionRecord, *, loaded: bool) -> adapters_pb2.Ada
         tuning_job=f"tuningJobs/{version.tuning_job}" if version.tuning_job else "",
         rank=version.rank,
         pinned=version.pinned,
+        follows_version=version.follows,
     )
 
 
@@ -116,6 +117,11 @@ def report_message(report: DatasetReport) -> tuning_pb2.ValidateDatasetResponse:
         longest_row_tokens=report.longest_row_tokens,
         cut_rows=report.cut_rows,
         valid=report.valid,
+        more_errors=[
+            tuning_pb2.LineErrorKind(reason=kind.reason, count=kind.count, first_line=kind.first_line)
+            for kind in report.more_errors
+        ],
+        warnings=report.warnings,
     )
 
 
@@ -134,12 +140,13 @@ def tuning_spec(spec: tuning_pb2.TuningJobSpec) -> TuningSpec:
     validation = spec.validation_dataset
     return TuningSpec(
         strategy=spec.strategy,
-        dataset_id=dataset_id(spec.dataset, "spec.dataset"),
+        dataset_id=dataset_id(spec.dataset, "spec.dataset") if spec.dataset else "",
         validation_dataset_id=dataset_id(validation, "spec.validation_dataset") if validation else "",
-        validation_fraction=spec.validation_fraction,
+        validation_fraction=spec.validation_fraction if spec.HasField("validation_fraction") else None,
         adapter_id=spec.adapter_id,
         config={key: _plain(value) for key, value in json_format.MessageToDict(spec.config).items()},
         load=spec.load,
+        new_version=spec.new_version,
     )
 
 
@@ -156,13 +163,18 @@ def job_message(job: JobRecord) -> tuning_pb2.TuningJob:
             validation_fraction=spec.validation_fraction,
             adapter_id=spec.adapter_id,
             load=spec.load,
+            new_version=spec.new_version,
         ),
         state=state_value(job.state),
         error=job.error.message if job.error else "",
         estimate=_estimate_message(job.estimate),
         validation_loss=job.validation_loss,
+        follows_version=job.follows,
     )
     message.spec.config.update(spec.config)
+    for choice in spec.choices:
+        chosen = message.choices.add(key=choice.key, reason=choice.reason, automatic=choice.automatic)
+        json_format.ParseDict(choice.value, chosen.value)
     if job.progress is not None:
         message.progress.CopyFrom(progress_message(job.progress))
     if job.result is not None:
@@ -228,6 +240,7 @@ def _result_message(job: JobRecord) -> tuning_pb2.TuningResult:
         train_ms=job.result.train_ms,
         final_loss=job.result.final_loss,
         validation_loss=job.result.validation_loss,
+        published_step=job.result.published_step,
     )
 
 

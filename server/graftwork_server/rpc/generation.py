@@ -6,7 +6,6 @@ into text and streamed. Whatever ends it, leaving the `with` blocks releases seq
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ import msgspec
 
 from graftwork.v1 import generation_pb2 as pb
 from graftwork.v1.generation_pb2_grpc import GenerationServiceServicer
-from graftwork_server.adapter_text import AdapterTexts
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.errors import FailedPrecondition, Internal, InvalidArgument, Violation
 from graftwork_server.hub.leases import Leases
 from graftwork_server.hub.resolver import Resolved, Resolver
+from graftwork_server.isolated_text import IsolatedTexts
+from graftwork_server.logs import note, note_first_token
 from graftwork_server.messages import Pool, Sampling, SequenceOutput, TokenLogprobs
 from graftwork_server.rpc import pooled
 from graftwork_server.rpc.chat import chat_ids
@@ -47,11 +47,13 @@ Context = grpc.aio.ServicerContext
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What a sequence continues. field: where the request has it. echo: its text, for those who want it back."""
+    """What a sequence continues. field: where the request has it. echo: its text, for those who want it back.
+    joined: the sequence's text goes on in it, and is no message of its own."""
 
     ids: list[int]
     field: str
     echo: str = ""
+    joined: bool = True
 
 
 class GenerationService(GenerationServiceServicer):
@@ -62,7 +64,7 @@ class GenerationService(GenerationServiceServicer):
         engine: EngineClient,
         resolver: Resolver,
         leases: Leases,
-        texts: AdapterTexts,
+        texts: IsolatedTexts,
         admission: Admission,
     ) -> None:
         self._engine = engine
@@ -79,7 +81,7 @@ class GenerationService(GenerationServiceServicer):
         with self._admission.admit():
             async with self._held(request.model) as (resolved, text):
                 field = request.WhichOneof("prompt") or "prompt"
-                ids = await _prompt_ids(request, field, text)
+                ids = await self._prompt_ids(request, field, text)
                 echo = request.text or (_needed(text).decode(ids) if request.sampling.echo else "")
                 prompt = _Prompt(ids, field, echo)
                 await self._stream(resolved, text, prompt, request, pb.GenerateResponse, context)
@@ -94,8 +96,9 @@ class GenerationService(GenerationServiceServicer):
                 if request.sampling.echo and not request.continue_final_message:
                     what = "has nothing to repeat in Chat but a message that is continued; set continue_final_message"
                     raise invalid([Violation("sampling.echo", what)])
-                ids = await chat_ids(request, _needed(text))
-                prompt = _Prompt(ids, "messages", request.messages[-1].content)
+                ids = await chat_ids(request, _needed(text), self._texts)
+                last = request.messages[-1].content
+                prompt = _Prompt(ids, "messages", last, joined=request.continue_final_message)
                 await self._stream(resolved, text, prompt, request, pb.ChatResponse, context)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
@@ -104,11 +107,12 @@ class GenerationService(GenerationServiceServicer):
         with self._admission.admit():
             async with self._held(request.model) as (resolved, text):
                 field = request.WhichOneof("input") or "input"
-                prompt_ids = await _prompt_ids(request, field, text)
+                prompt_ids = await self._prompt_ids(request, field, text)
                 wrong = Wrong()
                 check_prompt_logprobs(request.top_logprobs, "top_logprobs", len(prompt_ids), wrong)
                 wrong.raise_if_any()
                 check_prompt(prompt_ids, field, self._engine.model, room_for=0)
+                note(prompt_tokens=len(prompt_ids))
                 entries = await self._prompt_logprobs(resolved, prompt_ids, request.top_logprobs)
             return pb.ScoreResponse(
                 tokens=[_logprob(entry, text) for entry in entries],
@@ -121,7 +125,7 @@ class GenerationService(GenerationServiceServicer):
         """Labels of texts."""
         with self._admission.admit():
             async with self._held(request.model) as (resolved, text):
-                rows = await pooled.rows_of(request.inputs, text, self._engine.model)
+                rows = await pooled.rows_of(request.inputs, text, self._engine.model, self._texts)
                 with self._admission.admit(pooled.places(rows) - 1):
                     answers = await pooled.run(self._engine, rows, resolved, Pool("classify"))
             return await pooled.classify_response(answers, rows, resolved)
@@ -130,8 +134,8 @@ class GenerationService(GenerationServiceServicer):
         """Vectors of texts."""
         with self._admission.admit():
             async with self._held(request.model) as (resolved, text):
-                pool = pooled.embed_pool(request, self._engine.model)
-                rows = await pooled.rows_of(request.inputs, text, self._engine.model)
+                pool = pooled.embed_pool(request, self._engine.model, resolved.adapter)
+                rows = await pooled.rows_of(request.inputs, text, self._engine.model, self._texts)
                 with self._admission.admit(pooled.places(rows) - 1):
                     answers = await pooled.run(self._engine, rows, resolved, pool)
             return await pooled.embed_response(answers, rows, pool, resolved)
@@ -142,19 +146,41 @@ class GenerationService(GenerationServiceServicer):
             raise InvalidArgument("give exactly one of text and messages", reason="INVALID_PARAMETER", field="text")
         async with self._held(request.model or BASE) as (_, text):
             tokenizer = _needed(text)
-            ids = await (chat_ids(request, tokenizer) if request.messages else _text_ids(request.text, tokenizer))
-            return pb.TokenizeResponse(
-                token_ids=ids,
-                tokens=[tokenizer.token_text(id) for id in ids],
-                context_tokens=context_limit(self._engine.model),
+            if request.messages:
+                ids = await chat_ids(request, tokenizer, self._texts)
+            else:
+                ids = await self._text_ids(request.text, tokenizer)
+            return await off_loop_if_large(
+                len(ids),
+                lambda: pb.TokenizeResponse(
+                    token_ids=ids,
+                    tokens=[tokenizer.token_text(id) for id in ids],
+                    context_tokens=context_limit(self._engine.model),
+                ),
             )
 
     @asynccontextmanager
     async def _held(self, model: str) -> AsyncIterator[tuple[Resolved, TextProcessor | None]]:
         """Who answers, kept from being removed while the block runs, and whose tokens it speaks."""
         resolved = await self._resolver.resolve(model)
+        note(model=resolved.model, version=resolved.version)
         async with self._leases.hold(resolved):
             yield resolved, await text_of(self._texts, resolved)
+
+    async def _prompt_ids(
+        self, request: pb.GenerateRequest | pb.ScoreRequest, field: str, text: TextProcessor | None
+    ) -> list[int]:
+        if field == "text":
+            return await self._text_ids(request.text, _needed(text))
+        if field == "token_ids":
+            return list(request.token_ids.ids)
+        raise InvalidArgument("is empty; give text or token_ids", reason="PROMPT_EMPTY", field=field)
+
+    async def _text_ids(self, text: str, tokenizer: TextProcessor) -> list[int]:
+        if not text:
+            # A tokenizer may add special tokens even to nothing; the caller surely meant to send something.
+            raise InvalidArgument("the text is empty", reason="PROMPT_EMPTY", field="text")
+        return await self._texts.run(tokenizer, len(text), lambda tokenizer: tokenizer.encode(text))
 
     # ------------------------------------------------------------------------------------------ output
 
@@ -173,10 +199,10 @@ class GenerationService(GenerationServiceServicer):
         check_scheduling(request.cache_salt, request.priority, wrong)
         counts = sample_counts(parameters, self._admission.limit, wrong)
         top = prompt_logprobs_of(parameters, len(prompt.ids), wrong)
-        sampling = sampling_of(parameters, len(prompt.ids), self._engine.model, text, wrong)
-        own_end = text.eos_token_id if text and text is not self._texts.base else None
-        if own_end is not None and own_end not in self._engine.model.eos_token_ids and not sampling.ignore_eos:
-            sampling = msgspec.structs.replace(sampling, stop_token_ids=[*sampling.stop_token_ids, own_end])
+        sampling = await self._sampling(parameters, len(prompt.ids), text, wrong)
+        ends = self._ends_beside_the_base(resolved, text)
+        if ends and not sampling.ignore_eos:
+            sampling = msgspec.structs.replace(sampling, stop_token_ids=[*sampling.stop_token_ids, *ends])
         if parameters.stop or parameters.echo:
             _needed(text)
 
@@ -190,13 +216,14 @@ class GenerationService(GenerationServiceServicer):
                 priority=request.priority,
             )
 
+        before = prompt.ids if prompt.joined else ()
         completions = [
             Completion(
                 response_type,
                 resolved,
                 sampling,
                 partial(_logprob, text=text),
-                IncrementalDetokenizer(text, parameters.stop) if text else None,
+                IncrementalDetokenizer(text, parameters.stop, before=before) if text else None,
                 index=index,
                 echo=prompt.echo if parameters.echo else "",
                 has_stops=bool(parameters.stop),
@@ -209,7 +236,28 @@ class GenerationService(GenerationServiceServicer):
             sampling = msgspec.structs.replace(sampling, logprobs=0)
         with self._admission.admit(counts.sampled - 1):
             async with Samples(start, samplings_of(sampling, counts.sampled)) as samples:
-                await _write(samples, completions, counts, len(prompt.ids), context)
+                try:
+                    await _write(samples, completions, counts, len(prompt.ids), context)
+                finally:
+                    note(completion_tokens=sum(completion.tokens for completion in completions))
+
+    async def _sampling(
+        self, parameters: pb.SamplingParameters, prompt_tokens: int, text: TextProcessor | None, wrong: Wrong
+    ) -> Sampling:
+        def made(text: TextProcessor | None) -> Sampling:
+            return sampling_of(parameters, prompt_tokens, self._engine.model, text, wrong)
+
+        if text is None or not parameters.bad_words:  # the only ones that need tokens of a text
+            return made(text)
+        return await self._texts.run(text, 0, made, "sampling.bad_words")
+
+    def _ends_beside_the_base(self, resolved: Resolved, text: TextProcessor | None) -> list[int]:
+        """Tokens that end the texts of who answers: those of its version, and its own tokenizer's, which versions that
+        are older than the list of theirs do not name."""
+        ends = set(resolved.adapter.end_token_ids if resolved.adapter else ())
+        if text is not None and text is not self._texts.base and text.eos_token_id is not None:
+            ends.add(text.eos_token_id)
+        return sorted(ends - set(self._engine.model.eos_token_ids))
 
     async def _prompt_logprobs(self, resolved: Resolved, prompt_ids: list[int], top: int) -> list[TokenLogprobs]:
         entries: list[TokenLogprobs] = []
@@ -231,7 +279,9 @@ async def _write(
     ranking = BestOf() if counts.scored else None
     prompt_logprobs: list[pb.TokenLogprob] = []
     usage = pb.Usage(prompt_tokens=prompt_tokens)
+    note(prompt_tokens=prompt_tokens)
     async for index, output in samples:
+        note_first_token()
         completion = completions[index]
         if index == 0:
             usage.cached_tokens += output.cached_tokens
@@ -264,12 +314,11 @@ async def _write(
             await context.write(message)
 
 
-async def text_of(texts: AdapterTexts, resolved: Resolved) -> TextProcessor | None:
+async def text_of(texts: IsolatedTexts, resolved: Resolved) -> TextProcessor | None:
     """Tokenizer and template of who answers. Raises FailedPrecondition for an adapter's that cannot be used."""
     if resolved.adapter is None:
         return texts.base
-    digest, path = resolved.adapter.digest, resolved.adapter.path
-    return texts.of(digest, path) if texts.known(digest) else await asyncio.to_thread(texts.of, digest, path)
+    return await texts.of(resolved.adapter.digest, resolved.adapter.path)
 
 
 def _needed(text: TextProcessor | None) -> TextProcessor:
@@ -278,23 +327,6 @@ def _needed(text: TextProcessor | None) -> TextProcessor:
             "the base model brings no tokenizer; give token_ids instead of text", reason="TOKENIZER_MISSING"
         )
     return text
-
-
-async def _prompt_ids(
-    request: pb.GenerateRequest | pb.ScoreRequest, field: str, text: TextProcessor | None
-) -> list[int]:
-    if field == "text":
-        return await _text_ids(request.text, _needed(text))
-    if field == "token_ids":
-        return list(request.token_ids.ids)
-    raise InvalidArgument("is empty; give text or token_ids", reason="PROMPT_EMPTY", field=field)
-
-
-async def _text_ids(text: str, tokenizer: TextProcessor) -> list[int]:
-    if not text:
-        # A tokenizer may add special tokens even to nothing; the caller surely meant to send something.
-        raise InvalidArgument("the text is empty", reason="PROMPT_EMPTY", field="text")
-    return await off_loop_if_large(len(text), lambda: tokenizer.encode(text))
 
 
 def _logprob(entry: TokenLogprobs, text: TextProcessor | None) -> pb.TokenLogprob:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import re
 import secrets
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -18,6 +18,8 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from graftwork_server.errors import GraftworkServerError, Internal, InvalidArgument, Unavailable
+from graftwork_server.logs import begin_call, log_event
+from graftwork_server.logs import client as current_client
 from graftwork_server.logs import request_id as current_request_id
 
 log = logging.getLogger("graftwork.rpc")
@@ -29,6 +31,8 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 DETAILS_BYTES = 5_000
 """gRPC clients refuse trailers over 8 KiB by default, so the details, in base64, and the message stay below that."""
 MESSAGE_CHARACTERS = 600
+VIOLATION_BYTES = 100
+LONGEST_REASON_BYTES = 1_000
 READ_THE_REST_SECONDS = 0.5
 
 Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
@@ -70,7 +74,8 @@ class Drain:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every method of graftwork's own services; health and reflection stay as they are."""
+    """Wraps every method. Those of graftwork's own services are logged, and refused and waited for by a drain; health
+    and reflection answer to the end."""
 
     def __init__(self, drain: Drain) -> None:
         self._drain = drain
@@ -82,35 +87,38 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler:
         """Called by gRPC once per call."""
         handler: Any = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith("/graftwork."):
-            return handler
+        if handler is None:  # the method is not there
+            return handler  # type: ignore[return-value]
         make, behaviour = _kind(handler)
         request_id = _request_id(handler_call_details)
         if handler.request_streaming:
             behaviour = _reads_the_rest(behaviour)
         method = handler_call_details.method.rsplit("/", 1)[-1]
-        wrapped = self._wrap(behaviour, method, request_id, headers=not handler.response_streaming)
+        is_ours = handler_call_details.method.startswith("/graftwork.")
+        wrapped = self._wrap(behaviour, method, request_id, is_ours, headers=not handler.response_streaming)
         return make(
             wrapped,
             request_deserializer=_decoder(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
-    def _wrap(self, behaviour: Behaviour, method: str, request_id: str, *, headers: bool) -> Behaviour:
+    def _wrap(self, behaviour: Behaviour, method: str, request_id: str, is_ours: bool, *, headers: bool) -> Behaviour:
         """headers: the request id is in the initial metadata too. A stream's leave with its first message, without it:
         gRPC would send them by themselves, which makes many short streams wait for each other's."""
 
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             token = current_request_id.set(request_id)
-            begun, outcome = time.monotonic(), "OK"
+            current_client.set(_host(context.peer()))
+            facts, outcome = begin_call(), "OK"
             trailing = ((REQUEST_ID_KEY, request_id),)
             entered = False
             try:
                 if headers:
                     await context.send_initial_metadata(trailing)
                 context.set_trailing_metadata(trailing)
-                self._drain.enter()
-                entered = True
+                if is_ours:
+                    self._drain.enter()
+                    entered = True
                 return await behaviour(_decoded(request), context)
             except asyncio.CancelledError:
                 outcome = "CANCELLED"
@@ -122,7 +130,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             finally:
                 if entered:
                     self._drain.leave()
-                access_log.info("%s %s %.1f ms", method, outcome, (time.monotonic() - begun) * 1000)
+                if is_ours:
+                    log_event(
+                        access_log,
+                        f"{method} {outcome}",
+                        said={"method": method, "outcome": outcome},
+                        total_ms=facts.milliseconds,
+                        **facts.fields,
+                    )
                 current_request_id.reset(token)
 
         return call
@@ -132,11 +147,23 @@ def _kind(handler: Any) -> tuple[Callable[..., grpc.RpcMethodHandler], Behaviour
     """The maker of handlers of this kind, and the behaviour: all of ours are coroutines of (request, context)."""
     if handler.request_streaming:
         if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler, handler.stream_stream
+            return grpc.stream_stream_rpc_method_handler, _writes(handler.stream_stream)
         return grpc.stream_unary_rpc_method_handler, handler.stream_unary
     if handler.response_streaming:
         return grpc.unary_stream_rpc_method_handler, handler.unary_stream
     return grpc.unary_unary_rpc_method_handler, handler.unary_unary
+
+
+def _writes(behaviour: Behaviour) -> Behaviour:
+    """`behaviour` as a coroutine: reflection's yields what it answers."""
+    if not inspect.isasyncgenfunction(behaviour):
+        return behaviour
+
+    async def call(requests: Any, context: grpc.aio.ServicerContext) -> None:
+        async for answer in behaviour(requests, context):
+            await context.write(answer)
+
+    return call
 
 
 def _reads_the_rest(behaviour: Behaviour) -> Behaviour:
@@ -192,6 +219,11 @@ class _Decoded:
         return _decoded(await anext(self._requests))
 
 
+def _host(peer: str) -> str:
+    """The host of gRPC's "ipv4:HOST:PORT": what tells one client from another, as far as anything does."""
+    return peer.rpartition(":")[0] or peer
+
+
 def _request_id(details: grpc.HandlerCallDetails) -> str:
     """The caller's id where it is one, else a new one: what is logged and sent back holds no control characters."""
     for key, value in details.invocation_metadata or ():
@@ -238,21 +270,24 @@ def to_status(error: GraftworkServerError) -> status_pb2.Status:
 
 
 def _bad_request(error: GraftworkServerError, budget: int) -> error_details_pb2.BadRequest:
-    """Every violation, each cut to its share of what the trailers have room for."""
-    share = max(budget // len(error.violations), 24)
+    """Violations as long as the trailers have room for them, each whole; then how many there are beside them."""
     details = error_details_pb2.BadRequest()
-    for violation in error.violations[: max(budget // 24, 1)]:
-        field = _cut(violation.field, share // 2)
-        details.field_violations.add(
-            field=field, description=_cut(violation.description, max(share - len(field.encode()) - 8, 8))
-        )
+    budget -= VIOLATION_BYTES  # for the last one, which counts the others
+    for index, violation in enumerate(error.violations):
+        field, description = _cut(violation.field, VIOLATION_BYTES), _cut(violation.description, LONGEST_REASON_BYTES)
+        size = len(field.encode()) + len(description.encode()) + 16
+        if size > budget:
+            left = len(error.violations) - index
+            details.field_violations.add(field="more", description=f"{left} more, which an answer has no room for")
+            break
+        details.field_violations.add(field=field, description=description)
+        budget -= size
     return details
 
 
 def _cut(text: str, size: int) -> str:
-    """`text` in at most `size` bytes of UTF-8, and without control characters, which no header may have."""
-    text = "".join(character if character.isprintable() else " " for character in text)
-    encoded = text.encode("utf-8", "replace")
+    """`text`, which is printable, in at most `size` bytes of UTF-8."""
+    encoded = text.encode()
     if len(encoded) <= size:
         return encoded.decode()
     return encoded[: max(size - 3, 0)].decode("utf-8", "ignore") + "..."

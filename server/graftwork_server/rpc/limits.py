@@ -110,9 +110,9 @@ def check_messages(messages: Sequence[pb.ChatMessage]) -> None:
         raise invalid(wrong)
 
 
-async def off_loop_if_large(size: int, work: Callable[[], T], *, always: bool = False) -> T:
+async def off_loop_if_large(size: int, work: Callable[[], T]) -> T:
     """The result of `work`, in a thread if `size` (characters) is so large that other streams would stutter."""
-    return await asyncio.to_thread(work) if always or size > LARGE_TEXT_CHARACTERS else work()
+    return await asyncio.to_thread(work) if size > LARGE_TEXT_CHARACTERS else work()
 
 
 def invalid(violations: Sequence[Violation]) -> InvalidArgument:

@@ -7,6 +7,7 @@ import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
@@ -14,10 +15,11 @@ from graftwork.v1 import generation_pb2 as pb
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.errors import FailedPrecondition, Internal, InvalidArgument, Violation
 from graftwork_server.hub.resolver import Resolved
+from graftwork_server.isolated_text import IsolatedTexts
 from graftwork_server.messages import HeadInfo, Pool, Pooled
 from graftwork_server.rpc.limits import check_prompt, invalid, off_loop_if_large
 from graftwork_server.text import TextProcessor
-from graftwork_server.types import ModelInfo
+from graftwork_server.types import AdapterRef, ModelInfo
 
 MAX_INPUTS = 256
 MAX_INPUT_TOKENS = 131_072
@@ -30,6 +32,9 @@ _POOLINGS: Mapping[pb.Pooling.ValueType, str] = {
     pb.POOLING_MEAN: "mean",
     pb.POOLING_CLS: "cls",
     pb.POOLING_LAST: "last",
+    pb.POOLING_MAX: "max",
+    pb.POOLING_MEAN_SQRT_LEN: "mean_sqrt_len",
+    pb.POOLING_WEIGHTED_MEAN: "weightedmean",
 }
 _POOLING_VALUES = {name: value for value, name in _POOLINGS.items()}
 _PROBLEM_TYPES = {
@@ -50,7 +55,9 @@ class Row:
     token_type_ids: list[int] = field(default_factory=list)
 
 
-async def rows_of(inputs: Sequence[pb.TextInput], text: TextProcessor | None, model: ModelInfo) -> list[Row]:
+async def rows_of(
+    inputs: Sequence[pb.TextInput], text: TextProcessor | None, model: ModelInfo, texts: IsolatedTexts
+) -> list[Row]:
     """The tokens of each input.
 
     Raises InvalidArgument naming the input that is wrong, FailedPrecondition (TOKENIZER_MISSING) for texts that nothing
@@ -59,10 +66,14 @@ async def rows_of(inputs: Sequence[pb.TextInput], text: TextProcessor | None, mo
     if not 1 <= len(inputs) <= MAX_INPUTS:
         raise invalid([Violation("inputs", f"has {len(inputs)} texts; 1 to {MAX_INPUTS} are accepted")])
     size = sum(len(one.text) + len(one.text_pair) for one in inputs)
-    rows = await off_loop_if_large(size, lambda: [_row(one, index, text) for index, one in enumerate(inputs)])
+
+    def made(text: TextProcessor | None) -> list[Row]:
+        return [_row(one, index, text) for index, one in enumerate(inputs)]
+
+    rows = made(text) if text is None or not size else await texts.run(text, size, made, "inputs")
     for index, row in enumerate(rows):
         check_prompt(row.ids, f"inputs[{index}].{inputs[index].WhichOneof('input')}", model, room_for=0)
-    total = _tokens(rows)
+    total = token_count(rows)
     if total > MAX_INPUT_TOKENS:
         raise invalid([Violation("inputs", f"has {total} tokens in all; at most {MAX_INPUT_TOKENS} are accepted")])
     return rows
@@ -88,25 +99,37 @@ def _row(one: pb.TextInput, index: int, text: TextProcessor | None) -> Row:
     return Row(*text.encode_pair(one.text, one.text_pair)) if one.text_pair else Row(text.encode(one.text))
 
 
-def embed_pool(request: pb.EmbedRequest, model: ModelInfo) -> Pool:
-    """How the request's vectors are made, defaults filled in. Raises InvalidArgument naming each wrong field."""
+def embed_pool(request: pb.EmbedRequest, model: ModelInfo, adapter: AdapterRef | None) -> Pool:
+    """How the request's vectors are made, defaults filled in. Raises InvalidArgument naming each wrong field,
+    FailedPrecondition (POOLING_UNSUPPORTED) where the model's or the adapter's files ask for what is not done and the
+    request for nothing."""
     wrong = []
     if request.pooling != pb.POOLING_UNSPECIFIED and request.pooling not in _POOLINGS:
         accepted = ", ".join(pb.Pooling.Name(value) for value in sorted(_POOLING_VALUES.values()))
         wrong.append(Violation("pooling", f"is {request.pooling}; {accepted} are accepted"))
-    if request.HasField("dimensions") and not 1 <= request.dimensions <= model.hidden_size:
-        wrong.append(Violation("dimensions", f"is {request.dimensions}; 1 to {model.hidden_size} is accepted"))
+    pooling = _POOLINGS.get(request.pooling, model.default_pooling)
+    size = model.hidden_size * len(pooling.split("+"))
+    if request.HasField("dimensions") and not 1 <= request.dimensions <= size:
+        wrong.append(Violation("dimensions", f"is {request.dimensions}; 1 to {size} is accepted"))
     if wrong:
         raise invalid(wrong)
+    undone = f"the base model's files ask for {model.undone_pooling}" if model.undone_pooling else ""
+    if adapter is not None and (Path(adapter.path) / "modules.json").is_file():
+        undone = "the adapter's modules.json, of sentence-transformers, asks for a pooling of its own"
+    if request.pooling == pb.POOLING_UNSPECIFIED and undone:
+        raise FailedPrecondition(
+            f"{undone}; Embed does not do it. Name a pooling ({', '.join(_POOLINGS.values())}) for vectors without it",
+            reason="POOLING_UNSUPPORTED",
+        )
     return Pool(
         "embed",
-        pooling=_POOLINGS.get(request.pooling, model.default_pooling),
+        pooling=pooling,
         normalize=request.normalize if request.HasField("normalize") else True,
         dimensions=request.dimensions,
     )
 
 
-def _tokens(rows: Sequence[Row]) -> int:
+def token_count(rows: Sequence[Row]) -> int:
     return sum(len(row.ids) for row in rows)
 
 
@@ -153,7 +176,7 @@ async def classify_response(answers: Sequence[Pooled], rows: Sequence[Row], reso
         lambda: pb.ClassifyResponse(
             results=[_classification(_floats(a), head, len(r.ids)) for a, r in zip(answers, rows, strict=True)],
             problem_type=_PROBLEM_TYPES[head.problem_type],
-            usage=pb.Usage(prompt_tokens=_tokens(rows)),
+            usage=pb.Usage(prompt_tokens=token_count(rows)),
             model=resolved.model,
             version=resolved.version,
         ),
@@ -171,8 +194,8 @@ async def embed_response(
                 pb.Embedding(values=_floats(answer), input_tokens=len(row.ids))
                 for answer, row in zip(answers, rows, strict=True)
             ],
-            pooling=_POOLING_VALUES[pool.pooling],
-            usage=pb.Usage(prompt_tokens=_tokens(rows)),
+            pooling=_POOLING_VALUES.get(pool.pooling, pb.POOLING_SEVERAL),
+            usage=pb.Usage(prompt_tokens=token_count(rows)),
             model=resolved.model,
             version=resolved.version,
         ),

@@ -40,6 +40,8 @@ class Samples:
         self._samplings = samplings
         self._outputs: asyncio.Queue[tuple[int, SequenceOutput | BaseException | None]] = asyncio.Queue(len(samplings))
         self._readers: list[asyncio.Task[None]] = []
+        self._running: set[int] = set()
+        """Sequences of which more is expected."""
         self._alone: AsyncGenerator[SequenceOutput, None] | None = None
         """One sequence is read without a task in between."""
 
@@ -47,6 +49,7 @@ class Samples:
         if len(self._samplings) == 1:
             self._alone = self._start(self._samplings[0], True)
         else:
+            self._running = set(range(len(self._samplings)))
             self._readers = [asyncio.create_task(self._read(index)) for index in range(len(self._samplings))]
         return self
 
@@ -56,6 +59,7 @@ class Samples:
         if self._alone is not None:
             await self._alone.aclose()
             return
+        self._running.clear()
         for reader in self._readers:
             reader.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
@@ -63,6 +67,7 @@ class Samples:
     def end(self, index: int) -> None:
         """Ends one sequence; what it has sent already may still come."""
         if self._readers:
+            self._running.discard(index)
             self._readers[index].cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, SequenceOutput]]:
@@ -70,13 +75,12 @@ class Samples:
             async for output in self._alone:
                 yield 0, output
             return
-        running = len(self._readers)
-        while running:
+        while self._running:
             index, item = await self._outputs.get()
             if isinstance(item, BaseException):
                 raise item
             if item is None:
-                running -= 1
+                self._running.discard(index)
             else:
                 yield index, item
 
@@ -87,5 +91,7 @@ class Samples:
                     await self._outputs.put((index, output))
         except Exception as error:
             await self._outputs.put((index, error))
-        else:
-            await self._outputs.put((index, None))
+        finally:
+            # However it ended: who reads would wait for more of it. What we cancelled is not waited for any more.
+            if index in self._running:
+                await self._outputs.put((index, None))

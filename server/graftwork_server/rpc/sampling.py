@@ -187,7 +187,7 @@ def _check_texts(name: str, texts: Sequence[str], most: int, wrong: Wrong) -> No
 
 
 def _bad_words(words: Sequence[str], tokenizer: TextProcessor | None) -> list[list[int]]:
-    """Token sequences of each word as it stands at a text's beginning and after a space."""
+    """Token sequences of each word as it stands at a text's beginning, within one, and there after a space."""
     if not words:
         return []
     if tokenizer is None:
@@ -197,6 +197,7 @@ def _bad_words(words: Sequence[str], tokenizer: TextProcessor | None) -> list[li
         )
     found: dict[tuple[int, ...], None] = {}
     for word in words:
+        found[tuple(tokenizer.encode_plain(word))] = None
         for text in (word, f" {word.lstrip()}"):
-            found[tuple(tokenizer.encode_plain(text))] = None
+            found[tuple(tokenizer.encode_following(text))] = None
     return [list(ids) for ids in found if ids]

@@ -13,13 +13,15 @@ from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from graftwork.v1 import adapters_pb2, generation_pb2, strategies_pb2, tuning_pb2
+from graftwork.v1 import adapters_pb2, generation_pb2, server_pb2, strategies_pb2, tuning_pb2
 from graftwork.v1.adapters_pb2_grpc import AdapterServiceServicer, add_AdapterServiceServicer_to_server
 from graftwork.v1.generation_pb2_grpc import GenerationServiceServicer, add_GenerationServiceServicer_to_server
+from graftwork.v1.server_pb2_grpc import ServerServiceServicer, add_ServerServiceServicer_to_server
 from graftwork.v1.strategies_pb2_grpc import StrategyServiceServicer, add_StrategyServiceServicer_to_server
 from graftwork.v1.tuning_pb2_grpc import TuningServiceServicer, add_TuningServiceServicer_to_server
 from graftwork_server.config import parse_listen
 from graftwork_server.messages import JobEvent
+from graftwork_server.rpc.health import HealthService
 from graftwork_server.rpc.interceptors import CallInterceptor, Drain
 
 log = logging.getLogger("graftwork.server")
@@ -31,6 +33,7 @@ SERVICES = tuple(
         (adapters_pb2, "AdapterService"),
         (tuning_pb2, "TuningService"),
         (strategies_pb2, "StrategyService"),
+        (server_pb2, "ServerService"),
     )
 )
 MAX_RECEIVE_BYTES = 4 << 20
@@ -86,12 +89,12 @@ class _MethodsToo:
 
 
 class RpcServer:
-    """Serves the four services, health and reflection on one address."""
+    """Serves the five services, health and reflection on one address."""
 
     def __init__(self, max_queue: int, drain: Drain) -> None:
         self._drain = drain
         self._server = grpc.aio.server(interceptors=[CallInterceptor(drain)], options=_options(max_queue))
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # loaded lazily by the package
+        self._health = HealthService()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server, pool=_MethodsToo())  # type: ignore[arg-type]
@@ -112,12 +115,14 @@ class RpcServer:
         adapters: AdapterServiceServicer,
         tuning: TuningServiceServicer,
         strategies: StrategyServiceServicer,
+        status: ServerServiceServicer,
     ) -> None:
         """Answers calls from now on."""
         add_GenerationServiceServicer_to_server(generation, self._server)
         add_AdapterServiceServicer_to_server(adapters, self._server)
         add_TuningServiceServicer_to_server(tuning, self._server)
         add_StrategyServiceServicer_to_server(strategies, self._server)
+        add_ServerServiceServicer_to_server(status, self._server)
         await self.set_serving(True)
         await self._server.start()
 

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from graftwork.v1 import generation_pb2 as pb
+from graftwork_plugins.documents import read_json
 from graftwork_server.messages import Grammar
 from graftwork_server.rpc.limits import Wrong
 
@@ -42,7 +43,11 @@ def grammar_of(output: pb.StructuredOutput, wrong: Wrong) -> Grammar | None:
         what = f"has {len(source)} characters; at most {MAX_REGEX_CHARACTERS} are accepted"
         wrong.unless(len(source) <= MAX_REGEX_CHARACTERS, field, what)
     if kind == "json_schema" and size <= MAX_GRAMMAR_BYTES:
-        schema = _json(source)
+        try:
+            schema = read_json(source)
+        except ValueError as error:
+            wrong.unless(False, field, f"is no JSON: {error}; a JSON schema as an object is accepted")
+            return None
         wrong.unless(isinstance(schema, dict), field, "is no JSON object; a JSON schema as an object is accepted")
         source = json.dumps(_compact(schema), ensure_ascii=False)
     return Grammar(kind, source)
@@ -56,10 +61,3 @@ def _compact(schema: Any) -> Any:
     if not isinstance(options, dict) or WHITESPACE_KEYS & options.keys():
         return schema
     return schema | {"x-guidance": COMPACT_JSON | options}
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None

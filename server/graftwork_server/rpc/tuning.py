@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
@@ -12,15 +13,16 @@ from graftwork.v1 import tuning_pb2 as pb
 from graftwork.v1.tuning_pb2_grpc import TuningServiceServicer
 from graftwork_server.errors import InvalidArgument, Unavailable
 from graftwork_server.hub.hub import Hub
-from graftwork_server.hub.records import DatasetRecord
 from graftwork_server.hub.uploads import DatasetUpload
+from graftwork_server.logs import log_event, note
 from graftwork_server.rpc.convert import dataset_message, event_message, job_message, report_message, tuning_spec
 from graftwork_server.rpc.interceptors import Drain
 from graftwork_server.rpc.names import dataset_id, job_id
-from graftwork_server.rpc.streaming import check_chunk, first_payload, to_its_end
-from graftwork_server.tuning.data import DatasetReport
+from graftwork_server.rpc.streaming import Uploads, check_chunk, first_payload, to_its_end
 from graftwork_server.tuning.dataset_check import DatasetChecker, refuse_bad_lines
 from graftwork_server.tuning.jobs import JobManager
+
+log = logging.getLogger("graftwork.tuning")
 
 MAX_DISPLAY_NAME = 200
 
@@ -31,13 +33,20 @@ class TuningService(TuningServiceServicer):
     """Data sets and tuning jobs of this server. `max_dataset_bytes` is for one data set."""
 
     def __init__(
-        self, hub: Hub, jobs: JobManager, checker: DatasetChecker, drain: Drain, max_dataset_bytes: int
+        self,
+        hub: Hub,
+        jobs: JobManager,
+        checker: DatasetChecker,
+        drain: Drain,
+        max_dataset_bytes: int,
+        uploads: Uploads,
     ) -> None:
         self._hub = hub
         self._jobs = jobs
         self._checker = checker
         self._drain = drain
         self._max_dataset_bytes = max_dataset_bytes
+        self._uploads = uploads
 
     # ------------------------------------------------------------------------------------------ data sets
 
@@ -45,55 +54,73 @@ class TuningService(TuningServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadDatasetRequest], context: Context
     ) -> pb.UploadDatasetResponse:
         """Checks and stores a data set."""
-        upload = (await first_payload(request_iterator, "upload")).upload
-        _check_upload(upload)
-        with DatasetUpload(self._hub.store, self._max_dataset_bytes, upload.size_bytes) as received:
-            identifier = await _receive(request_iterator, received)
-            report = await self._checker.check(received.path)
-            refuse_bad_lines(report)
-            dataset = await to_its_end(self._store, received, identifier, upload.display_name, report)
+        with self._uploads.open(request_iterator) as requests:
+            upload = (await first_payload(requests, "upload")).upload
+            _check_upload(upload)
+            with DatasetUpload(self._hub.store, self._max_dataset_bytes, upload.size_bytes) as received:
+                await _receive(requests, received)
+                report = await self._checker.check(received.path)
+                refuse_bad_lines(report)
+                assert report.format is not None
+                dataset = await to_its_end(
+                    self._hub.datasets.store,
+                    received,
+                    display_name=upload.display_name,
+                    format=report.format,
+                    row_count=report.row_count,
+                )
+        log_event(log, "data set stored", dataset=dataset.dataset_id, rows=dataset.row_count, bytes=dataset.size_bytes)
         return pb.UploadDatasetResponse(dataset=dataset_message(dataset))
 
     async def ValidateDataset(
         self, request_iterator: AsyncIterator[pb.ValidateDatasetRequest], context: Context
     ) -> pb.ValidateDatasetResponse:
         """Reports on a data set and stores nothing."""
-        check = (await first_payload(request_iterator, "check")).check
-        longest = self._checker.context_tokens
-        if not 0 <= check.max_sequence_tokens <= longest:
-            raise InvalidArgument(
-                f"max_sequence_tokens is {check.max_sequence_tokens}; 1 to the context's {longest}, or 0 for that, is "
-                "accepted",
-                reason="INVALID_PARAMETER",
-                field="check.max_sequence_tokens",
-            )
-        if check.dataset:
-            identifier = dataset_id(check.dataset, "check.dataset")
-            await asyncio.to_thread(self._hub.registry.get_dataset, identifier, "check.dataset")
-            path = self._hub.store.dataset_path(identifier)
-            return report_message(await self._checker.check(path, check.max_sequence_tokens))
-        with DatasetUpload(self._hub.store, self._max_dataset_bytes) as received:
-            await _receive(request_iterator, received)
-            return report_message(await self._checker.check(received.path, check.max_sequence_tokens))
+        with self._uploads.open(request_iterator) as requests:
+            check = (await first_payload(requests, "check")).check
+            longest = self._checker.context_tokens
+            if not 0 <= check.max_sequence_tokens <= longest:
+                raise InvalidArgument(
+                    f"max_sequence_tokens is {check.max_sequence_tokens}; 1 to the context's {longest}, or 0 for that, "
+                    "is accepted",
+                    reason="INVALID_PARAMETER",
+                    field="check.max_sequence_tokens",
+                )
+            if check.dataset:
+                identifier = dataset_id(check.dataset, "check.dataset")
+                await asyncio.to_thread(self._hub.datasets.get, identifier, "check.dataset")
+                path = self._hub.store.dataset_path(identifier)
+                return report_message(await self._checker.check(path, check.max_sequence_tokens))
+            with DatasetUpload(self._hub.store, self._max_dataset_bytes) as received:
+                await _receive(requests, received)
+                return report_message(await self._checker.check(received.path, check.max_sequence_tokens))
 
-    def _store(
-        self, received: DatasetUpload, identifier: str, display_name: str, report: DatasetReport
-    ) -> DatasetRecord:
-        assert report.format is not None
-        received.store()
-        return self._hub.registry.add_dataset(
-            identifier,
-            display_name=display_name,
-            format=report.format,
-            row_count=report.row_count,
-            size_bytes=received.size_bytes,
-        )
+    async def GetDataset(self, request: pb.GetDatasetRequest, context: Context) -> pb.GetDatasetResponse:
+        """One data set."""
+        dataset = await asyncio.to_thread(self._hub.datasets.get, dataset_id(request.name, "name"))
+        return pb.GetDatasetResponse(dataset=dataset_message(dataset))
+
+    async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Context) -> pb.ListDatasetsResponse:
+        """Data sets, newest first, a page at a time."""
+        datasets, token = await asyncio.to_thread(self._hub.datasets.list, request.page_size, request.page_token)
+        return pb.ListDatasetsResponse(datasets=[dataset_message(one) for one in datasets], next_page_token=token)
+
+    async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Context) -> pb.DeleteDatasetResponse:
+        """Forgets a data set that no job needs."""
+        identifier = dataset_id(request.name, "name")
+        await to_its_end(self._hub.datasets.delete, identifier)
+        log_event(log, "data set deleted", dataset=identifier)
+        return pb.DeleteDatasetResponse()
 
     # ------------------------------------------------------------------------------------------ jobs
 
     async def CreateTuningJob(self, request: pb.CreateTuningJobRequest, context: Context) -> pb.CreateTuningJobResponse:
-        """Queues a job."""
+        """Queues a job, or only checks what can be checked without its data."""
+        if request.validate_only:
+            await self._jobs.check(tuning_spec(request.spec))
+            return pb.CreateTuningJobResponse(job=pb.TuningJob(spec=request.spec))
         job = await self._jobs.create(tuning_spec(request.spec), request.request_id)
+        note(job=job.job_id)
         return pb.CreateTuningJobResponse(job=job_message(job))
 
     async def GetTuningJob(self, request: pb.GetTuningJobRequest, context: Context) -> pb.GetTuningJobResponse:
@@ -109,6 +136,13 @@ class TuningService(TuningServiceServicer):
     async def CancelTuningJob(self, request: pb.CancelTuningJobRequest, context: Context) -> pb.CancelTuningJobResponse:
         """Ends a job without a version."""
         return pb.CancelTuningJobResponse(job=job_message(await self._jobs.cancel(job_id(request.name))))
+
+    async def DeleteTuningJob(self, request: pb.DeleteTuningJobRequest, context: Context) -> pb.DeleteTuningJobResponse:
+        """Forgets a job that has ended."""
+        identifier = job_id(request.name)
+        await self._jobs.delete(identifier)
+        log_event(log, "job deleted", job=identifier)
+        return pb.DeleteTuningJobResponse()
 
     async def WatchTuningJob(  # type: ignore[override]  # writes to the context instead of yielding
         self, request: pb.WatchTuningJobRequest, context: Context
@@ -150,11 +184,11 @@ def _check_upload(upload: pb.DatasetUpload) -> None:
 
 async def _receive(
     requests: AsyncIterator[pb.UploadDatasetRequest] | AsyncIterator[pb.ValidateDatasetRequest], received: DatasetUpload
-) -> str:
-    """Takes the bytes that follow the first message; returns the data set's id."""
+) -> None:
+    """Takes the bytes that follow the first message."""
     async for request in requests:
         if request.WhichOneof("payload") != "data":
             raise InvalidArgument("only the first message is no data", reason="UPLOAD_OUT_OF_ORDER", field="payload")
         check_chunk(request.data, "data")
         await to_its_end(received.write, request.data)
-    return await to_its_end(received.finish)
+    await to_its_end(received.finish)

@@ -2,12 +2,14 @@
 
     <folder>/step-00000050/tensors.safetensors   parameter/<name>, exp_avg/<name>, exp_avg_sq/<name>, rng/<device>
     <folder>/step-00000050/state.json            step, losses, counters, and the digest of the tensors
+    <folder>/best-00000040/...                   parameters alone: those that had the lowest held-out loss
 
 Each appears by a rename, so one that is there was finished; the digest finds what a disk did to it later.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -23,6 +25,7 @@ from graftwork_server.tuning.files import remove, write_folder, write_json, writ
 KEPT = 2
 """Newest checkpoints that are kept, so that one damaged file does not cost the run."""
 
+_DIGITS = "[0-9]" * 8
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -37,6 +40,13 @@ class Progressed(msgspec.Struct, kw_only=True):
     recent_losses: list[float] = []
     """Of the last tenth of all steps."""
     validation_loss: float | None = None
+    """The newest; at the end that of the published weights."""
+    best_loss: float | None = None
+    best_step: int = 0
+    """Step after which the held-out loss was lowest; 0: it was never measured."""
+    measured_since_best: int = 0
+    """Held-out losses since then."""
+    published_step: int = 0
 
 
 class CheckpointMismatch(Exception):
@@ -53,15 +63,32 @@ class Checkpoints:
     def save(
         self, progressed: Progressed, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Makes a checkpoint durable, then removes all but the newest two."""
-        tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
+        """Makes a checkpoint durable, then removes what is no longer needed: see _tidy."""
+        tensors = _parameter_tensors(parameters)
         for name, parameter in parameters.items():
             state = optimizer.state.get(parameter, {})
             tensors |= {f"{moment}/{name}": state[moment] for moment in _MOMENTS if moment in state}
         tensors["rng/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng/cuda"] = torch.cuda.get_rng_state()
+        self._write(_named("step", progressed.step), tensors, progressed)
+        self._tidy(progressed)
 
+    def save_best(self, progressed: Progressed, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Makes the parameters of `progressed.best_step` durable: a third of a checkpoint's bytes."""
+        self._write(_named("best", progressed.best_step), _parameter_tensors(parameters), progressed)
+        self._tidy(progressed)
+
+    def restore_best(self, step: int, parameters: Mapping[str, torch.nn.Parameter]) -> bool:
+        """Puts what save_best wrote for `step` into `parameters`; false if it is gone or damaged."""
+        try:
+            _, tensors = _read(self._folder / _named("best", step))
+        except Exception:  # whatever a damaged file makes the readers raise
+            return False
+        _put_parameters(parameters, tensors)
+        return True
+
+    def _write(self, name: str, tensors: Mapping[str, torch.Tensor], progressed: Progressed) -> None:
         def fill(temporary: Path) -> None:
             path = temporary / "tensors.safetensors"
             write_tensors(path, {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}, {})
@@ -72,8 +99,19 @@ class Checkpoints:
             }
             write_json(temporary / "state.json", document)
 
-        write_folder(self._folder / f"step-{progressed.step:08}", fill)
-        for old in self._newest_first()[KEPT:]:
+        write_folder(self._folder / name, fill)
+
+    def _tidy(self, progressed: Progressed) -> None:
+        """Removes all checkpoints but the newest two, and all best weights but those of `progressed` and of the
+        checkpoints that are kept: a run that goes on from one of them has to find them again."""
+        newest_first = self._newest_first()
+        needed = {_named("best", progressed.best_step)}
+        for folder in newest_first[:KEPT]:
+            with contextlib.suppress(Exception):  # a damaged one is passed over when it is read
+                document = json.loads((folder / "state.json").read_bytes())
+                needed.add(_named("best", msgspec.convert(document["progressed"], Progressed).best_step))
+        best = [folder for folder in self._folder.glob("best-" + _DIGITS) if folder.name not in needed]
+        for old in [*newest_first[KEPT:], *best]:
             remove(old)
 
     def restore(
@@ -97,7 +135,7 @@ class Checkpoints:
         return None
 
     def _newest_first(self) -> list[Path]:
-        return sorted(self._folder.glob("step-" + "[0-9]" * 8), reverse=True)
+        return sorted(self._folder.glob("step-" + _DIGITS), reverse=True)
 
     def _check(
         self,
@@ -114,6 +152,14 @@ class Checkpoints:
             raise CheckpointMismatch("its trained parameters are others")
 
 
+def _named(kind: str, step: int) -> str:
+    return f"{kind}-{step:08}"
+
+
+def _parameter_tensors(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     document = json.loads((folder / "state.json").read_bytes())
     path = folder / "tensors.safetensors"
@@ -128,17 +174,22 @@ def _put(
     tensors: Mapping[str, torch.Tensor],
     step: int,
 ) -> None:
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameter/{name}"])
-            if f"exp_avg/{name}" in tensors:
-                state = {moment: tensors[f"{moment}/{name}"].to(parameter.device).clone() for moment in _MOMENTS}
-                # The fused optimizer counts on the parameter's device.
-                state["step"] = torch.tensor(float(step), device=parameter.device)
-                optimizer.state[parameter] = state
+    _put_parameters(parameters, tensors)
+    for name, parameter in parameters.items():
+        if f"exp_avg/{name}" in tensors:
+            state = {moment: tensors[f"{moment}/{name}"].to(parameter.device).clone() for moment in _MOMENTS}
+            # The fused optimizer counts on the parameter's device.
+            state["step"] = torch.tensor(float(step), device=parameter.device)
+            optimizer.state[parameter] = state
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
+
+
+@torch.no_grad()
+def _put_parameters(parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[f"parameter/{name}"])
 
 
 def _sha256(path: Path) -> str:

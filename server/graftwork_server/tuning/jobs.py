@@ -3,6 +3,7 @@
     PENDING --> RUNNING --> SUCCEEDED      its version was published in the same transaction
         |          +------> FAILED         error says why
         +----------+------> CANCELLED
+                PAUSED                     in between, while the disk is full
 
 States and events live in the registry; nothing here is lost with the process. One JobRun drives each running job.
 """
@@ -18,24 +19,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from graftwork_server.errors import FailedPrecondition, InvalidArgument, Unavailable, Violation
+import msgspec
+
+from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument, Unavailable
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import JobEventRecord, JobRecord, StateChanged, TuningSpec
 from graftwork_server.hub.registry import check_adapter_id, request_key
+from graftwork_server.logs import log_event
 from graftwork_server.messages import JobEvent
 from graftwork_server.tasks import require_generation
 from graftwork_server.text import TextProcessor
+from graftwork_server.tuning.automatic import choose_held_out, given_settings
 from graftwork_server.tuning.data import DatasetReport, check_dataset, read_lines
+from graftwork_server.tuning.dataset_check import refuse_bad_lines
 from graftwork_server.tuning.job_run import EngineCalls, EngineStatus, JobRun, Surroundings, check_strategy
 from graftwork_server.tuning.schedule import held_out_count
-from graftwork_server.types import JobState, ModelInfo, StrategyInfo
+from graftwork_server.types import JobState, ModelInfo, SettingChoice, StrategyInfo
 
 MAX_VALIDATION_FRACTION = 0.5
 EVENTS_PER_READ = 256
+_NOMINAL_ROWS, _NOMINAL_TOKENS = 1_000, 100_000
+"""Stand in for data that is not there yet, when settings are checked."""
 
 DatasetCheck = Callable[[Path, int], Awaitable[DatasetReport]]
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("graftwork.tuning")
 
 
 class JobManager:
@@ -114,36 +122,48 @@ class JobManager:
         """Checks everything that can be checked before training, and queues the job.
 
         Raises InvalidArgument (fields named, DATASET_INVALID, DATASET_NO_LOSS, REQUEST_ID_REUSED), NotFound
-        (DATASET_NOT_FOUND), FailedPrecondition (STRATEGY_UNAVAILABLE, TOKENIZER_MISSING, BASE_IS_ENCODER), and what the
-        strategy says about its settings.
+        (DATASET_NOT_FOUND), AlreadyExists (ADAPTER_EXISTS), FailedPrecondition (STRATEGY_UNAVAILABLE,
+        TOKENIZER_MISSING, BASE_IS_ENCODER), and what the strategy says about its settings.
         """
         request = request_key("CreateTuningJob", request_id, spec)
         if (known := await asyncio.to_thread(self._hub.jobs.find_request, request)) is not None:
             return known
-        require_generation(self._model, "tuning")
-        _check_spec(spec)
-        check_strategy(self._strategies(), spec.strategy, "spec.strategy")
+        await self._check_spec(spec)
+        if not spec.dataset_id:
+            raise InvalidArgument("a job needs a data set", reason="DATASET_MISSING", field="spec.dataset")
         report = await self._checked_dataset(spec, spec.dataset_id, "spec.dataset")
+        fraction, choices = _held_out_fraction(spec, report.row_count)
+        held_out = held_out_count(report.row_count, fraction)
+        rows = report.row_count - held_out
         if spec.validation_dataset_id:
-            await self._checked_dataset(spec, spec.validation_dataset_id, "spec.validation_dataset")
-        rows = report.row_count - held_out_count(report.row_count, spec.validation_fraction)
+            validation = await self._checked_dataset(spec, spec.validation_dataset_id, "spec.validation_dataset")
+            held_out = validation.row_count
         tokens = math.ceil(report.total_tokens * rows / report.row_count)
-        prepared = await self._engine.prepare_job(spec.strategy, spec.config, rows, tokens)
-        complete = TuningSpec(
-            strategy=spec.strategy,
-            dataset_id=spec.dataset_id,
-            validation_dataset_id=spec.validation_dataset_id,
-            validation_fraction=spec.validation_fraction,
-            adapter_id=spec.adapter_id,
-            config=prepared.config,
-            load=spec.load,
+        prepared = await self._engine.prepare_job(spec.strategy, spec.config, rows, tokens, held_out)
+        complete = msgspec.structs.replace(
+            spec, validation_fraction=fraction, config=prepared.config, choices=[*choices, *prepared.choices]
         )
         job_id = f"job-{secrets.token_hex(8)}"
         job = await asyncio.to_thread(
             self._hub.jobs.create, job_id, complete, prepared.estimate, self._model.fingerprint, request
         )
+        log_event(
+            _log,
+            "job created",
+            job=job.job_id,
+            strategy=spec.strategy,
+            adapter=spec.adapter_id,
+            dataset=spec.dataset_id,
+            rows=report.row_count,
+            steps=job.estimate.total_steps,
+        )
         self._later(self._start_next())
         return job
+
+    async def check(self, spec: TuningSpec) -> None:
+        """Checks what can be checked without the data: strategy, settings, adapter. Raises as create does."""
+        await self._check_spec(spec)
+        await self._engine.prepare_job(spec.strategy, spec.config, _NOMINAL_ROWS, _NOMINAL_TOKENS, 0)
 
     async def get(self, job_id: str) -> JobRecord:
         """A job. Raises NotFound (JOB_NOT_FOUND)."""
@@ -152,6 +172,10 @@ class JobManager:
     async def list(self, page_size: int = 0, page_token: str = "") -> tuple[Sequence[JobRecord], str]:
         """Jobs, newest first, and the next page's token."""
         return await asyncio.to_thread(self._hub.jobs.list, page_size, page_token)
+
+    async def delete(self, job_id: str) -> None:
+        """Forgets a job that has ended. Raises NotFound, FailedPrecondition (JOB_NOT_ENDED)."""
+        await asyncio.to_thread(self._hub.jobs.delete, job_id)
 
     async def cancel(self, job_id: str) -> JobRecord:
         """Ends a job; returns once its tuner is gone. A second time is no error.
@@ -165,6 +189,7 @@ class JobManager:
                 if not job.state.final:
                     ended = [StateChanged(state=JobState.CANCELLED)]
                     job = await asyncio.to_thread(self._hub.jobs.record, job_id, ended)
+                    log_event(_log, "job cancelled", job=job_id)
                     self._notify(job_id)
         if active is not None:
             run, task = active
@@ -224,7 +249,7 @@ class JobManager:
                 return
             unfinished = await asyncio.to_thread(self._hub.jobs.unfinished)
             waiting = [job for job in unfinished if job.job_id not in self._active]
-            waiting.sort(key=lambda job: job.state is not JobState.RUNNING)
+            waiting.sort(key=lambda job: job.state is JobState.PENDING)
             for job in waiting[: self._max_concurrent - len(self._active)]:
                 run = JobRun(job, self._around)
                 task = asyncio.create_task(run.run(), name=f"job {job.job_id}")
@@ -234,7 +259,9 @@ class JobManager:
     def _ended(self, job_id: str, task: asyncio.Task[None]) -> None:
         self._active.pop(job_id, None)
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("job %s is left as it is until the next start", job_id, exc_info=error)
+            expected = isinstance(error, GraftworkServerError)  # a full disk, say: no defect, so no traceback
+            what = f"job {job_id} is left as it is until the next start"
+            _log.error("%s: %s", what, error, exc_info=None if expected else error)
             return
         if not self._stopping:
             self._later(self._start_next())
@@ -251,24 +278,20 @@ class JobManager:
 
         return await asyncio.to_thread(check)
 
+    async def _check_spec(self, spec: TuningSpec) -> None:
+        require_generation(self._model, "tuning")
+        _check_ranges(spec)
+        check_strategy(self._strategies(), spec.strategy, "spec.strategy")
+        await asyncio.to_thread(self._hub.jobs.check_target, spec)
+
     async def _checked_dataset(self, spec: TuningSpec, dataset_id: str, field: str) -> DatasetReport:
         if self._text is None:
             raise FailedPrecondition(
                 "the base model has no tokenizer, so nothing can be tuned on text", reason="TOKENIZER_MISSING"
             )
-        await asyncio.to_thread(self._hub.registry.get_dataset, dataset_id, field)
+        await asyncio.to_thread(self._hub.datasets.get, dataset_id, field)
         report = await self._check(self._hub.store.dataset_path(dataset_id), self._row_limit(spec))
-        if not report.valid:
-            where = [Violation(": ".join(filter(None, (field, e.place))), e.reason) for e in report.errors]
-            first = report.errors[0]
-            problems = f"{report.error_count} problems; the first: " if report.error_count > 1 else ""
-            place = f"{first.place}: " if first.place else ""
-            no_loss = report.error_count == 1 and report.total_tokens > 0 and report.loss_tokens == 0
-            raise InvalidArgument(
-                f"data set {dataset_id} cannot be trained on: {problems}{place}{first.reason}",
-                reason="DATASET_NO_LOSS" if no_loss else "DATASET_INVALID",
-                violations=where,
-            )
+        refuse_bad_lines(report, f"data set {dataset_id}", field)
         return report
 
     def _row_limit(self, spec: TuningSpec) -> int:
@@ -280,11 +303,22 @@ class JobManager:
         return context
 
 
-def _check_spec(spec: TuningSpec) -> None:
+def _held_out_fraction(spec: TuningSpec, row_count: int) -> tuple[float, list[SettingChoice]]:
+    """The fraction of rows to hold out, and where it comes from."""
+    key = "validation_fraction"
+    if spec.validation_dataset_id:
+        return 0.0, []
+    if spec.validation_fraction is not None:
+        return spec.validation_fraction, given_settings({key: spec.validation_fraction})
+    choice = choose_held_out(spec.config, row_count)
+    if choice is None:
+        return 0.0, []
+    return choice.value, [SettingChoice(key=key, value=choice.value, reason=choice.reason)]
+
+
+def _check_ranges(spec: TuningSpec) -> None:
     check_adapter_id(spec.adapter_id, "spec.adapter_id")
-    if not spec.dataset_id:
-        raise InvalidArgument("a job needs a data set", reason="DATASET_MISSING", field="spec.dataset")
-    fraction = spec.validation_fraction
+    fraction = spec.validation_fraction or 0.0
     if not 0 <= fraction <= MAX_VALIDATION_FRACTION:  # false for NaN, too
         raise InvalidArgument(
             f"validation_fraction must be from 0 to {MAX_VALIDATION_FRACTION}, not {fraction}",

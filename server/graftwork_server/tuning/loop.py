@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,13 +22,17 @@ from graftwork_server.plugin_host import guard
 from graftwork_server.tuning.checkpoint import CheckpointMismatch, Checkpoints, Progressed
 from graftwork_server.tuning.data.rows import loss_tokens
 from graftwork_server.tuning.gate import Gate
+from graftwork_server.tuning.reports import Reports
 from graftwork_server.tuning.schedule import learning_rate, pack, rows_of_step, steps_per_epoch, total_steps
 from graftwork_server.types import TuningProgress
+
+_RATE_STEPS = 20
+"""Steps over which rates are taken."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run trains, on what, and whom it tells."""
+    """What a run trains, on what, and who hears of it."""
 
     strategy: Strategy
     config: TrainingConfig
@@ -37,8 +42,12 @@ class Run:
     """To train on; each carries loss."""
     held_out: Sequence[TrainingRow]
     checkpoints: Checkpoints
-    send: Callable[[TunerEvent], None]
+    reports: Reports
     gate: Gate | None = None
+
+    def send(self, event: TunerEvent) -> None:
+        """Reports what has happened."""
+        self.reports.send(event)
 
 
 def train(run: Run) -> Progressed:
@@ -57,7 +66,8 @@ def train(run: Run) -> Progressed:
     )
     state = _resumed(run, optimizer)
     clock = _Clock(state, steps)
-    for step in range(state.step, steps):
+    while state.step < steps and not _has_converged(config, state):
+        step = state.step
         rows = [run.rows[index] for index in rows_of_step(config, len(run.rows), step)]
         rate = learning_rate(config, step, steps)
         loss = _accumulate_gradients(run, rows)  # mean per token that carries loss
@@ -73,14 +83,51 @@ def train(run: Run) -> Progressed:
         state.recent_losses = [*state.recent_losses, loss][-math.ceil(steps / 10) :]
         run.send(Progress(progress=clock.progress(loss, rate)))
         if run.held_out and _evaluation_is_due(run, state.step, steps):
-            state.validation_loss = evaluate(run)
-            run.send(Evaluated(step=state.step, loss=state.validation_loss))
+            _measure(run, state)
         if config.checkpoint_steps and state.step % config.checkpoint_steps == 0 and state.step < steps:
             clock.update()
+            run.reports.keep(state.step)
             run.checkpoints.save(state, run.trainable.parameters, optimizer)
             run.send(Checkpointed(step=state.step))
     clock.update()
+    if state.step < steps:
+        text = f"stopped after step {state.step} of {steps}: the held-out loss was lowest after step {state.best_step}"
+        run.send(Note(text=text))
+    state.published_step = state.step
+    if config.published_weights == "best":
+        _take_best(run, state)
     return state
+
+
+def _measure(run: Run, state: Progressed) -> None:
+    """Measures the held-out loss; weights with a new lowest one are made durable if they may be published."""
+    loss = evaluate(run)
+    state.validation_loss = loss
+    state.measured_since_best += 1
+    if loss < (math.inf if state.best_loss is None else state.best_loss):
+        state.best_loss, state.best_step, state.measured_since_best = loss, state.step, 0
+        if run.config.published_weights == "best":
+            run.checkpoints.save_best(state, run.trainable.parameters)
+    run.send(Evaluated(step=state.step, loss=loss))
+
+
+def _has_converged(config: TrainingConfig, state: Progressed) -> bool:
+    return 0 < config.early_stopping_patience <= state.measured_since_best
+
+
+def _take_best(run: Run, state: Progressed) -> None:
+    """Puts the weights with the lowest held-out loss in the place of the last ones."""
+    if state.best_step in (0, state.step):
+        return
+    if not run.checkpoints.restore_best(state.best_step, run.trainable.parameters):
+        run.send(Note(text=f"the weights of step {state.best_step}, the best, are damaged; the last are published"))
+        return
+    text = (
+        f"the weights of step {state.best_step} are published: their held-out loss is {state.best_loss:.4f}, that of "
+        f"the last ones {state.validation_loss:.4f}"
+    )
+    run.send(Note(text=text))
+    state.published_step, state.validation_loss = state.best_step, state.best_loss
 
 
 @torch.no_grad()
@@ -89,6 +136,7 @@ def evaluate(run: Run) -> float:
     total = 0.0
     with _evaluation_mode(run.trainable.model):
         for rows in _micro_batches(run.held_out, run.config.micro_batch_tokens):
+            _yield_to_serving(run)
             total += float(_loss(run, rows))
     return total / sum(loss_tokens(row) for row in run.held_out)
 
@@ -99,10 +147,14 @@ def _accumulate_gradients(run: Run, rows: Sequence[TrainingRow]) -> float:
     carrying = sum(loss_tokens(row) for row in rows)
     total = torch.zeros((), device=run.device)
     for micro_rows in _micro_batches(rows, run.config.micro_batch_tokens):
-        if run.gate is not None:
-            run.gate.wait()
+        _yield_to_serving(run)
         total += _loss(run, micro_rows, scale=1 / carrying)
     return float(total)
+
+
+def _yield_to_serving(run: Run) -> None:
+    if run.gate is not None:
+        run.gate.wait()
 
 
 def _loss(run: Run, rows: Sequence[TrainingRow], scale: float | None = None) -> torch.Tensor:
@@ -157,6 +209,7 @@ def _resumed(run: Run, optimizer: torch.optim.Optimizer) -> Progressed:
         ) from None
     if state is None:
         return Progressed()
+    run.reports.go_on(state.step)
     run.send(Note(text=f"goes on from the checkpoint of step {state.step}"))
     return state
 
@@ -179,24 +232,29 @@ class _Clock:
     def __init__(self, state: Progressed, steps: int) -> None:
         self._state, self._steps = state, steps
         self._started = time.monotonic()
-        self._before_ms, self._first_step, self._first_token = state.train_ms, state.step, state.seen_tokens
+        self._before_ms = state.train_ms
+        self._marks = deque([(self._started, state.step, state.seen_tokens)], maxlen=_RATE_STEPS + 1)
 
     def update(self) -> float:
-        """Brings the state's train_ms up to now; returns the seconds since this process began to train."""
-        seconds = time.monotonic() - self._started
-        self._state.train_ms = self._before_ms + round(seconds * 1000)
-        return seconds
+        """Brings the state's train_ms up to now, which is returned."""
+        now = time.monotonic()
+        self._state.train_ms = self._before_ms + round((now - self._started) * 1000)
+        return now
 
     def progress(self, loss: float, rate: float) -> TuningProgress:
-        """The report of the step just done."""
-        state, seconds = self._state, max(self.update(), 1e-9)
-        seconds_per_step = seconds / (state.step - self._first_step)
+        """The report of the step just done. Its rates are of the last steps: the whole run's would hide that it has
+        become slower or faster since."""
+        state = self._state
+        self._marks.append((self.update(), state.step, state.seen_tokens))
+        (began, first_step, first_token), (ended, _, _) = self._marks[0], self._marks[-1]
+        seconds = max(ended - began, 1e-9)
+        seconds_per_step = seconds / (state.step - first_step)
         return TuningProgress(
             step=state.step,
             total_steps=self._steps,
             loss=loss,
             learning_rate=rate,
-            tokens_per_second=(state.seen_tokens - self._first_token) / seconds,
+            tokens_per_second=(state.seen_tokens - first_token) / seconds,
             eta_ms=round((self._steps - state.step) * seconds_per_step * 1000),
             seen_tokens=state.seen_tokens,
         )

@@ -24,6 +24,8 @@ import msgspec
 
 from graftwork_plugins import BaseModelHandle, Strategy, TrainingConfig, TrainingRow
 from graftwork_server.errors import FailedPrecondition, InvalidArgument, body_of
+from graftwork_server.last_words import exit_when_a_thread_dies
+from graftwork_server.logs import set_up
 from graftwork_server.messages import (
     Failed,
     Finished,
@@ -36,10 +38,10 @@ from graftwork_server.messages import (
 )
 from graftwork_server.plugin_host import PluginHost, guard, is_out_of_memory, parse_config
 from graftwork_server.text import TextProcessor
-from graftwork_server.tuning.data import how_to_fit, read_lines, tokenize_rows
-from graftwork_server.tuning.data.rows import loss_tokens
+from graftwork_server.tuning.data import how_to_fit, no_end, read_lines, tokenize_rows
+from graftwork_server.tuning.data.rows import learned_ends, loss_tokens
 from graftwork_server.tuning.files import write_artifact, write_json
-from graftwork_server.tuning.memory import PeakMemory
+from graftwork_server.tuning.memory import peak_memory
 from graftwork_server.tuning.schedule import split_rows
 from graftwork_server.types import TuningResult
 
@@ -62,7 +64,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     connection = socket.socket(fileno=parser.parse_args().fd)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s tuner %(levelname)s %(name)s: %(message)s")
+    set_up("info", "text")
+    exit_when_a_thread_dies()
     command = command_decoder.decode(receive_frame(connection))
     threading.Thread(target=_exit_with_engine, args=(connection,), name="watchdog", daemon=True).start()
     _step_back()
@@ -89,10 +92,9 @@ def _run_job(command: StartTuning, send: Callable[[TunerEvent], None]) -> Tuning
     if artifact_dir.is_dir() and result_file.is_file():
         send(Note(text="the job had ended before; its artifact is whole"))
         return msgspec.json.decode(result_file.read_bytes(), type=TuningResult)
-    peak = PeakMemory(command.model.device.partition(":")[0])
     strategy = PluginHost().strategy(job.strategy)
     config = parse_config(strategy, job.config)
-    rows = _read_rows(command, config, send)
+    rows, ends = _read_rows(command, config, send)
     # torch comes only now: importing it takes seconds, and what is wrong with a job is known before.
     from graftwork_server.tuning.loop import train
 
@@ -105,11 +107,13 @@ def _run_job(command: StartTuning, send: Callable[[TunerEvent], None]) -> Tuning
     artifact_bytes = write_artifact(saved, artifact_dir)
     result = TuningResult(
         trained_parameters=sum(parameter.numel() for parameter in run.trainable.parameters.values()),
-        peak_memory_bytes=peak.bytes(),
+        peak_memory_bytes=peak_memory(command.model.device.partition(":")[0]),
         artifact_bytes=artifact_bytes,
         train_ms=state.train_ms,
         final_loss=sum(state.recent_losses) / len(state.recent_losses),
         validation_loss=state.validation_loss,
+        published_step=state.published_step,
+        end_token_ids=ends,
     )
     write_json(result_file, msgspec.to_builtins(result))
     return result
@@ -131,6 +135,7 @@ def _prepared(
     from graftwork_server.tuning.checkpoint import Checkpoints
     from graftwork_server.tuning.gate import Gate
     from graftwork_server.tuning.loop import Run
+    from graftwork_server.tuning.reports import Reports
 
     job, model = command.job, command.model
     torch.set_num_threads(command.threads)
@@ -150,15 +155,15 @@ def _prepared(
         rows=rows[0],
         held_out=rows[1],
         checkpoints=Checkpoints(Path(job.job_dir) / "checkpoints", identity),
-        send=send,
+        reports=Reports(Path(job.job_dir) / "reports", send, job.reported_step),
         gate=Gate(command.gate_fd, command.yield_ms),
     )
 
 
 def _read_rows(
     command: StartTuning, config: TrainingConfig, send: Callable[[TunerEvent], None]
-) -> tuple[list[TrainingRow], list[TrainingRow]]:
-    """Rows to train on and rows held out, tokenised; rows without loss are left out."""
+) -> tuple[tuple[list[TrainingRow], list[TrainingRow]], list[int]]:
+    """Rows to train on and rows held out, tokenised, and the tokens that end those; rows without loss are left out."""
     model, job = command.model, command.job
     if model.tokenizer_dir is None:
         raise FailedPrecondition(
@@ -180,7 +185,10 @@ def _read_rows(
         )
     if len(learnable) < len(rows):
         send(Note(text=f"{len(rows) - len(learnable)} rows carry no loss within {longest} tokens and are left out"))
-    return learnable, [row for row in held_out if loss_tokens(row)]
+    ends = sorted(frozenset[int]().union(*(learned_ends(row, text) for row in learnable)))
+    if not ends:
+        send(Note(text=no_end(text)))
+    return (learnable, [row for row in held_out if loss_tokens(row)]), ends
 
 
 def _tokenized(path: Path, text: TextProcessor, longest: int) -> Iterator[TrainingRow]:
@@ -199,12 +207,12 @@ def _explained(error: Exception) -> Exception:
         )
     # safetensors has its own exception and says the number in the text.
     if getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error):
-        return FailedPrecondition("the disk is full; free some space and create the job anew", reason="DISK_FULL")
+        return FailedPrecondition("the disk is full", reason="DISK_FULL")
     return error
 
 
 def _step_back() -> None:
-    """Serving comes first: for the scheduler, and when the kernel has to choose whom to kill for memory."""
+    """Serving comes first: for the scheduler, and when the kernel kills a process for its memory."""
     os.nice(_NICENESS)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tests.e2e.reference import TOLERANCE
 from tests.e2e.serving import eventually
 from transformers import AutoModelForCausalLM
 
@@ -218,8 +219,10 @@ class Reference:
 def assert_greedy_matches(
     harness: Harness, reference: Reference, request_id: int, prompt: list[int], adapter: str | None
 ) -> None:
-    """Every sampled token is the reference's most likely one, and its logits are within 1e-4."""
+    """Every sampled token is the reference's most likely one, and its logits are within 1e-4; so each of two may be the
+    most likely that are no further apart than both can be off."""
     tokens = harness.tokens[request_id]
     expected = reference.logits(prompt + tokens, adapter)[len(prompt) - 1 : -1]
-    assert tokens == expected.argmax(-1).tolist()
-    torch.testing.assert_close(torch.stack(harness.logits[request_id]), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.stack(harness.logits[request_id]), expected, atol=TOLERANCE, rtol=0)
+    of_tokens = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert (expected.amax(-1) - of_tokens <= 2 * TOLERANCE).all(), (tokens, expected.argmax(-1).tolist())

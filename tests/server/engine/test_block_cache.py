@@ -16,7 +16,7 @@ from graftwork_server.engine.attention import paged
 from graftwork_server.engine.attention.packed import causal_attention
 from graftwork_server.engine.attention.paged import Chunk, plan_attention
 from graftwork_server.engine.block_cache import BlockKVCache, kv_cache_for, torch_varlen, usable_varlen
-from graftwork_server.engine.kv_cache import BLOCK_TOKENS, KVCache, LayerShape, rows_of
+from graftwork_server.engine.kv_cache import KVCache, LayerShape, rows_of
 from graftwork_server.engine.triton_kernels import triton_kernels
 
 CPU = torch.device("cpu")
@@ -200,7 +200,3 @@ def test_soft_caps_are_left_to_the_kernels(window: int | None, softcap: float | 
     check_step(cache, torch.bfloat16, 6, layer, window, softcap)
     check_step(cache, torch.bfloat16, 6, layer, window, softcap, prefill=9)
     assert len(called) == 2 * calls
-
-
-def test_block_size_is_what_the_kernels_were_written_for() -> None:
-    assert BLOCK_TOKENS == 16

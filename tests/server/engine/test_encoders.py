@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from peft import IA3Config, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tests import toys
+from tests.bounds import assert_near
 from tests.server.engine.harness import CPU, Harness
 from tests.server.engine.test_heads import load
 from tests.server.engine.test_peft_features import load as load_any
@@ -99,7 +99,7 @@ def test_embeddings_and_classifiers_equal_peft(
     ):
         harness.pool(1000 + request_id, rows[2], ref, **pool)
         harness.run()
-        torch.testing.assert_close(harness.values(1000 + request_id), before[request_id], atol=1e-5, rtol=0)
+        assert_near(harness.values(1000 + request_id), before[request_id])
 
 
 def test_a_classifier_as_the_base_has_labels_of_its_own(architecture: str, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_every_feature_equals_peft_mixed_alone_and_reloaded(
         harness.engine.adapters.unload(name)
         harness.pool(numbers[name][0], rows[0], load(harness, path, name), kind="classify")
         harness.run()
-        torch.testing.assert_close(harness.values(numbers[name][0]), mixed[0], atol=1e-5, rtol=0, msg=name)
+        assert_near(harness.values(numbers[name][0]), mixed[0], what=name)
         harness.engine.adapters.unload(name)
 
 
@@ -313,26 +313,14 @@ def test_a_long_sequence_runs_alone_and_whole(tmp_path: Path) -> None:
         torch.testing.assert_close(harness.values(index), states_of(model, ids)[-1], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("document", "expected"),
-    [
-        (None, "mean"),
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
-        ({"pooling_mode_lasttoken": True}, "last"),
-        ({"pooling_mode_max_tokens": True}, "mean"),
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "mean"),
-        ({"pooling_mode": "cls"}, "cls"),
-    ],
-)
-def test_the_default_pooling_is_the_checkpoints_own(
-    tmp_path: Path, document: dict[str, Any] | None, expected: str
-) -> None:
+def test_the_default_pooling_is_the_checkpoints_own(tmp_path: Path) -> None:
     model_dir = toys.make_encoder("distilbert", tmp_path / "model")
-    if document is not None:
-        (model_dir / "1_Pooling").mkdir()
-        (model_dir / "1_Pooling" / "config.json").write_text(json.dumps(document))
     info = load_model(str(model_dir), CPU, torch.float32, tmp_path).info
-    assert (info.default_pooling, info.hidden_size, info.kv_tokens) == (expected, 48, 0)
+    assert (info.default_pooling, info.undone_pooling, info.hidden_size, info.kv_tokens) == ("mean", "", 48, 0)
+    (model_dir / "1_Pooling").mkdir()
+    (model_dir / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    info = load_model(str(model_dir), CPU, torch.float32, tmp_path).info
+    assert (info.default_pooling, info.undone_pooling) == ("cls", "")
 
 
 def test_a_causal_base_pools_the_last_token(llama_dir: Path) -> None:

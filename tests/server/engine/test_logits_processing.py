@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.bounds import assert_near
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -89,7 +90,7 @@ def test_it_is_what_transformers_does(sampling: dict[str, Any], generated: list[
     assert not torch.equal(expected, logits) or sampling == {"min_tokens": 2} or sampling == {"bad_words": [[1] * 30]}
     mine = logits[None].clone()
     assert process_logits(mine, [sequence(generated, **sampling)])
-    torch.testing.assert_close(mine[0], expected, atol=1e-6, rtol=0)
+    assert_near(mine[0], expected, terms=4)  # a logit is changed a few times
 
 
 def test_a_whole_batch_at_once_is_each_by_itself() -> None:

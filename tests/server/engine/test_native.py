@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from graftwork_server.engine import kv_cache
 from graftwork_server.engine.attention import paged
 from graftwork_server.engine.attention.packed import causal_attention
 from graftwork_server.engine.attention.paged import Chunk, plan_attention
 from graftwork_server.engine.kv_cache import KVCache, LayerShape, rows_of
-from graftwork_server.engine.native import NativeKernels, native_kernels
+from graftwork_server.engine.native import NativeKernels, build, native_kernels
 from graftwork_server.engine.native.build import load_library
+from graftwork_server.engine.native.kernels import LINEAR_ROWS
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -37,19 +40,22 @@ def close(answer: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(answer.float(), expected, rtol=2e-5 if exact else 1e-2, atol=2e-5 if exact else 1e-2)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16, 32, 33, 70])
 @pytest.mark.parametrize(("in_features", "out_features"), [(64, 8), (47, 12), (576, 20), (31, 4), (96, 64), (50, 32)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_linear(rows: int, in_features: int, out_features: int, with_bias: bool) -> None:
+def test_linear(in_features: int, out_features: int, with_bias: bool) -> None:
     kernels = native_kernels(CPU, torch.bfloat16)
-    x = draw(1, rows, in_features).bfloat16()
-    if kernels is None or not kernels.has_linear(x, out_features):
-        pytest.skip("no compiler, or the processor has no kernel for this shape")
+    if kernels is None or kernels.layers is None:
+        pytest.skip("no C compiler" if kernels is None else "this processor multiplies no bfloat16")
     weight, bias = draw(out_features, in_features, seed=1).bfloat16(), draw(out_features, seed=2).bfloat16()
-    expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float() if with_bias else None)
-    answer = kernels.linear(x, weight, bias if with_bias else None)
-    assert answer.shape == expected.shape
-    assert torch.allclose(answer.float(), expected, rtol=1e-2, atol=2e-2)
+    for rows in (1, 2, 3, 4, 7, 16, 32, 33, 70):
+        x = draw(1, rows, in_features).bfloat16()
+        if not kernels.has_linear(x, out_features):
+            assert rows > LINEAR_ROWS, "in vectors, every number of rows up to there is taken"
+            continue
+        expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float() if with_bias else None)
+        answer = kernels.linear(x, weight, bias if with_bias else None)
+        assert answer.shape == expected.shape
+        assert torch.allclose(answer.float(), expected, rtol=1e-2, atol=2e-2)
 
 
 def test_transpose(kernels: NativeKernels) -> None:
@@ -183,6 +189,19 @@ def test_a_compiler_that_fails_leaves_the_work_to_torch(
     monkeypatch.setenv("CC", str(tmp_path / "missing"))
     assert load_library() is None
     assert "no C compiler" in caplog.text
+
+
+def test_the_kernels_are_compiled_for_the_block_of_the_cache(tmp_path: Path) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source = Path(build.__file__).with_name("kernels.c")
+    assert f"-DBLOCK={kv_cache.BLOCK_TOKENS}" in build._FLAGS
+    command = [compiler, "-std=gnu11", "-fopenmp", "-fsyntax-only", str(source)]
+    unsaid = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert unsaid.returncode != 0
+    assert "given by build.py" in unsaid.stderr
+    assert subprocess.run([*command, "-DBLOCK=32"], check=False).returncode == 0  # none of these lanes without AVX-512
 
 
 def test_a_folder_that_others_can_write_to_is_not_run_from(

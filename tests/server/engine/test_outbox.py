@@ -11,16 +11,23 @@ import pytest
 
 from graftwork_server.engine import outbox as outbox_module
 from graftwork_server.engine.outbox import Outbox, default_messages_per_second
+from graftwork_server.errors import InvalidArgument
 from graftwork_server.messages import (
     EngineMessage,
+    HeadInfo,
+    Inspect,
+    InspectReply,
     Pinned,
+    Pooled,
     Reply,
     SequenceOutput,
     StepOutputs,
     TokenLogprobs,
+    encode_frame,
     engine_decoder,
     receive_frame,
 )
+from graftwork_server.types import ArtifactInfo
 
 NEVER = 1e-9
 """Messages per second: what is held back does not come by itself while a test runs."""
@@ -151,3 +158,46 @@ def test_the_default_grows_with_the_machine_up_to_a_bound(monkeypatch: pytest.Mo
     for cores, expected in ((1, 250), (2, 500), (64, 5000)):
         monkeypatch.setattr(outbox_module.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         assert default_messages_per_second() == expected
+
+
+def reply(call_id: int, strategy: str, rank: int = 1) -> Reply:
+    info = ArtifactInfo(strategy=strategy, parameter_count=1, rank=rank, modules_bound=1)
+    return Reply(call_id=call_id, result=InspectReply(info=info))
+
+
+@pytest.mark.parametrize("bad", [reply(1, "\ud800"), reply(1, "lora", 1 << 64)], ids=["half a surrogate", "a number"])
+def test_a_reply_that_cannot_be_sent_is_an_error_of_its_own_call(start: Start, bad: Reply) -> None:
+    outbox, end = start(ALWAYS)
+    outbox.send(bad)
+    outbox.send(reply(2, "lora"))
+    answer = received(end)
+    assert isinstance(answer, Reply)
+    assert (answer.call_id, answer.result) == (1, None)
+    assert answer.error is not None
+    assert answer.error.reason == "MESSAGE_NOT_SENDABLE"
+    assert received(end) == reply(2, "lora")
+
+
+def test_an_output_that_cannot_be_sent_ends_its_own_sequence() -> None:
+    ours, theirs = socket.socketpair()
+    broken: list[int] = []
+    outbox = Outbox(ours, ALWAYS, broken.append)
+    bad = SequenceOutput(2, [], "stop", pooled=Pooled(b"", HeadInfo(["\ud800"], "x")))
+    outbox.publish([SequenceOutput(1, [5], "stop"), bad, SequenceOutput(3, [7], "stop")])
+    outbox.close()
+    with ours, theirs:
+        outbox.run()
+        assert [outputs(theirs) for _ in range(3)] == [[(1, [5], "stop")], [(2, [], "error")], [(3, [7], "stop")]]
+    assert broken == [2]
+
+
+def test_what_no_frame_can_hold_is_refused() -> None:
+    nested: list[object] = []
+    for _ in range(100_000):
+        nested = [nested]
+    for value in ("\ud800", 1 << 64, nested, object()):
+        with pytest.raises(InvalidArgument) as caught:
+            encode_frame([value])
+        assert caught.value.reason == "MESSAGE_NOT_SENDABLE"
+    with pytest.raises(InvalidArgument, match="Inspect"):
+        encode_frame(Inspect(call_id=1, path="\ud800"))

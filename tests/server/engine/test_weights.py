@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import mmap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests import toys
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PhimoeConfig, Qwen2MoeConfig
 
 from graftwork_server.engine.adapted_linear import fused_view
 from graftwork_server.engine.attention.packed import packed_rows
@@ -110,6 +114,47 @@ def test_models_that_cannot_be_served_are_refused_in_a_sentence(what: str, tmp_p
         load_base(str(directory), CPU, torch.float32, tmp_path)
     assert raised.value.reason in {"MODEL_UNUSABLE", "MODEL_UNSUPPORTED"}
     assert "\n" not in raised.value.message
+
+
+def test_a_model_without_all_its_weights_is_refused_by_name(tmp_path: Path) -> None:
+    file = toys.make_model("llama", tmp_path / "model") / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        FailedPrecondition, match=r"no safetensors file has model\.layers\.1\.mlp\.down_proj\.weight"
+    ) as caught:
+        load_base(str(file.parent), CPU, torch.float32, tmp_path)
+    assert caught.value.reason == "MODEL_UNUSABLE"
+
+
+def test_what_the_files_say_and_is_not_done_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = toys.make_model("llama", tmp_path / "model")
+    load_base(str(directory), CPU, torch.float32, tmp_path)
+    assert caplog.text == ""
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | {"model.extra.weight": torch.ones(2)}, directory / "model.safetensors", {"format": "pt"})
+    generation = json.loads((directory / "generation_config.json").read_text())
+    generation |= {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.1}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    with caplog.at_level(logging.INFO, "graftwork.engine"):
+        load_base(str(directory), CPU, torch.float32, tmp_path)
+    assert "LlamaForCausalLM does not have are left out: model.extra.weight" in caplog.text
+    assert "do_sample, repetition_penalty, temperature is not applied" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [PhimoeConfig, Qwen2MoeConfig])
+def test_layers_that_see_other_tokens_than_they_tell_attention_are_refused(tmp_path: Path, kind: Any) -> None:
+    """Both classes hand the window over in their masks alone. Within a context that fits the window it is none."""
+    sizes = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    for window in (12, 256):
+        torch.manual_seed(0)
+        config = kind(**toys._COMMON, **sizes, sliding_window=window, use_sliding_window=True, max_window_layers=1)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / str(window))
+    with pytest.raises(FailedPrecondition, match="a mask that is not that of sliding_window None") as caught:
+        load_base(str(tmp_path / "12"), CPU, torch.float32, tmp_path)
+    assert caught.value.reason == "MODEL_UNSUPPORTED"
+    assert load_base(str(tmp_path / "256"), CPU, torch.float32, tmp_path).info.generates
 
 
 def test_a_device_that_is_missing_is_said_so() -> None:

@@ -18,6 +18,7 @@ from sqlalchemy import create_engine, text
 
 from graftwork_server.hub import database as database_module
 from graftwork_server.hub.database import Database
+from graftwork_server.hub.datasets import Datasets
 from graftwork_server.hub.job_registry import JobRegistry
 from graftwork_server.hub.models import Base
 from graftwork_server.hub.records import StateChanged
@@ -167,7 +168,8 @@ def test_versions_can_be_found_pinned_and_deleted(database: Database) -> None:
 
 
 def test_jobs_and_data_sets_go_on(database: Database) -> None:
-    dataset = Registry(database).get_dataset("ds-1")
+    no_store: Any = None
+    dataset = Datasets(database, no_store).get("ds-1")
     assert (dataset.display_name, dataset.format, dataset.row_count) == ("café.jsonl", DatasetFormat.CHAT, 3)
     jobs = JobRegistry(database)
     done, failed = jobs.get("job-1"), jobs.get("job-2")

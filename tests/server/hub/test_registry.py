@@ -114,7 +114,7 @@ def test_unknown_adapters_get_a_hint(hub: Hub) -> None:
 
 def test_concurrent_publications_get_their_own_numbers(hub: Hub) -> None:
     with ThreadPoolExecutor(8) as pool:
-        numbers = list(pool.map(lambda n: publish(hub, "a", f"[{n % 3}]").number, range(24)))
+        numbers = list(pool.map(lambda n: publish(hub, "a", f"[{n}]").number, range(24)))
     assert sorted(numbers) == list(range(1, 25))
 
 
@@ -159,7 +159,7 @@ def test_request_ids_are_short_and_plain(request_id: str) -> None:
 def test_pages_hold_everything_once(hub: Hub) -> None:
     for n in range(25):
         hub.registry.add_version(new(f"a{n:02}"), adapter_may_exist=True)
-    hub.registry.add_version(new("a03"), adapter_may_exist=True)
+    hub.registry.add_version(new("a03", "sha256:" + "1" * 64), adapter_may_exist=True)
     seen, token = [], ""
     while True:
         page, token = hub.registry.list_adapters(7, token)
@@ -172,8 +172,8 @@ def test_pages_hold_everything_once(hub: Hub) -> None:
 
 
 def test_versions_are_listed_newest_first_a_page_at_a_time(hub: Hub) -> None:
-    for _ in range(5):
-        hub.registry.add_version(new("a"), adapter_may_exist=True)
+    for n in range(5):
+        hub.registry.add_version(new("a", f"sha256:{n:064}"), adapter_may_exist=True)
     hub.registry.add_version(new("b"), adapter_may_exist=True)
     first, token = hub.registry.list_versions("a", 2)
     second, last = hub.registry.list_versions("a", 3, token)
@@ -279,11 +279,38 @@ async def test_equal_content_is_kept_for_the_other_name(hub: Hub) -> None:
     assert not hub.store.has_artifact(version.digest)
 
 
-def test_a_name_created_again_starts_over_with_its_own_identity(hub: Hub) -> None:
+def test_a_number_is_never_given_twice(tmp_path: Path) -> None:
+    hub = Hub(tmp_path)
     first = publish(hub, "a", "[1]")
     assert [version.number for version in hub.delete_adapter("a")] == [1]
     again = publish(hub, "a", "[2]")
-    assert (again.number, again.digest == first.digest) == (1, False)
+    assert (again.number, again.follows, again.digest == first.digest) == (2, 0, False)
+    publish(hub, "a", "[3]")
+    hub.delete_adapter("a")
+    hub.close()
+    hub = Hub(tmp_path)
+    assert [publish(hub, "a", f"[{n}]").number for n in (1, 4)] == [4, 5]
+    assert publish(hub, "b").number == 1
+    with pytest.raises(NotFound):
+        hub.registry.get_version("a", 1)
+    hub.close()
+
+
+def test_a_version_says_which_one_it_follows(hub: Hub) -> None:
+    assert [publish(hub, "a", f"[{n}]").follows for n in range(3)] == [0, 1, 2]
+    assert hub.registry.get_version("a", 2).follows == 1
+
+
+def test_the_same_files_again_are_the_same_version(hub: Hub) -> None:
+    first, second = publish(hub, "a", "[1]"), publish(hub, "a", "[2]")
+    assert publish(hub, "a", "[2]") == second
+    assert hub.registry.get_version("a") == second
+    # Going back to what was served earlier changes what the name serves: that has a number of its own.
+    back = publish(hub, "a", "[1]")
+    assert (back.number, back.follows, back.digest) == (3, 2, first.digest)
+    with pytest.raises(AlreadyExists):
+        publish(hub, "a", "[1]", adapter_may_exist=False)
+    assert [version.number for version in hub.registry.list_versions("a")[0]] == [3, 2, 1]
 
 
 def test_publishing_races_with_deleting_equal_content(hub: Hub) -> None:
@@ -309,12 +336,12 @@ def test_publishing_races_with_deleting_equal_content(hub: Hub) -> None:
 
 def test_datasets_are_registered_once(hub: Hub) -> None:
     for name in ("first.jsonl", "second.jsonl"):
-        row = hub.registry.add_dataset("ds-1", display_name=name, format=DatasetFormat.CHAT, row_count=3, size_bytes=4)
+        row = hub.datasets.add("ds-1", display_name=name, format=DatasetFormat.CHAT, row_count=3, size_bytes=4)
         assert row.display_name == "first.jsonl"
-    assert hub.registry.get_dataset("ds-1") == row
-    assert hub.registry.dataset_ids() == {"ds-1"}
+    assert hub.datasets.get("ds-1") == row
+    assert hub.datasets.ids() == {"ds-1"}
     with pytest.raises(NotFound):
-        hub.registry.get_dataset("ds-2")
+        hub.datasets.get("ds-2")
 
 
 # ------------------------------------------------------------------------------------------- schema
@@ -345,6 +372,7 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_database_is_one_clear_error(tmp_path: Path) -> None:
+    Hub(tmp_path).close()
     (tmp_path / "registry.db").write_bytes(b"this is no database at all" * 100)
     for _ in range(2):  # and the lock is free again
         with pytest.raises(GraftworkServerError) as caught:

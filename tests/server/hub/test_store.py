@@ -169,24 +169,28 @@ def test_a_failing_disk_leaves_nothing_half_visible(
     assert hub.store.has_artifact(hub.store.adopt(folder).digest)
 
 
-def test_garbage_goes_at_start(tmp_path: Path) -> None:
+def test_garbage_goes_at_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = Store(tmp_path)
+    kept_job, lost_job, kept_data, lost_data = "job-" + "1" * 16, "job-" + "2" * 16, "ds-" + "3" * 32, "ds-" + "4" * 32
     for folder in (
-        first.staging / "left",
+        first.new_staging(),
         first.artifacts / ("a" * 64),
         first.artifacts / ("b" * 64),
-        first.jobs / "gone",
-        first.jobs / "kept",
+        first.jobs / lost_job,
+        first.jobs / kept_job,
     ):
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "file.json").write_text("{}")
-    for id in ("ds-1", "ds-2"):
+    for id in (kept_data, lost_data):
         first.dataset_path(id).write_text("")
-    removed = first.collect({"sha256:" + "a" * 64}, {"ds-1"}, {"kept"})
+    caplog.set_level("INFO")
+    removed = first.collect({"sha256:" + "a" * 64}, {kept_data}, {kept_job})
     assert len(removed) == 4
+    for name in removed:
+        assert f"removing {name}" in caplog.text
     assert os.listdir(first.artifacts) == ["a" * 64]
-    assert os.listdir(first.datasets) == ["ds-1.jsonl"]
-    assert os.listdir(first.jobs) == ["kept"]
+    assert os.listdir(first.datasets) == [f"{kept_data}.jsonl"]
+    assert os.listdir(first.jobs) == [kept_job]
     assert os.listdir(first.staging) == []
     first.close()
 

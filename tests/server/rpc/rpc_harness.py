@@ -13,7 +13,13 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from tests.server import scripted_engine as script
 
-from graftwork.v1 import adapters_pb2_grpc, generation_pb2_grpc, strategies_pb2_grpc, tuning_pb2_grpc
+from graftwork.v1 import (
+    adapters_pb2_grpc,
+    generation_pb2_grpc,
+    server_pb2_grpc,
+    strategies_pb2_grpc,
+    tuning_pb2_grpc,
+)
 from graftwork_server.config import ServerConfig
 from graftwork_server.front import Front
 
@@ -47,6 +53,7 @@ async def start_server(folder: Path, tokenizer_dir: Path, options=None, **settin
         adapters=adapters_pb2_grpc.AdapterServiceStub(channel),
         tuning=tuning_pb2_grpc.TuningServiceStub(channel),
         strategies=strategies_pb2_grpc.StrategyServiceStub(channel),
+        status=server_pb2_grpc.ServerServiceStub(channel),
         heard=lambda kind: [e for e in map(json.loads, log.read_text().splitlines()) if e["type"] == kind],
     )
 

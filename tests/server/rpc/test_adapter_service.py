@@ -100,6 +100,39 @@ async def test_versions_are_added_and_named(server, refused):
     ).code == "NOT_FOUND"
 
 
+async def test_one_version_is_deleted(server, refused):
+    for seed in ("one", "two", "three"):
+        await create(server, "a", files_of(seed), new_version=True)
+    digest = (await get(server, "adapters/a/versions/3")).adapter.digest.removeprefix("sha256:")
+    await server.adapters.LoadAdapter(pb.LoadAdapterRequest(name="adapters/a"))
+
+    async def delete(number):
+        return await server.adapters.DeleteVersion(pb.DeleteVersionRequest(name=f"adapters/a/versions/{number}"))
+
+    assert (await delete(3)).newest_version == 2
+    await until(lambda: not server.front.engine.loaded)
+    assert not (server.data / "artifacts" / digest).exists()
+    assert (await get(server, "adapters/a")).adapter.version == 2
+    assert (await generate(server, "a"))[-1].version == 2
+    assert (await refused(delete(3))).reason == "VERSION_NOT_FOUND"
+    for name in ("adapters/a", "adapters/a/versions/latest"):
+        error = await refused(server.adapters.DeleteVersion(pb.DeleteVersionRequest(name=name)))
+        assert error.reason == "INVALID_NAME"
+    assert (await delete(1)).newest_version == 2
+    assert (await delete(2)).newest_version == 0
+    assert (await refused(get(server, "adapters/a"))).reason == "ADAPTER_NOT_FOUND"
+    assert (await create(server, "a", files_of("four"))).adapter.version == 4
+
+
+async def test_the_latest_version_has_a_name(server, refused):
+    await create(server, "a", files_of("one"))
+    await create(server, "a", files_of("two"), new_version=True)
+    assert (await get(server, "adapters/a/versions/latest")).adapter.version == 2
+    assert (await generate(server, "a@latest"))[-1].version == 2
+    error = await refused(generate(server, "a@newest"))
+    assert '"latest" is the newest' in error.message
+
+
 async def test_the_same_request_id_creates_once(server, refused):
     first = await create(server, "a", request_id="r-1")
     again = await create(server, "a", request_id="r-1")

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from graftwork.v1 import adapters_pb2, generation_pb2, strategies_pb2, tuning_pb2
+from graftwork.v1 import adapters_pb2, generation_pb2, server_pb2, strategies_pb2, tuning_pb2
 
 PARTS = [
     "", ".", "..", "../x", "..\\x", "/", "//", "\\", "/etc/passwd", "../../etc/passwd", "a/b", "a\\b", "a/../b", "./a",
@@ -60,6 +60,10 @@ def calls(server):
         "GetAdapter": lambda n: server.adapters.GetAdapter(a.GetAdapterRequest(name="adapters/" + n)),
         "GetAdapter raw": lambda n: server.adapters.GetAdapter(a.GetAdapterRequest(name=n)),
         "DeleteAdapter": lambda n: server.adapters.DeleteAdapter(a.DeleteAdapterRequest(name="adapters/" + n)),
+        "DeleteVersion": lambda n: server.adapters.DeleteVersion(a.DeleteVersionRequest(name="adapters/" + n)),
+        "GetDataset": lambda n: server.tuning.GetDataset(t.GetDatasetRequest(name="datasets/" + n)),
+        "DeleteDataset": lambda n: server.tuning.DeleteDataset(t.DeleteDatasetRequest(name="datasets/" + n)),
+        "DeleteTuningJob": lambda n: server.tuning.DeleteTuningJob(t.DeleteTuningJobRequest(name="tuningJobs/" + n)),
         "LoadAdapter": lambda n: server.adapters.LoadAdapter(a.LoadAdapterRequest(name="adapters/" + n)),
         "UnloadAdapter": lambda n: server.adapters.UnloadAdapter(a.UnloadAdapterRequest(name="adapters/" + n)),
         "PinAdapter": lambda n: server.adapters.PinAdapter(a.PinAdapterRequest(name="adapters/" + n)),
@@ -78,13 +82,13 @@ def calls(server):
 
 
 METHODS = list(calls(None))
-NAMELESS = {"ListAdapters", "ListStrategies", "ListTuningJobs", "UploadDataset"}
+NAMELESS = {"ListAdapters", "ListStrategies", "ListTuningJobs", "ListDatasets", "UploadDataset", "GetServer"}
 ALSO_A_GOOD_ID = {"a" + "." * 64, "x" * 65, "adapters"}
 """Longer ids than an adapter's are fine for jobs, data sets and strategies: nobody is there, NOT_FOUND."""
 
 
 def test_every_method_that_takes_a_name_is_here():
-    files = (adapters_pb2, generation_pb2, strategies_pb2, tuning_pb2)
+    files = (adapters_pb2, generation_pb2, server_pb2, strategies_pb2, tuning_pb2)
     services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
     named = {method.name for service in services for method in service.methods}
     assert {method.split()[0] for method in METHODS} == named - NAMELESS

@@ -116,6 +116,7 @@ WRONG = {
         "goes with text alone",
     ),
     "pooling": (embed(ids(1), pooling=9), "pooling", "INVALID_PARAMETER", "POOLING_MEAN, POOLING_CLS, POOLING_LAST"),
+    "several": (embed(ids(1), pooling=pb.POOLING_SEVERAL), "pooling", "INVALID_PARAMETER", "POOLING_WEIGHTED_MEAN"),
     "no dimensions": (embed(ids(1), dimensions=0), "dimensions", "INVALID_PARAMETER", "is 0; 1 to 8 is accepted"),
     "dimensions": (embed(ids(1), dimensions=9), "dimensions", "INVALID_PARAMETER", "is 9; 1 to 8"),
 }
@@ -152,6 +153,25 @@ async def test_the_first_error_ends_all_inputs(server, refused):
     assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "KV_FULL")
     await until(lambda: server.front.engine.running == 0)
     assert not server.front.admission.admitted
+
+
+async def test_what_the_files_ask_for_and_is_not_done_is_refused_unless_a_pooling_is_named(make_server, refused):
+    server = await make_server({"undone_pooling": "Dense (2_Dense) in modules.json"})
+    error = await refused(server.generation.Embed(embed(ids(1))))
+    assert (error.code, error.reason) == ("FAILED_PRECONDITION", "POOLING_UNSUPPORTED")
+    assert "Dense (2_Dense)" in error.message
+    assert "weightedmean" in error.message
+    answer = await server.generation.Embed(embed(ids(1), pooling=pb.POOLING_WEIGHTED_MEAN))
+    assert answer.pooling == pb.POOLING_WEIGHTED_MEAN
+    assert [entry["pool"][1] for entry in server.heard("Generate")] == ["weightedmean"]
+
+
+async def test_several_poolings_of_the_files_are_said_and_make_longer_vectors(make_server, refused):
+    server = await make_server({"default_pooling": "max+mean"})
+    answer = await server.generation.Embed(embed(ids(1), dimensions=16))
+    assert answer.pooling == pb.POOLING_SEVERAL
+    error = await refused(server.generation.Embed(embed(ids(1), dimensions=17)))
+    assert error.fields == {"dimensions": "is 17; 1 to 16 is accepted"}
 
 
 async def test_an_unknown_name_is_never_the_base(shared, refused):

@@ -10,6 +10,7 @@ import socket
 import grpc
 import pytest
 from google.protobuf import descriptor_pb2
+from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.server import scripted_engine as script
@@ -100,6 +101,15 @@ def test_a_hundred_violations_fit_the_trailers_of_any_client():
     status = to_status(InvalidArgument("m" * 5000, reason="BAD_LINES", violations=violations))
     assert len(status.SerializeToString()) * 4 / 3 + len(status.message) < 8000
     assert len(status.message) <= 600
+    (bad,) = (d for d in map(_bad_request_of, status.details) if d is not None)
+    *whole, last = bad.field_violations
+    assert all(violation.description.endswith("ü") for violation in whole)
+    assert last.description == f"{100 - len(whole)} more, which an answer has no room for"
+
+
+def _bad_request_of(detail):
+    bad = error_details_pb2.BadRequest()
+    return bad if detail.Unpack(bad) else None
 
 
 async def test_control_characters_do_not_break_the_message(shared, refused):

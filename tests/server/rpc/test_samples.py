@@ -79,6 +79,30 @@ async def test_an_error_ends_all():
     assert not engine.running
 
 
+@pytest.mark.parametrize("how", ["returns", "is cancelled"])
+@pytest.mark.parametrize("stopped", [0, 1])
+async def test_a_sequence_that_ends_early_is_not_waited_for(how: str, stopped: int):
+    """Whatever was ended before: the reader is not left waiting for one that says nothing more."""
+
+    async def start(sampling: Sampling, first: bool):
+        yield SequenceOutput(sampling.seed, [sampling.seed])
+        if sampling.seed == stopped:
+            await asyncio.Event().wait()
+        if how == "is cancelled":
+            raise asyncio.CancelledError
+
+    async def read() -> list[int]:
+        async with Samples(start, samplings(3)) as samples:
+            met = []
+            async for index, _ in samples:
+                met.append(index)
+                if index == stopped:
+                    samples.end(index)
+            return met
+
+    assert sorted(await asyncio.wait_for(read(), 30)) == [0, 1, 2]
+
+
 async def test_a_cancelled_reader_leaves_none():
     engine = Sequences()
     all_run = asyncio.Event()

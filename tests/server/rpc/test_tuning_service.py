@@ -8,12 +8,11 @@ import math
 
 import grpc
 import pytest
-from google.protobuf import struct_pb2
+from google.protobuf import json_format, struct_pb2
 from tests.server.rpc.rpc_harness import until
 
 from graftwork.v1 import adapters_pb2, generation_pb2
 from graftwork.v1 import tuning_pb2 as pb
-from graftwork_server.tuning import dataset_check
 
 ROWS = b"".join(json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}).encode() + b"\n" for n in range(10))
 STATE = pb.TuningJobState
@@ -70,25 +69,25 @@ async def test_every_bad_line_is_named(shared, refused):
     error = await refused(upload(shared, b"\n".join(lines)))
     assert (error.code, error.reason) == ("INVALID_ARGUMENT", "DATASET_INVALID")
     assert set(error.fields) == {"line 3", "line 6"}
-    assert error.message.startswith("2 lines")
+    assert error.message.startswith("the data set cannot be trained on: 2 problems; the first: line 3: ")
     assert list((shared.data / "staging").iterdir()) == []
 
 
-async def test_a_hundred_bad_lines_and_the_number_of_all(shared, refused):
+async def test_ten_bad_lines_are_told_whole_and_the_rest_by_kind(shared, refused):
+    long = b'{"prompt": "a", "completion": "b", "text": "c", "messages": "' + b"d" * 900 + b'"}\n'
+    error = await refused(upload(shared, ROWS + long * 250))
+    assert list(error.fields)[:10] == [f"line {number}" for number in range(11, 21)]
+    assert list(error.fields)[10:] == ["240 more, the first in line 21"]
+    assert len(set(error.fields.values())) == 1
+    assert all(reason.endswith('or {"text"}') for reason in error.fields.values())  # to its end
     error = await refused(upload(shared, ROWS + b"{oh no\n" * 250))
-    assert len(error.fields) == 100
-    assert next(iter(error.fields)) == "line 11"
-    assert all(error.fields.values())
-    assert (error.metadata["error_count"], error.message[:9]) == ("250", "250 lines")
+    assert error.metadata["error_count"] == "250"
     report = await validate(shared, ROWS + b"{oh no\n" * 250)
     assert (len(report.errors), report.error_count, report.row_count, report.valid) == (100, 250, 10, False)
     assert report.errors[0].line == 11
 
 
-@pytest.mark.parametrize("in_process", [True, False])
-async def test_a_report_says_what_training_would_see(shared, monkeypatch, in_process):
-    if not in_process:
-        monkeypatch.setattr(dataset_check, "IN_PROCESS_BYTES", 0)
+async def test_a_report_says_what_training_would_see(shared):
     report = await validate(shared, ROWS)
     assert report.valid
     assert report.format == pb.DATASET_FORMAT_PROMPT_COMPLETION
@@ -145,6 +144,15 @@ async def test_a_job_ends_in_an_adapter_that_answers(server):
     assert job.state == STATE.TUNING_JOB_STATE_PENDING
     assert dict(job.spec.config) == {"rank": 4, "learning_rate": 0.5, "epochs": 1}
     assert job.estimate.trained_parameters == 64
+    assert [(choice.key, choice.automatic) for choice in job.choices] == [
+        ("validation_fraction", False),
+        ("learning_rate", False),
+        ("rank", True),
+        ("names", True),
+    ]
+    assert [json_format.MessageToDict(choice.value) for choice in job.choices] == [0.2, 0.5, 8, ["a"]]
+    assert job.choices[2].reason == "2 rows are held out"
+    assert (await job_of(server, job.name)).choices == job.choices
     events = await watch(server, job.name)
     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
     states = [event.state for event in events if event.WhichOneof("event") == "state"]
@@ -167,6 +175,56 @@ async def test_a_job_ends_in_an_adapter_that_answers(server):
     assert (await call.read()).version == 1
 
 
+async def test_data_sets_are_listed_newest_first_and_deleted(server, refused):
+    stored = [(await upload(server, ROWS + b'{"prompt": "%d", "completion": "c"}' % n)).dataset for n in range(3)]
+    first = await server.tuning.ListDatasets(pb.ListDatasetsRequest(page_size=2))
+    second = await server.tuning.ListDatasets(pb.ListDatasetsRequest(page_size=2, page_token=first.next_page_token))
+    assert [*first.datasets, *second.datasets] == list(reversed(stored))
+    assert second.next_page_token == ""
+    assert (await server.tuning.GetDataset(pb.GetDatasetRequest(name=stored[0].name))).dataset == stored[0]
+    lines = server.data / "datasets" / f"{stored[0].dataset_id}.jsonl"
+    assert lines.exists()
+    await server.tuning.DeleteDataset(pb.DeleteDatasetRequest(name=stored[0].name))
+    assert not lines.exists()
+    for call in (
+        server.tuning.GetDataset(pb.GetDatasetRequest(name=stored[0].name)),
+        server.tuning.DeleteDataset(pb.DeleteDatasetRequest(name=stored[0].name)),
+        create(server, dataset=stored[0].name),
+    ):
+        assert (await refused(call)).reason == "DATASET_NOT_FOUND"
+    assert (await upload(server, ROWS + b'{"prompt": "0", "completion": "c"}')).dataset.name == stored[0].name
+    assert lines.exists()
+
+
+@pytest.mark.parametrize("field", ["dataset", "validation_dataset"])
+async def test_what_a_job_needs_is_not_deleted(make_server, refused, field):
+    server = await make_server(options={"job_steps": 1000})
+    dataset = (await upload(server, ROWS * 2)).dataset.name
+    job = await create(server, **{field: dataset})
+    error = await refused(server.tuning.DeleteDataset(pb.DeleteDatasetRequest(name=dataset)))
+    assert (error.code, error.reason) == ("FAILED_PRECONDITION", "DATASET_IN_USE")
+    assert job.job_id in error.message
+    error = await refused(server.tuning.DeleteTuningJob(pb.DeleteTuningJobRequest(name=job.name)))
+    assert (error.code, error.reason) == ("FAILED_PRECONDITION", "JOB_NOT_ENDED")
+    await server.tuning.CancelTuningJob(pb.CancelTuningJobRequest(name=job.name))
+    await server.tuning.DeleteDataset(pb.DeleteDatasetRequest(name=dataset))
+
+
+async def test_a_deleted_job_leaves_its_version(server, refused):
+    job = await create(server)
+    await watch(server, job.name)
+    await server.tuning.DeleteTuningJob(pb.DeleteTuningJobRequest(name=job.name))
+    for call in (
+        server.tuning.GetTuningJob(pb.GetTuningJobRequest(name=job.name)),
+        server.tuning.WatchTuningJob(pb.WatchTuningJobRequest(name=job.name)),
+        server.tuning.DeleteTuningJob(pb.DeleteTuningJobRequest(name=job.name)),
+    ):
+        assert (await refused(call)).reason == "JOB_NOT_FOUND"
+    assert not (await server.tuning.ListTuningJobs(pb.ListTuningJobsRequest())).jobs
+    adapter = (await server.adapters.GetAdapter(adapters_pb2.GetAdapterRequest(name="adapters/tuned"))).adapter
+    assert adapter.tuning_job == job.name
+
+
 async def test_events_can_be_resumed(server):
     job = await create(server)
     events = await watch(server, job.name)
@@ -179,6 +237,26 @@ async def test_jobs_are_listed_newest_first(server):
     first = await server.tuning.ListTuningJobs(pb.ListTuningJobsRequest(page_size=2))
     second = await server.tuning.ListTuningJobs(pb.ListTuningJobsRequest(page_size=2, page_token=first.next_page_token))
     assert [job.name for job in [*first.jobs, *second.jobs]] == [job.name for job in reversed(jobs)]
+
+
+async def test_a_job_is_checked_before_its_data_is_there(server, refused):
+    def check(**fields):
+        spec = pb.TuningJobSpec(**{"strategy": "lora", "adapter_id": "a", **fields})
+        return server.tuning.CreateTuningJob(pb.CreateTuningJobRequest(spec=spec, validate_only=True))
+
+    assert (await check()).job.name == ""
+    assert not (await server.tuning.ListTuningJobs(pb.ListTuningJobsRequest())).jobs
+    for fields, reason in (
+        ({"strategy": "lorra"}, "STRATEGY_NOT_FOUND"),
+        ({"adapter_id": "base"}, "ADAPTER_ID_INVALID"),
+        ({"validation_fraction": 0.7}, "VALIDATION_FRACTION_INVALID"),
+    ):
+        assert (await refused(check(**fields))).reason == reason
+    settings = struct_pb2.Struct()
+    settings.update({"typo": True})
+    assert (await refused(check(config=settings))).fields
+    error = await refused(create(server, dataset=""))
+    assert error.reason == "DATASET_MISSING"
 
 
 async def test_the_same_request_id_creates_one_job(server):

@@ -38,6 +38,7 @@ from graftwork_server.types import (
     DatasetFormat,
     LoadReport,
     ModelInfo,
+    SettingChoice,
     StrategyInfo,
     TuningEstimate,
     TuningProgress,
@@ -112,6 +113,7 @@ class ScriptedEngine:
         self.manager: JobManager | None = None
         self.alive = True
         self.prepared: list[tuple[int, int]] = []
+        self.held_out: list[int] = []
         self.started: list[JobSpec] = []
         self.stopped: list[str] = []
         self.loaded: list[str] = []
@@ -136,13 +138,15 @@ class ScriptedEngine:
         self.manager.on_engine_ready()
 
     async def prepare_job(
-        self, strategy: str, config: dict[str, Any], row_count: int, total_tokens: int
+        self, strategy: str, config: dict[str, Any], row_count: int, total_tokens: int, held_out_rows: int = 0
     ) -> PreparedJob:
         self._check()
         if "bad" in config:
             raise InvalidArgument("unknown setting 'bad'", reason="CONFIG_INVALID", field="spec.config.bad")
         self.prepared.append((row_count, total_tokens))
-        return PreparedJob(config={"rank": 8, **config}, estimate=ESTIMATE)
+        self.held_out.append(held_out_rows)
+        chosen = SettingChoice(key="rank", value=8, reason="as good as any")
+        return PreparedJob(config={"rank": 8, **config}, estimate=ESTIMATE, choices=[chosen])
 
     async def start_job(self, job: JobSpec) -> int:
         self._check()
@@ -175,7 +179,7 @@ def add_dataset(hub: Hub, rows: list[dict[str, Any]]) -> str:
         upload.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         dataset_id = upload.finish()
         upload.store()
-    hub.registry.add_dataset(
+    hub.datasets.add(
         dataset_id,
         display_name="rows.jsonl",
         format=DatasetFormat.PROMPT_COMPLETION,

@@ -12,7 +12,7 @@ from tests.server.tuning.tuner_harness import jsonl, make_text
 
 from graftwork_plugins import IGNORED_LABEL
 from graftwork_server.errors import InvalidArgument
-from graftwork_server.text import TextProcessor
+from graftwork_server.text import ModelFacts, TextProcessor
 from graftwork_server.tuning.data import (
     MAX_LINE_BYTES,
     check_dataset,
@@ -20,6 +20,7 @@ from graftwork_server.tuning.data import (
     read_lines,
     tokenize_rows,
 )
+from graftwork_server.tuning.data.rows import learned_ends
 from graftwork_server.types import DatasetFormat
 
 PAIR = {"prompt": "ab", "completion": "cd"}
@@ -150,6 +151,70 @@ def test_a_hundred_errors_are_listed_and_all_are_counted() -> None:
     assert (len(report.errors), report.error_count, report.row_count) == (100, 250, 0)
 
 
+def test_what_comes_after_the_first_ten_is_counted_by_kind() -> None:
+    lines = [b"x\n"] * 12 + [b'{"text": ""}\n'] * 5 + [b'{"text": %d}\n' % n for n in range(7)]
+    report = check_dataset(lines, None, 0)
+    assert report.error_count == 24
+    assert [(kind.count, kind.first_line) for kind in report.more_errors] == [(7, 18), (5, 13), (2, 11)]
+    assert report.more_errors[0].reason == '"text" must be text, not a number'
+    assert sum(kind.count for kind in report.more_errors) == report.error_count - 10
+    many = [b'{"text": "a", "text": "b"}\n'] * 10 + [b'{"text": "a"}%s\n' % (b"x" * n) for n in range(1, 30)]
+    assert sum(kind.count for kind in check_dataset(many, None, 0).more_errors) == 29
+
+
+def test_a_field_too_many_is_one_error() -> None:
+    rows = [PAIR | {"id": n} for n in range(1000)] + [PAIR | {"source": "x"}, PAIR]
+    report = check_dataset(jsonl(rows), None, 0)
+    (error,) = report.errors
+    assert (error.line, report.error_count, report.row_count, report.valid) == (1, 1, 1, False)
+    assert error.reason.startswith('unknown field "id" (1,000 rows, from line 1 on), "source" (line 1001); a PROMPT_')
+    assert error.reason.endswith("leave the others out")
+    message = {"role": "assistant", "content": "x", "weight": 1}
+    report = check_dataset(jsonl([{"messages": [message, message]}] * 20), None, 0)
+    assert [error.reason[:58] for error in report.errors] == [
+        'unknown field "weight" of messages (20 rows, from line 1 o'
+    ]
+
+
+def test_a_field_too_many_leaves_ten_problems_to_be_shown() -> None:
+    report = check_dataset([*jsonl([PAIR | {"id": 1}]), *[b"x\n"] * 30], None, 0)
+    assert report.error_count == 31
+    assert "unknown field" in report.errors[0].reason
+    assert [(kind.count, kind.first_line) for kind in report.more_errors] == [(21, 11)]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b'[{"prompt": "a", "completion": "b"},\n{"prompt": "a", "completion": "b"}]\n', "is a JSON array; "),
+        (b'[\n{"prompt": "a", "completion": "b"}\n]\n', "jq -c '.[]' FILE.json > FILE.jsonl"),
+        (b'{\n"prompt": "a",\n"completion": "b"\n}\n', "goes over several lines"),
+        (b"prompt,completion\na,b\n", "looks like CSV with the columns prompt, completion; "),
+        (b"\xef\xbb\xbfprompt;completion\r\na;b\r\n", "looks like CSV"),
+        (b'"prompt"\t"completion"\n"a"\t"b"\n', "csv.DictReader"),
+        (b"PAR1\x15\x04", "is a Parquet file; "),
+        (b"\x1f\x8b\x08\n\n", "compressed with gzip"),
+        (b"PK\x03\x04\n", "a zip archive or a spreadsheet"),
+    ],
+)
+def test_files_of_other_kinds_are_one_problem_that_says_what_to_do(data: bytes, words: str) -> None:
+    report = check_dataset(read_lines(io.BytesIO(data)), None, 0)
+    (error,) = report.errors
+    assert (error.line, report.error_count, report.valid) == (0, 1, False)
+    assert words in error.reason
+    assert "JSON Lines" in error.reason
+
+
+def test_content_may_be_a_list_of_text_parts(text: TextProcessor) -> None:
+    parts = [{"type": "text", "text": "y"}, {"type": "text", "text": "o"}]
+    messages = [CHAT["messages"][0], {"role": "assistant", "content": parts}]
+    assert list(tokenize_rows(jsonl([{"messages": messages}]), text, 0)) == list(tokenize_rows(jsonl([CHAT]), text, 0))
+    for wrong in ({"type": "image_url", "image_url": "x"}, "yo", {"type": "text"}, {"type": "text", "text": 1}):
+        report = check_dataset(jsonl([{"messages": [{"role": "assistant", "content": [wrong]}]}]), text, 0)
+        assert report.error_count == 1, report
+        assert "message 1: " in report.errors[0].reason
+
+
 def test_long_lines_are_refused_in_bounded_memory() -> None:
     good = json.dumps(TEXT).encode()
     file = io.BytesIO(good + b"\n" + b"x" * (3 * MAX_LINE_BYTES) + b"\n" + good + b"\n" + b"y" * (2 * MAX_LINE_BYTES))
@@ -257,3 +322,79 @@ def test_tokenizing_stops_at_the_first_bad_line(text: TextProcessor) -> None:
     next(rows)
     with pytest.raises(InvalidArgument, match="line 2: the line is not JSON"):
         next(rows)
+
+
+# ------------------------------------------------------------------------------------------- ends
+
+
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def with_facts(text: TextProcessor, **facts: object) -> TextProcessor:
+    text.facts = ModelFacts(**facts)  # type: ignore[arg-type]
+    return text
+
+
+@pytest.mark.parametrize("row", [CHAT, TASK])
+def test_a_conversation_ends_as_its_template_says(tmp_path: Path, row: dict[str, object]) -> None:
+    """Whatever the tokenizer and the model's configuration name."""
+    text = with_facts(make_text(tmp_path, template=CHATML), eos_token_ids=[1])
+    (made,) = tokenize_rows(jsonl([row]), text, 0)
+    assert learned(made, text)[1].endswith("<|end|>")
+    assert learned_ends(made, text) == {text.token_id("<|end|>")}
+
+
+def test_a_text_ends_with_the_tokenizers_end_or_else_the_models(tmp_path: Path) -> None:
+    for name, eos, ends in (("named", "</s>", {2}), ("unnamed", "", {6})):
+        text = with_facts(make_text(tmp_path / name, eos=eos, template=None), eos_token_ids=[6, 1])
+        for row in (PAIR, TASK, TEXT):
+            (made,) = tokenize_rows(jsonl([row]), text, 0)
+            assert set(made.labels[-1:]) == ends
+            assert learned_ends(made, text) == ends
+
+
+def test_a_block_that_goes_on_after_its_end_has_one_end(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% generation %}{{ m.content }}<|end|>{{ '\n' }}{% endgeneration %}"
+        "{% endfor %}"
+    )
+    text = make_text(tmp_path, template=template)
+    (made,) = tokenize_rows(jsonl([CHAT]), text, 0)
+    assert learned(made, text) == ("<|user|>hi<|end|>\n<|assistant|>yo<|end|>\n", "hi<|end|>\nyo<|end|>\n")
+    assert learned_ends(made, text) == {text.token_id("<|end|>")}
+
+
+def test_rows_without_an_end_are_told_before_training(tmp_path: Path) -> None:
+    endless = make_text(tmp_path, eos="", template=None)
+    report = check_dataset(jsonl([PAIR, PAIR]), endless, 0)
+    assert report.valid
+    assert "names a token that ends a text" in report.warnings[0]
+    ending = make_text(tmp_path / "b", template=None)
+    assert check_dataset(jsonl([PAIR, PAIR]), ending, 0).warnings == []
+    assert "every row is cut before its end" in check_dataset(jsonl([PAIR]), ending, 4).warnings[0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "completion": "b\nd"},
+        {"prompt": "a\nd", "completion": "b"},
+        {"messages": [{"role": "user", "content": "a\nd"}, {"role": "assistant", "content": "b"}]},
+        {"instruction": "a\nd", "output": "b"},
+        {"text": "a\nd"},
+    ],
+)
+def test_a_token_without_an_embedding_is_named_by_line(tmp_path: Path, row: dict[str, str]) -> None:
+    text = make_text(tmp_path, template=CHATML.replace("\n", ""))
+    last = text.token_id("\n")
+    assert last == text.greatest_id
+    good = json.loads(json.dumps(row).replace("\\n", "c"))
+    lines = jsonl([good, row])
+    (error,) = check_dataset(lines, with_facts(text, embedding_rows=last), 0).errors
+    assert (error.line, error.reason.partition(",")[0]) == (2, f"token '\\n' has the id {last}")
+    assert check_dataset(lines, with_facts(text, embedding_rows=last + 1), 0).valid
+    with pytest.raises(InvalidArgument, match="line 2: token"):
+        list(tokenize_rows(lines, with_facts(text, embedding_rows=last), 0))

@@ -32,6 +32,7 @@ from tests.server.tuning.scripted import (
 )
 
 from graftwork_server.errors import (
+    AlreadyExists,
     ErrorBody,
     FailedPrecondition,
     GraftworkServerError,
@@ -43,6 +44,7 @@ from graftwork_server.hub import store as store_module
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import JobEventRecord, JobRecord, StateChanged, TuningSpec
 from graftwork_server.messages import Checkpointed, Failed, Finished, JobSpec, Note, Progress, TunerEvent
+from graftwork_server.tuning import job_run
 from graftwork_server.tuning.jobs import JobManager
 from graftwork_server.types import JobState
 
@@ -81,6 +83,49 @@ def assert_nothing_published(hub: Hub) -> None:
     assert hub.registry.digests() == set()
     assert os.listdir(hub.store.artifacts) == []
     assert os.listdir(hub.store.jobs) == []
+
+
+# ------------------------------------------------------------------------------------------- what a name serves
+
+
+async def test_a_job_replaces_no_adapter_unless_it_is_told_to(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    async with server(tmp_path, engine) as (hub, manager):
+        first = await ended(manager, (await create(hub, manager, new_version=False)).job_id)
+        assert (first.follows, first.adapter_version) == (0, "adapters/a/versions/1")
+        with pytest.raises(AlreadyExists) as caught:
+            await manager.create(spec("ds-that-is-not-even-there", new_version=False))
+        assert caught.value.reason == "ADAPTER_EXISTS"
+        assert caught.value.violations[0].field == "spec.adapter_id"
+        assert "new_version" in caught.value.message
+        job = await create(hub, manager, new_version=True, config={"lr": 2.0})
+        assert job.follows == 1
+        second = await ended(manager, job.job_id)
+        assert (second.follows, second.adapter_version) == (1, "adapters/a/versions/2")
+        assert hub.registry.get_version("a").follows == 1
+
+
+async def test_an_id_that_a_job_will_publish_is_promised_to_it(tmp_path: Path) -> None:
+    async with server(tmp_path, ScriptedEngine(never)) as (hub, manager):
+        job = await create(hub, manager, new_version=False)
+        for new_version in (False, True):
+            with pytest.raises(AlreadyExists, match=job.job_id) as caught:
+                await create(hub, manager, new_version=new_version)
+            assert caught.value.reason == "ADAPTER_EXISTS"
+            with pytest.raises(AlreadyExists, match=job.job_id):
+                hub.registry.check_target("a", may_exist=new_version)
+        hub.registry.check_target("b", may_exist=False)
+        await manager.cancel(job.job_id)
+        hub.registry.check_target("a", may_exist=False)
+
+
+async def test_jobs_that_all_want_the_next_version_may_wait_for_one_another(tmp_path: Path) -> None:
+    async with server(tmp_path, ScriptedEngine(never)) as (hub, manager):
+        for _ in range(2):
+            await create(hub, manager, new_version=True)
+        hub.registry.check_target("a", may_exist=True)
+        with pytest.raises(AlreadyExists):
+            await create(hub, manager, new_version=False)
 
 
 # ------------------------------------------------------------------------------------------- from start to end
@@ -146,6 +191,32 @@ async def test_counts_are_those_of_the_rows_that_are_trained_on(tmp_path: Path) 
         assert (rows, kept) == (10, 8)
         assert fewer == math.ceil(tokens * 0.8)
         assert cut == 60 < tokens
+
+
+async def test_what_was_set_and_chosen_is_in_the_record(tmp_path: Path) -> None:
+    engine = ScriptedEngine(never)
+    async with server(tmp_path, engine) as (hub, manager):
+        many = add_dataset(hub, [{"prompt": f"{n} ->", "completion": "x"} for n in range(100)])
+        job = await manager.create(spec(many))
+        assert job.spec.validation_fraction == 0.1
+        assert engine.prepared[-1][0] == 90
+        assert [choice.key for choice in job.spec.choices] == ["validation_fraction", "rank"]
+        assert "10 of 100 rows" in job.spec.choices[0].reason
+        assert (await manager.get(job.job_id)).spec == job.spec
+        assert engine.held_out == [10]
+        await until(lambda: len(engine.started) == 1)
+        assert engine.started[0].validation_fraction == 0.1
+
+        explicit = await manager.create(spec(many, validation_fraction=0.0))
+        assert (explicit.spec.validation_fraction, engine.prepared[-1][0], engine.held_out[-1]) == (0.0, 100, 0)
+        assert (explicit.spec.choices[0].automatic, explicit.spec.choices[0].value) == (False, 0.0)
+        fixed = await manager.create(spec(many, config={"max_steps": 40}))
+        assert (fixed.spec.validation_fraction, engine.prepared[-1][0], engine.held_out[-1]) == (0.0, 100, 0)
+        few = await create(hub, manager)
+        assert (few.spec.validation_fraction, engine.prepared[-1][0], engine.held_out[-1]) == (0.0, 10, 0)
+        given = await manager.create(spec(many, validation_dataset_id=add_dataset(hub, ROWS)))
+        assert (given.spec.validation_fraction, engine.prepared[-1][0], engine.held_out[-1]) == (0.0, 100, 10)
+        assert [choice.key for choice in given.spec.choices] == ["rank"]
 
 
 # ------------------------------------------------------------------------------------------- refusals
@@ -241,21 +312,103 @@ async def test_a_failed_tuner_fails_its_job(tmp_path: Path) -> None:
         assert_nothing_published(hub)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-async def test_a_full_disk_while_publishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def failing_sync(number: int) -> Callable[[Path], None]:
     def fail(path: Path) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
+    return fail
+
+
+async def test_a_failing_disk_while_publishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with server(tmp_path, ScriptedEngine()) as (hub, manager):
         dataset = add_dataset(hub, ROWS)
-        monkeypatch.setattr(store_module, "sync", fail)
+        monkeypatch.setattr(store_module, "sync", failing_sync(errno.EIO))
         job = await ended(manager, (await manager.create(spec(dataset))).job_id)
         assert job.state is JobState.FAILED
         assert job.error is not None
-        assert job.error.reason == {errno.ENOSPC: "STORAGE_FULL", errno.EIO: "STORAGE_FAILED"}[number]
+        assert job.error.reason == "STORAGE_FAILED"
         assert_nothing_published(hub)
         monkeypatch.undo()
         assert (await ended(manager, (await manager.create(spec(dataset))).job_id)).state is JobState.SUCCEEDED
+
+
+async def paused(manager: JobManager, job_id: str) -> JobRecord:
+    for _ in range(500):
+        job = await manager.get(job_id)
+        if job.state is JobState.PAUSED:
+            return job
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"the job is {job.state}")
+
+
+async def test_a_full_disk_while_publishing_pauses_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_run, "FIRST_PAUSE_SECONDS", 0.1)
+    engine = ScriptedEngine()
+    async with server(tmp_path, engine) as (hub, manager):
+        dataset = add_dataset(hub, ROWS)
+        monkeypatch.setattr(store_module, "sync", failing_sync(errno.ENOSPC))
+        job = await paused(manager, (await manager.create(spec(dataset))).job_id)
+        assert hub.registry.digests() == set()
+        assert "disk is full" in notes(await events_of_now(hub, job.job_id))[0]
+        monkeypatch.setattr(store_module, "sync", lambda path: None)
+        job = await ended(manager, job.job_id)
+        assert job.state is JobState.SUCCEEDED
+        assert len(engine.started) == 1, "what was trained is published, not trained again"
+        passed = states(await events_of(manager, job.job_id))
+        assert passed[:3] == [JobState.PENDING, JobState.RUNNING, JobState.PAUSED]
+        assert passed[-2:] == [JobState.RUNNING, JobState.SUCCEEDED]
+
+
+async def events_of_now(hub: Hub, job_id: str) -> list[JobEventRecord]:
+    return list(hub.jobs.events(job_id, 0, 1000)[0])
+
+
+async def test_a_tuner_that_meets_a_full_disk_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_run, "FIRST_PAUSE_SECONDS", 0.1)
+    starts: list[JobSpec] = []
+
+    async def script(job: JobSpec, say: Say) -> None:
+        starts.append(job)
+        if len(starts) == 1:
+            say(step(1))
+            body = ErrorBody(code="FAILED_PRECONDITION", reason="DISK_FULL", message="the disk is full")
+            say(Failed(error=body))
+        else:
+            await train(job, say)
+
+    async with server(tmp_path, ScriptedEngine(script)) as (hub, manager):
+        free = {"bytes": 0}
+        monkeypatch.setattr(hub.store, "free_bytes", lambda: free["bytes"])
+        job = await paused(manager, (await create(hub, manager)).job_id)
+        await asyncio.sleep(0.3)
+        assert len(starts) == 1, "it is not started for nothing"
+        free["bytes"] = 1 << 30
+        job = await ended(manager, job.job_id)
+        assert (job.state, job.error) == (JobState.SUCCEEDED, None)
+        assert [start.reported_step for start in starts] == [0, 1]
+        events = await events_of(manager, job.job_id)
+        reported = [event.event.progress.step for event in events if isinstance(event.event, Progress)]
+        assert reported == [1, 2, 3], "the first step was made twice and reported once"
+
+
+async def test_a_paused_job_can_be_cancelled_and_outlives_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(job: JobSpec, say: Say) -> None:
+        say(Failed(error=ErrorBody(code="FAILED_PRECONDITION", reason="DISK_FULL", message="the disk is full")))
+
+    async with server(tmp_path, ScriptedEngine(full)) as (hub, manager):
+        job = await paused(manager, (await create(hub, manager)).job_id)
+        assert (await manager.cancel(job.job_id)).state is JobState.CANCELLED
+        second = await paused(manager, (await create(hub, manager)).job_id)
+    async with server(tmp_path, ScriptedEngine()) as (_, manager):
+        job = await ended(manager, second.job_id)
+        assert job.state is JobState.SUCCEEDED
+        assert states(await events_of(manager, job.job_id))[-3:] == [
+            JobState.PAUSED,
+            JobState.RUNNING,
+            JobState.SUCCEEDED,
+        ]
 
 
 @pytest.mark.parametrize("kind", ["pickle", "truncated", "missing"])

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.bounds import FORWARD_TERMS, assert_near, rounding
 
 from graftwork_plugins import IGNORED_LABEL, TrainingConfig, TrainingRow
 from graftwork_plugins.builtin.lora import Lora, LoraConfig
 from graftwork_plugins.testing import base_handle, make_model
 from graftwork_server.engine.attention import packed
 from graftwork_server.tuning import loop
-from graftwork_server.tuning.checkpoint import Checkpoints
+from graftwork_server.tuning.checkpoint import Checkpoints, Progressed
 from graftwork_server.tuning.gate import Gate
 from graftwork_server.tuning.loop import Run, evaluate
+from graftwork_server.tuning.reports import Reports
 from graftwork_server.tuning.schedule import (
     held_out_count,
     learning_rate,
@@ -59,8 +63,8 @@ def make_run(tmp_path: Path, **settings: Any) -> Run:
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     rows = uneven_rows()
-    checkpoints = Checkpoints(tmp_path, {})
-    return Run(Lora(), config, trainable, torch.device("cpu"), rows, rows, checkpoints, send=lambda event: None)
+    checkpoints, reports = Checkpoints(tmp_path, {}), Reports(tmp_path / "reports", lambda event: None)
+    return Run(Lora(), config, trainable, torch.device("cpu"), rows, rows, checkpoints, reports)
 
 
 def gradients(run: Run) -> dict[str, torch.Tensor]:
@@ -86,11 +90,12 @@ def test_packing_and_accumulation_change_nothing(tmp_path: Path, micro_batch_tok
     wanted = gradients(run)
     run.trainable.model.zero_grad()
     loss = loop._accumulate_gradients(run, uneven_rows())
-    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    assert loss == pytest.approx(expected.item(), abs=rounding(expected, FORWARD_TERMS))
     got = gradients(run)
     assert got.keys() == wanted.keys()
     for name in wanted:
-        assert torch.allclose(got[name], wanted[name], atol=1e-5, rtol=1e-4), name
+        # There and back, through tokens that were summed in another order.
+        assert_near(got[name], wanted[name], 2 * FORWARD_TERMS, name)
 
 
 def test_held_out_loss_is_per_token_and_without_dropout(tmp_path: Path) -> None:
@@ -100,7 +105,8 @@ def test_held_out_loss_is_per_token_and_without_dropout(tmp_path: Path) -> None:
     measured = evaluate(run)
     assert {name: module.training for name, module in run.trainable.model.named_modules()} == training
     run.trainable.model.eval()
-    assert measured == pytest.approx(reference_loss(run, uneven_rows()).item(), abs=1e-5)
+    expected = reference_loss(run, uneven_rows())
+    assert measured == pytest.approx(expected.item(), abs=rounding(expected, FORWARD_TERMS))
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
@@ -108,7 +114,8 @@ def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
     loop._accumulate_gradients(run, uneven_rows())
     parameters = list(run.trainable.parameters.values())
     norm = loop._clip_gradients(parameters, 0)
-    assert loop._clip_gradients(parameters, norm / 4) == pytest.approx(norm)
+    bound = rounding(norm, sum(parameter.numel() for parameter in parameters))
+    assert loop._clip_gradients(parameters, norm / 4) == pytest.approx(norm, abs=bound)
     assert loop._clip_gradients(parameters, 0) == pytest.approx(norm / 4, rel=1e-3)
 
 
@@ -171,3 +178,53 @@ def test_the_gate_waits_while_serving_runs_and_no_longer_than_allowed() -> None:
     os.pwrite(fd, struct.pack("=q", 2), 0)
     assert gate.busy
     assert waited() >= 0.05
+
+
+def test_evaluation_waits_while_serving_runs(tmp_path: Path) -> None:
+    fd = os.memfd_create("gate")
+    os.ftruncate(fd, 8)
+    os.pwrite(fd, struct.pack("=q", 1), 0)
+    run = replace(make_run(tmp_path, micro_batch_tokens=20), gate=Gate(fd, 600_000))
+    measured: list[float] = []
+    thread = threading.Thread(target=lambda: measured.append(evaluate(run)), daemon=True)
+    thread.start()
+    thread.join(0.5)
+    assert thread.is_alive()
+    os.pwrite(fd, struct.pack("=q", 0), 0)
+    thread.join(60)
+    assert measured == [pytest.approx(reference_loss(run, uneven_rows()).item(), abs=1e-5)]
+
+
+def test_evaluation_gives_way_before_each_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    loss = loop._loss
+    monkeypatch.setattr(loop, "_loss", lambda *arguments: order.append("forward") or loss(*arguments))
+    monkeypatch.setattr(Gate, "wait", lambda self: order.append("wait"))
+    fd = os.memfd_create("gate")
+    os.ftruncate(fd, 8)
+    evaluate(replace(make_run(tmp_path, micro_batch_tokens=20), gate=Gate(fd, 0)))
+    assert len(order) >= 6
+    assert order == ["wait", "forward"] * (len(order) // 2)
+
+
+def test_rates_are_of_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    state = Progressed(step=7, seen_tokens=1000, train_ms=500)
+    clock = loop._Clock(state, steps=147)
+
+    def steps(count: int, seconds: float) -> Any:
+        for _ in range(count):
+            now[0] += seconds
+            state.step, state.seen_tokens = state.step + 1, state.seen_tokens + 100
+            progress = clock.progress(loss=1.0, rate=0.1)
+        return progress
+
+    first = steps(1, 2.0)
+    assert (first.tokens_per_second, first.eta_ms) == (50, 139 * 2000)
+    # Serving has taken the machine for a while: the first steps of the run say nothing about the time left.
+    slow = steps(39, 10.0)
+    assert (slow.tokens_per_second, slow.eta_ms) == (10, 100 * 10_000)
+    fast = steps(20, 0.5)
+    assert (fast.tokens_per_second, fast.eta_ms) == (200, 80 * 500)
+    assert state.train_ms == 500 + 2000 + 390_000 + 10_000

@@ -8,13 +8,13 @@ from typing import Annotated, Any, TypeAlias
 import typer
 
 from graftwork.cli import output
+from graftwork.cli.confirm import Yes, confirm
 from graftwork.cli.options import AdapterRef, Address, AsJson, subgroup
 from graftwork.cli.progress import upload_bar
 from graftwork.cli.session import session
+from graftwork.client import Client
+from graftwork.errors import NotFoundError
 from graftwork.types import Adapter
-
-_SHOWN_DIGEST = 19
-"""Characters of a digest that a table has: "sha256:" and twelve more."""
 
 AdapterId: TypeAlias = Annotated[str, typer.Argument(metavar="ID", help="The adapter.")]
 
@@ -68,11 +68,8 @@ def versions(ctx: typer.Context, adapter_id: AdapterId, as_json: AsJson = False,
             output.emit(found)
             return
         output.table(
-            ("VERSION", "STRATEGY", "LOADED", "PINNED", "RANK", "SIZE", "CREATED", "TUNING JOB", "DIGEST"),
-            (
-                (f"{a.adapter_id}@{a.version}", a.strategy, *_state(a), _job_id(a), a.digest[:_SHOWN_DIGEST])
-                for a in found
-            ),
+            ("VERSION", "STRATEGY", "LOADED", "PINNED", "RANK", "SIZE", "CREATED", "TUNING JOB"),
+            ((f"{a.adapter_id}@{a.version}", a.strategy, *_state(a), _job_id(a)) for a in found),
         )
 
 
@@ -125,17 +122,29 @@ def unpin(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, addr
 @app.command()
 def delete(
     ctx: typer.Context,
-    adapter_id: AdapterId,
+    adapter: AdapterRef,
+    yes: Yes = False,
     as_json: AsJson = False,
     address: Address = None,
 ) -> None:
-    """Delete an adapter with all its versions."""
+    """Delete an adapter with all its versions, or ID@VERSION alone. Asks first on a terminal."""
+    adapter_id, at, _ = adapter.partition("@")
     with session(ctx, address, as_json) as client:
-        count = client.adapters.delete(adapter_id)
+        confirm(f"delete {adapter}?" if at else f"delete adapter {adapter} with all its versions?", yes)
+        count = client.adapters.delete(adapter)
         if as_json:
             output.emit({"adapter_id": adapter_id, "deleted_versions": count})
+        elif at:
+            print(f"deleted {adapter}; {_left(client, adapter_id)}")
         else:
-            print(f"deleted {adapter_id} ({count} version{'' if count == 1 else 's'})")
+            print(f"deleted {adapter} ({count} version{'' if count == 1 else 's'})")
+
+
+def _left(client: Client, adapter_id: str) -> str:
+    try:
+        return f"{adapter_id} means version {client.adapters.get(adapter_id).version} now"
+    except NotFoundError:
+        return f"it was the last version of {adapter_id}"
 
 
 def _state(adapter: Adapter) -> tuple[Any, ...]:
@@ -156,6 +165,7 @@ def _show(adapter: Adapter, as_json: bool, headline: str = "") -> None:
         print(headline)
     pairs = [
         ("adapter", f"{adapter.adapter_id}@{adapter.version}"),
+        ("follows", f"{adapter.adapter_id}@{adapter.follows_version}" if adapter.follows_version else None),
         ("strategy", adapter.strategy),
         ("digest", adapter.digest),
         ("base", adapter.base_fingerprint),

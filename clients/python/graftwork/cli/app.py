@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from graftwork.cli import adapter, chat, dataset, generate, pooled, serve, strategy, tune
+from graftwork.cli import adapter, chat, dataset, generate, pooled, serve, status, strategy, tune
 from graftwork.transport import DEFAULT_ADDRESS
 from graftwork.version import VERSION
 
@@ -58,6 +58,7 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,
 )(serve.serve)
+app.command()(status.status)
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(generate.score)

@@ -93,7 +93,7 @@ def _lines(interactive: bool, as_json: bool) -> Iterator[str]:
             print()
             return
         except KeyboardInterrupt:
-            print()  # the shell's prompt belongs on a line of its own
+            print()  # the shell's prompt gets a line of its own
             raise
         if line:
             yield line

@@ -72,7 +72,7 @@ def _print_stream(running: GenerationStream) -> None:
                 print(output.readable(chunk.text), end="", flush=True)
         finally:
             if started:
-                print(flush=True)  # also when interrupted: the shell's prompt belongs on a line of its own
+                print(flush=True)  # also when interrupted: the shell's prompt gets a line of its own
         logprobs = stream.result().logprobs
     if logprobs is not None:
         print()

@@ -6,11 +6,15 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+_LEAST_ROOM = 20
+"""Columns; in fewer a text is not wrapped."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -44,7 +48,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     lines = [tuple(header), *(tuple(_cell(cell) for cell in row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:
-        print(readable("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()))
+        before = "".join(f"{cell.ljust(width)}  " for cell, width in zip(line[:-1], widths[:-1], strict=True))
+        _print_wrapped(before, line[-1])
 
 
 def fields(pairs: Iterable[tuple[str, Any]]) -> None:
@@ -52,7 +57,18 @@ def fields(pairs: Iterable[tuple[str, Any]]) -> None:
     items = [(name, _cell(value)) for name, value in pairs]
     width = max(len(name) for name, _ in items)
     for name, value in items:
-        print(readable(f"{name.ljust(width)}  {value}".rstrip()))
+        _print_wrapped(f"{name.ljust(width)}  ", value)
+
+
+def _print_wrapped(before: str, text: str) -> None:
+    """Prints a line. On a terminal that is too narrow for it, `text` goes on below where it began."""
+    lines = [text]
+    if sys.stdout.isatty():
+        room = shutil.get_terminal_size().columns - len(before)
+        if len(text) > room >= _LEAST_ROOM:
+            lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+    for index, line in enumerate(lines):
+        print(readable(f"{' ' * len(before) if index else before}{line}".rstrip()))
 
 
 def _cell(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, cast
+from typing import Annotated, cast, get_args
 
 import typer
 
@@ -46,7 +46,8 @@ def embed(
     model: Model,
     texts: Texts,
     pooling: Annotated[
-        str | None, typer.Option("--pooling", metavar="mean|cls|last", help="Which hidden state stands for a text.")
+        str | None,
+        typer.Option("--pooling", metavar="|".join(get_args(Pooling)), help="Which hidden state stands for a text."),
     ] = None,
     normalize: Annotated[bool, typer.Option("--normalize/--no-normalize", help="Scale vectors to length 1.")] = True,
     dimensions: Annotated[int | None, typer.Option("--dimensions", help="Keep so many first values.")] = None,
@@ -54,8 +55,8 @@ def embed(
     address: Address = None,
 ) -> None:
     """Turn texts into vectors; --json prints them whole."""
-    if pooling not in (None, "mean", "cls", "last"):
-        raise typer.BadParameter(f"--pooling is {pooling!r}; mean, cls or last is accepted")
+    if pooling not in (None, *get_args(Pooling)):
+        raise typer.BadParameter(f"--pooling is {pooling!r}; {', '.join(get_args(Pooling))} are accepted")
     with session(ctx, address, as_json) as client:
         result = client.embed(
             model, texts, pooling=cast("Pooling | None", pooling), normalize=normalize, dimensions=dimensions

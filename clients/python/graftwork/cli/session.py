@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import typer
 
+from graftwork.cli import INTERRUPTED
 from graftwork.cli.output import plain
 from graftwork.client import Client
-from graftwork.errors import APIError, GraftworkError, JobFailedError, NotFoundError, UnavailableError, UploadError
+from graftwork.errors import (
+    APIError,
+    GraftworkError,
+    JobFailedError,
+    NotFoundError,
+    UnavailableError,
+    UploadError,
+    in_words,
+)
 
-FAILED, USAGE, UNREACHABLE, NOT_FOUND, JOB_FAILED, INTERRUPTED, PIPE_CLOSED = 1, 2, 3, 4, 5, 130, 141
+FAILED, USAGE, UNREACHABLE, NOT_FOUND, JOB_FAILED, PIPE_CLOSED = 1, 2, 3, 4, 5, 141
 
 
 @contextmanager
@@ -24,7 +35,10 @@ def session(ctx: typer.Context, address: str | None, as_json: bool) -> Iterator[
 
     address: of the command's own option; None: that given before the command. as_json: errors as JSON on stderr, too.
     """
+    interrupts = signal.getsignal(signal.SIGINT)
     try:
+        if callable(interrupts):  # not where they are ignored
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with Client(address=address or ctx.obj) as client:
             yield client
         sys.stdout.flush()  # here, where a closed pipe still has a name
@@ -36,8 +50,11 @@ def session(ctx: typer.Context, address: str | None, as_json: bool) -> Iterator[
         raise typer.Exit(INTERRUPTED) from None
     except (GraftworkError, ValueError, OverflowError) as error:
         # ValueError: an argument that fits no request, such as an adapter "x@y" or a token id below 0.
-        _report(error, as_json, address or ctx.obj)
+        _report(error, as_json, address or ctx.obj, _options(ctx))
         raise typer.Exit(_exit_code(error)) from None
+    finally:
+        if callable(interrupts):
+            signal.signal(signal.SIGINT, interrupts)
 
 
 def _exit_code(error: Exception) -> int:
@@ -54,7 +71,7 @@ def _exit_code(error: Exception) -> int:
             return FAILED
 
 
-def _report(error: Exception, as_json: bool, address: str) -> None:
+def _report(error: Exception, as_json: bool, address: str, options: Mapping[str, str]) -> None:
     if as_json:
         print(json.dumps({"error": _error_object(error)}, ensure_ascii=False), file=sys.stderr)
         return
@@ -67,9 +84,23 @@ def _report(error: Exception, as_json: bool, address: str) -> None:
     if isinstance(error, UnavailableError) and "resolv" in error.message:
         print(f"error: the host of {address} is not known", file=sys.stderr)
         return
-    print(f"error: {error.summary}", file=sys.stderr)
+    print(f"error: {error.spoken(partial(_option, options))} {error.facts}", file=sys.stderr)
     for violation in error.unsaid_violations:
-        print(f"  {violation.field}: {violation.description}", file=sys.stderr)
+        print(f"  {_option(options, violation.field)}: {violation.description}", file=sys.stderr)
+
+
+def _options(ctx: typer.Context) -> dict[str, str]:
+    """The command's options as they are typed, by the names of its arguments in Python."""
+    spellings = {str(parameter.name): parameter.opts[0] for parameter in ctx.command.params}
+    return {name: typed for name, typed in spellings.items() if typed.startswith("-")}
+
+
+def _option(options: Mapping[str, str], field: str) -> str:
+    """A field's path in a request as what was typed: "sampling.top_p" is --top-p, "spec.config.r" is --set r."""
+    word = in_words(field)
+    if word.startswith("config."):
+        return f"--set {word.removeprefix('config.')}"
+    return options.get(word, word)
 
 
 def _error_object(error: Exception) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from graftwork.cli import output
+from graftwork.cli.confirm import Yes, confirm
 from graftwork.cli.options import Address, AsJson, JobId, subgroup
 from graftwork.cli.progress import follow, upload_bar
 from graftwork.cli.session import session
 from graftwork.client import Client
 from graftwork.jobs import TuningJob
 from graftwork.types import Dataset, TuningEstimate, TuningJobInfo
+from graftwork.uploads import DatasetSource
 
 app = subgroup("Tuning jobs: a data set becomes a new version of an adapter.")
 
@@ -30,12 +32,18 @@ def create(
         Path | None, typer.Option("--validation", metavar="F.jsonl", help="Rows to measure held-out loss on.")
     ] = None,
     validation_fraction: Annotated[
-        float, typer.Option("--validation-fraction", help="Fraction of the rows to keep out of training, 0 to 0.5.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            "--validation-fraction", help="Fraction of the rows to keep out of training, 0 to 0.5; left out: chosen."
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the strategy, as JSON or text; may be repeated."),
     ] = None,
+    new_version: Annotated[
+        bool, typer.Option("--new-version", help="If the adapter exists, publish its next version.")
+    ] = False,
     load: Annotated[bool, typer.Option("--load/--no-load", help="Load the version once it is published.")] = False,
     follow_it: Annotated[bool, typer.Option("--follow", help="Wait for the end and show how it goes.")] = False,
     as_json: AsJson = False,
@@ -44,6 +52,16 @@ def create(
     """Upload data and start a job. With --follow and --json: one event per line, the job on the last."""
     config = _config(settings or [])
     with session(ctx, address, as_json) as client:
+        for file in (data, validation):
+            if file is not None:
+                DatasetSource(file)  # raises where it cannot be read, before anything is sent
+        client.tuning.check(
+            strategy=strategy,
+            adapter=adapter,
+            config=config,
+            validation_fraction=validation_fraction,
+            new_version=new_version,
+        )
         dataset = _upload(client, data, as_json)
         held_out = _upload(client, validation, as_json) if validation is not None else None
         job = client.tuning.create(
@@ -54,12 +72,14 @@ def create(
             validation=held_out,
             validation_fraction=validation_fraction,
             load=load,
+            new_version=new_version,
         )
         if follow_it:
             if not as_json:
                 print(f"job {job.id}", flush=True)
-                if job.info.estimate is not None:
-                    print(f"estimate  {_estimate(job.info.estimate)}", flush=True)
+                estimate = job.info.estimate
+                output.fields([*_choices(job.info), ("estimate", estimate and _estimate(estimate))])
+                sys.stdout.flush()
             _follow(job, 0, as_json)
         else:
             _show(job.info, as_json)
@@ -123,6 +143,18 @@ def cancel(ctx: typer.Context, job: JobId, as_json: AsJson = False, address: Add
             print(f"job {handle.id} {handle.state}")
 
 
+@app.command()
+def delete(ctx: typer.Context, job: JobId, yes: Yes = False, as_json: AsJson = False, address: Address = None) -> None:
+    """Delete a job that has ended, with its events. The version that it published stays. Asks first on a terminal."""
+    with session(ctx, address, as_json) as client:
+        confirm(f"delete job {job} and its events?", yes)
+        client.tuning.delete(job)
+        if as_json:
+            output.emit({"job_id": job})
+        else:
+            print(f"deleted {job}")
+
+
 def _config(settings: list[str]) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for setting in settings:
@@ -134,6 +166,9 @@ def _config(settings: list[str]) -> dict[str, Any]:
         try:
             config[key] = json.loads(value)
         except ValueError:
+            if value.startswith(("[", "{")):
+                hint = f"""quote it for the shell, such as --set {key}='["a", "b"]'"""
+                raise typer.BadParameter(f"--set {setting}: the value is no JSON; {hint}") from None
             config[key] = value
     return config
 
@@ -169,8 +204,10 @@ def _show(job: TuningJobInfo, as_json: bool) -> None:
         ("state", job.state),
         ("strategy", job.spec.strategy),
         ("adapter", job.spec.adapter_id),
+        ("follows", f"{job.spec.adapter_id}@{job.follows_version}" if job.follows_version else None),
         ("data", job.spec.dataset),
         ("settings", settings),
+        *_choices(job),
         ("created", job.create_time),
     ]
     if job.error:
@@ -183,6 +220,15 @@ def _show(job: TuningJobInfo, as_json: bool) -> None:
     elif job.estimate is not None:
         pairs.append(("estimate", _estimate(job.estimate)))
     output.fields(pairs)
+
+
+def _choices(job: TuningJobInfo) -> list[tuple[str, str]]:
+    """What the server chose, and why."""
+    return [
+        ("chosen", f"{choice.key}={json.dumps(choice.value)}: {choice.reason}")
+        for choice in job.choices
+        if choice.automatic
+    ]
 
 
 def _estimate(estimate: TuningEstimate) -> str:
@@ -200,6 +246,7 @@ def _result(job: TuningJobInfo) -> list[tuple[str, Any]]:
         ("version", result.adapter_version),
         ("training loss", f"{result.final_loss:.4f}, the mean of the last tenth of the steps"),
         ("held-out loss", None if held_out is None else f"{held_out:.4f}"),
+        ("weights", f"of step {result.published_step}" if result.published_step else None),
         ("trained", f"{result.trained_parameters:,} parameters in {output.duration(result.train_ms)}"),
         ("peak memory", output.size(result.peak_memory_bytes)),
         ("artifact", output.size(result.artifact_bytes)),

@@ -73,11 +73,12 @@ class Adapters:
         return pages(self._transport, lambda token: requests.list_versions(adapter, page_size, token), timeout)
 
     def delete(self, adapter: str | Adapter, *, timeout: float | None = None) -> int:
-        """Deletes an adapter with all its versions and returns how many those were. Requests already running finish.
+        """Deletes an adapter with all its versions, or with "id@version" that one, and returns how many were deleted.
 
-        Raises NotFoundError, and ValueError for a single version. Never sent twice.
+        An Adapter stands for all its versions here. Requests already running finish. Raises NotFoundError, and
+        ValueError for "id@latest". Never sent twice.
         """
-        return self._transport.unary(requests.delete_adapter(adapter), timeout)
+        return self._transport.unary(requests.delete(adapter), timeout)
 
     def load(self, adapter: str | Adapter, *, timeout: float | None = None) -> Adapter:
         """Loads a version beside the base now and returns the adapter with its load_report. Raises NotFoundError."""
@@ -144,7 +145,7 @@ class AsyncAdapters:
 
     async def delete(self, adapter: str | Adapter, *, timeout: float | None = None) -> int:
         """As Adapters.delete."""
-        return await self._transport.unary(requests.delete_adapter(adapter), timeout)
+        return await self._transport.unary(requests.delete(adapter), timeout)
 
     async def load(self, adapter: str | Adapter, *, timeout: float | None = None) -> Adapter:
         """As Adapters.load."""

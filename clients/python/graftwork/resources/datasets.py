@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Iterator
 
 from graftwork import tuning_requests
 from graftwork.async_transport import AsyncTransport
+from graftwork.resources.paging import async_pages, pages
 from graftwork.transport import Transport
 from graftwork.types import Dataset, DatasetReport
 from graftwork.uploads import DatasetSource, Progress, Source
@@ -30,8 +32,8 @@ class Datasets:
         """Stores a data set and returns it; the same bytes are stored once.
 
         display_name: a name for people, None: the file's. on_progress: called with bytes sent and bytes in all.
-        timeout: seconds, None: the client's. Raises InvalidArgumentError with every bad line among its
-        field_violations, UploadError if the file cannot be read, and APIError.
+        timeout: seconds, None: the client's. Raises InvalidArgumentError with the first ten bad lines,
+        and those after them by kind, among its field_violations; UploadError if the file cannot be read, and APIError.
         """
         return self._transport.upload(
             tuning_requests.upload_dataset(DatasetSource(source, on_progress), display_name), timeout
@@ -53,6 +55,18 @@ class Datasets:
         """
         sent = None if source is None else DatasetSource(source, on_progress)
         return self._transport.upload(tuning_requests.validate_dataset(sent, dataset, max_sequence_tokens), timeout)
+
+    def get(self, dataset: str | Dataset, *, timeout: float | None = None) -> Dataset:
+        """Returns a data set, by id. Raises NotFoundError."""
+        return self._transport.unary(tuning_requests.get_dataset(dataset), timeout)
+
+    def list(self, *, page_size: int = 0, timeout: float | None = None) -> Iterator[Dataset]:
+        """Yields all data sets, newest first, fetching page after page. page_size: 0: the server's."""
+        return pages(self._transport, lambda token: tuning_requests.list_datasets(page_size, token), timeout)
+
+    def delete(self, dataset: str | Dataset, *, timeout: float | None = None) -> None:
+        """Deletes a data set. Raises NotFoundError, FailedPreconditionError while a job needs it. Never sent twice."""
+        self._transport.unary(tuning_requests.delete_dataset(dataset), timeout)
 
 
 class AsyncDatasets:
@@ -86,3 +100,15 @@ class AsyncDatasets:
         sent = None if source is None else await asyncio.to_thread(DatasetSource, source, on_progress)
         call = tuning_requests.validate_dataset(sent, dataset, max_sequence_tokens)
         return await self._transport.upload(call, timeout)
+
+    async def get(self, dataset: str | Dataset, *, timeout: float | None = None) -> Dataset:
+        """As Datasets.get."""
+        return await self._transport.unary(tuning_requests.get_dataset(dataset), timeout)
+
+    def list(self, *, page_size: int = 0, timeout: float | None = None) -> AsyncIterator[Dataset]:
+        """As Datasets.list, for async for."""
+        return async_pages(self._transport, lambda token: tuning_requests.list_datasets(page_size, token), timeout)
+
+    async def delete(self, dataset: str | Dataset, *, timeout: float | None = None) -> None:
+        """As Datasets.delete."""
+        await self._transport.unary(tuning_requests.delete_dataset(dataset), timeout)

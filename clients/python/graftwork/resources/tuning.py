@@ -29,18 +29,21 @@ class Tuning:
         adapter: str,
         config: Mapping[str, Any] | None = None,
         validation: str | Dataset | None = None,
-        validation_fraction: float = 0.0,
+        validation_fraction: float | None = None,
         load: bool = False,
+        new_version: bool = False,
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> TuningJob:
         """Starts a job and returns its handle; job.wait() returns the result.
 
-        dataset, validation: a Dataset or its id. adapter: the id to publish to; if it exists, its next version is
-        published. config: the strategy's settings, as client.strategies.get(strategy).config_schema says.
-        validation_fraction: fraction of the rows in [0, 0.5] kept out to measure held-out loss, not together with
-        validation. load: load the version once it is published. request_id: an id of your own, so that a repeated call
-        returns the first one's job. Raises InvalidArgumentError with the wrong settings, NotFoundError.
+        dataset, validation: a Dataset or its id. adapter: the id to publish to. new_version: if the adapter exists,
+        publish its next version, which its name then serves; otherwise AlreadyExistsError. config: the strategy's
+        settings, as client.strategies.get(strategy).config_schema says. validation_fraction: fraction of the rows in
+        [0, 0.5] kept out to measure held-out loss, not together with validation; None: the server chooses, unless
+        config fixes the steps. load: load the version once it is published. request_id: an id of your own, so that a
+        repeated call returns the first one's job. What the server chose is in job.info.choices, with the reasons.
+        Raises InvalidArgumentError with the wrong settings, NotFoundError.
         """
         call = tuning_requests.create_job(
             strategy=strategy,
@@ -50,9 +53,35 @@ class Tuning:
             validation=validation,
             validation_fraction=validation_fraction,
             load=load,
+            new_version=new_version,
             request_id=request_id,
         )
         return TuningJob(self._transport, self._transport.unary(call, timeout))
+
+    def check(
+        self,
+        *,
+        strategy: str,
+        adapter: str,
+        config: Mapping[str, Any] | None = None,
+        validation_fraction: float | None = None,
+        new_version: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """Checks what create would refuse whatever the data: strategy, settings, adapter. Creates nothing.
+
+        To be asked before a large data set is uploaded. Arguments and errors are those of create.
+        """
+        call = tuning_requests.create_job(
+            strategy=strategy,
+            dataset=None,
+            adapter=adapter,
+            config=config,
+            validation_fraction=validation_fraction,
+            new_version=new_version,
+            validate_only=True,
+        )
+        self._transport.unary(call, timeout)
 
     def get(self, job: str, *, timeout: float | None = None) -> TuningJob:
         """Returns the handle of a job, by id. Raises NotFoundError."""
@@ -62,6 +91,13 @@ class Tuning:
         """Yields the handles of all jobs, newest first, fetching page after page. page_size: 0: the server's."""
         infos = pages(self._transport, lambda token: tuning_requests.list_jobs(page_size, token), timeout)
         return (TuningJob(self._transport, info) for info in infos)
+
+    def delete(self, job: str, *, timeout: float | None = None) -> None:
+        """Deletes a job that has ended, by id; the version that it published stays. Never sent twice.
+
+        Raises NotFoundError, FailedPreconditionError for a job that has not ended.
+        """
+        self._transport.unary(tuning_requests.delete_job(job), timeout)
 
 
 class AsyncTuning:
@@ -78,8 +114,9 @@ class AsyncTuning:
         adapter: str,
         config: Mapping[str, Any] | None = None,
         validation: str | Dataset | None = None,
-        validation_fraction: float = 0.0,
+        validation_fraction: float | None = None,
         load: bool = False,
+        new_version: bool = False,
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> AsyncTuningJob:
@@ -92,9 +129,32 @@ class AsyncTuning:
             validation=validation,
             validation_fraction=validation_fraction,
             load=load,
+            new_version=new_version,
             request_id=request_id,
         )
         return AsyncTuningJob(self._transport, await self._transport.unary(call, timeout))
+
+    async def check(
+        self,
+        *,
+        strategy: str,
+        adapter: str,
+        config: Mapping[str, Any] | None = None,
+        validation_fraction: float | None = None,
+        new_version: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """As Tuning.check."""
+        call = tuning_requests.create_job(
+            strategy=strategy,
+            dataset=None,
+            adapter=adapter,
+            config=config,
+            validation_fraction=validation_fraction,
+            new_version=new_version,
+            validate_only=True,
+        )
+        await self._transport.unary(call, timeout)
 
     async def get(self, job: str, *, timeout: float | None = None) -> AsyncTuningJob:
         """As Tuning.get."""
@@ -104,3 +164,7 @@ class AsyncTuning:
         """As Tuning.list, for async for."""
         infos = async_pages(self._transport, lambda token: tuning_requests.list_jobs(page_size, token), timeout)
         return (AsyncTuningJob(self._transport, info) async for info in infos)
+
+    async def delete(self, job: str, *, timeout: float | None = None) -> None:
+        """As Tuning.delete."""
+        await self._transport.unary(tuning_requests.delete_job(job), timeout)

@@ -38,6 +38,7 @@ class Adapter(_message.Message):
     TUNING_JOB_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
+    FOLLOWS_VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Output only. Resource name: "adapters/{adapter_id}"."""
     adapter_id: _builtins.str
@@ -62,6 +63,8 @@ class Adapter(_message.Message):
     """Output only. Highest rank of its low-rank deltas, 0 where there is none."""
     pinned: _builtins.bool
     """Output only. Whether this version is pinned, see PinAdapter."""
+    follows_version: _builtins.int
+    """Output only. The version that the name served before this one was published; 0: none did."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """Output only. When this version was published."""
@@ -82,10 +85,11 @@ class Adapter(_message.Message):
         tuning_job: _builtins.str = ...,
         rank: _builtins.int = ...,
         pinned: _builtins.bool = ...,
+        follows_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_fingerprint", b"base_fingerprint", "create_time", b"create_time", "digest", b"digest", "loaded", b"loaded", "name", b"name", "parameter_count", b"parameter_count", "pinned", b"pinned", "rank", b"rank", "size_bytes", b"size_bytes", "strategy", b"strategy", "tuning_job", b"tuning_job", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "base_fingerprint", b"base_fingerprint", "create_time", b"create_time", "digest", b"digest", "follows_version", b"follows_version", "loaded", b"loaded", "name", b"name", "parameter_count", b"parameter_count", "pinned", b"pinned", "rank", b"rank", "size_bytes", b"size_bytes", "strategy", b"strategy", "tuning_job", b"tuning_job", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -108,7 +112,9 @@ class AdapterUpload(_message.Message):
     strategy: _builtins.str
     """Id of the strategy; unset: recognised from the files."""
     new_version: _builtins.bool
-    """If the adapter exists: publish its next version instead of answering ALREADY_EXISTS."""
+    """If the adapter exists: publish its next version instead of answering ALREADY_EXISTS. Files that are those of its newest
+    version are that version, and get no new number.
+    """
     load: _builtins.bool
     """Load it once it is published."""
     request_id: _builtins.str
@@ -454,6 +460,50 @@ class DeleteAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteAdapterResponse: _TypeAlias = DeleteAdapterResponse  # noqa: Y015
+
+@_typing.final
+class DeleteVersionRequest(_message.Message):
+    """Request of DeleteVersion."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"adapters/{id}/versions/{n}"."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteVersionRequest: _TypeAlias = DeleteVersionRequest  # noqa: Y015
+
+@_typing.final
+class DeleteVersionResponse(_message.Message):
+    """Response of DeleteVersion."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NEWEST_VERSION_FIELD_NUMBER: _builtins.int
+    newest_version: _builtins.int
+    """The version that the adapter's name means now; 0: none is left."""
+    def __init__(
+        self,
+        *,
+        newest_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["newest_version", b"newest_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteVersionResponse: _TypeAlias = DeleteVersionResponse  # noqa: Y015
 
 @_typing.final
 class LoadAdapterRequest(_message.Message):

@@ -60,6 +60,11 @@ class AdapterServiceStub:
                 request_serializer=graftwork_dot_v1_dot_adapters__pb2.DeleteAdapterRequest.SerializeToString,
                 response_deserializer=graftwork_dot_v1_dot_adapters__pb2.DeleteAdapterResponse.FromString,
                 _registered_method=True)
+        self.DeleteVersion = channel.unary_unary(
+                '/graftwork.v1.AdapterService/DeleteVersion',
+                request_serializer=graftwork_dot_v1_dot_adapters__pb2.DeleteVersionRequest.SerializeToString,
+                response_deserializer=graftwork_dot_v1_dot_adapters__pb2.DeleteVersionResponse.FromString,
+                _registered_method=True)
         self.LoadAdapter = channel.unary_unary(
                 '/graftwork.v1.AdapterService/LoadAdapter',
                 request_serializer=graftwork_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
@@ -115,7 +120,14 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """Deletes an adapter with all its versions. Requests already running finish.
+        """Deletes an adapter with all its versions. Requests already running finish. The versions' numbers are never given again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteVersion(self, request, context):
+        """Deletes one version. The adapter's name then means its newest version that is left; with its last version it is gone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -178,6 +190,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.DeleteAdapter,
                     request_deserializer=graftwork_dot_v1_dot_adapters__pb2.DeleteAdapterRequest.FromString,
                     response_serializer=graftwork_dot_v1_dot_adapters__pb2.DeleteAdapterResponse.SerializeToString,
+            ),
+            'DeleteVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteVersion,
+                    request_deserializer=graftwork_dot_v1_dot_adapters__pb2.DeleteVersionRequest.FromString,
+                    response_serializer=graftwork_dot_v1_dot_adapters__pb2.DeleteVersionResponse.SerializeToString,
             ),
             'LoadAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.LoadAdapter,
@@ -336,6 +353,33 @@ class AdapterService:
             '/graftwork.v1.AdapterService/DeleteAdapter',
             graftwork_dot_v1_dot_adapters__pb2.DeleteAdapterRequest.SerializeToString,
             graftwork_dot_v1_dot_adapters__pb2.DeleteAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graftwork.v1.AdapterService/DeleteVersion',
+            graftwork_dot_v1_dot_adapters__pb2.DeleteVersionRequest.SerializeToString,
+            graftwork_dot_v1_dot_adapters__pb2.DeleteVersionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,7 +42,9 @@ class AdapterServiceStub:
     ListVersions: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListVersionsRequest, _adapters_pb2.ListVersionsResponse]
     """Lists the versions of one adapter, newest first."""
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]
-    """Deletes an adapter with all its versions. Requests already running finish."""
+    """Deletes an adapter with all its versions. Requests already running finish. The versions' numbers are never given again."""
+    DeleteVersion: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteVersionRequest, _adapters_pb2.DeleteVersionResponse]
+    """Deletes one version. The adapter's name then means its newest version that is left; with its last version it is gone."""
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
     """Loads a version beside the base now, so that its first request does not wait for the disk."""
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
@@ -70,7 +72,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     ListVersions: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListVersionsRequest, _adapters_pb2.ListVersionsResponse]  # type: ignore[assignment]
     """Lists the versions of one adapter, newest first."""
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
-    """Deletes an adapter with all its versions. Requests already running finish."""
+    """Deletes an adapter with all its versions. Requests already running finish. The versions' numbers are never given again."""
+    DeleteVersion: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteVersionRequest, _adapters_pb2.DeleteVersionResponse]  # type: ignore[assignment]
+    """Deletes one version. The adapter's name then means its newest version that is left; with its last version it is gone."""
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
     """Loads a version beside the base now, so that its first request does not wait for the disk."""
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
@@ -125,7 +129,15 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.DeleteAdapterResponse, _abc.Awaitable[_adapters_pb2.DeleteAdapterResponse]]:
-        """Deletes an adapter with all its versions. Requests already running finish."""
+        """Deletes an adapter with all its versions. Requests already running finish. The versions' numbers are never given again."""
+
+    @_abc_1.abstractmethod
+    def DeleteVersion(
+        self,
+        request: _adapters_pb2.DeleteVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.DeleteVersionResponse, _abc.Awaitable[_adapters_pb2.DeleteVersionResponse]]:
+        """Deletes one version. The adapter's name then means its newest version that is left; with its last version it is gone."""
 
     @_abc_1.abstractmethod
     def LoadAdapter(

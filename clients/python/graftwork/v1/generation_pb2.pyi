@@ -79,7 +79,7 @@ class _PoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pooling.Value
     DESCRIPTOR: _descriptor.EnumDescriptor
     POOLING_UNSPECIFIED: _Pooling.ValueType  # 0
     """As the base model's own files say (1_Pooling/config.json of sentence-transformers); without them the last token's
-    for decoders, the mean for encoders.
+    for decoders, the mean for encoders. FAILED_PRECONDITION if they ask for what is not done, such as 2_Dense.
     """
     POOLING_MEAN: _Pooling.ValueType  # 1
     """The mean over all its tokens."""
@@ -87,13 +87,21 @@ class _PoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pooling.Value
     """That of its first token."""
     POOLING_LAST: _Pooling.ValueType  # 3
     """That of its last token."""
+    POOLING_MAX: _Pooling.ValueType  # 4
+    """The largest of each value over all its tokens."""
+    POOLING_MEAN_SQRT_LEN: _Pooling.ValueType  # 5
+    """The sum over all its tokens, divided by the root of their number."""
+    POOLING_WEIGHTED_MEAN: _Pooling.ValueType  # 6
+    """The mean over all its tokens, the first weighted with 1, the second with 2 and so on."""
+    POOLING_SEVERAL: _Pooling.ValueType  # 7
+    """Only in answers: the vectors of several of these one after another, as the base model's own files say."""
 
 class Pooling(_Pooling, metaclass=_PoolingEnumTypeWrapper):
     """Which hidden state stands for a text."""
 
 POOLING_UNSPECIFIED: Pooling.ValueType  # 0
 """As the base model's own files say (1_Pooling/config.json of sentence-transformers); without them the last token's
-for decoders, the mean for encoders.
+for decoders, the mean for encoders. FAILED_PRECONDITION if they ask for what is not done, such as 2_Dense.
 """
 POOLING_MEAN: Pooling.ValueType  # 1
 """The mean over all its tokens."""
@@ -101,6 +109,14 @@ POOLING_CLS: Pooling.ValueType  # 2
 """That of its first token."""
 POOLING_LAST: Pooling.ValueType  # 3
 """That of its last token."""
+POOLING_MAX: Pooling.ValueType  # 4
+"""The largest of each value over all its tokens."""
+POOLING_MEAN_SQRT_LEN: Pooling.ValueType  # 5
+"""The sum over all its tokens, divided by the root of their number."""
+POOLING_WEIGHTED_MEAN: Pooling.ValueType  # 6
+"""The mean over all its tokens, the first weighted with 1, the second with 2 and so on."""
+POOLING_SEVERAL: Pooling.ValueType  # 7
+"""Only in answers: the vectors of several of these one after another, as the base model's own files say."""
 Global___Pooling: _TypeAlias = Pooling  # noqa: Y015
 
 @_typing.final
@@ -1055,7 +1071,7 @@ class EmbedRequest(_message.Message):
     normalize: _builtins.bool
     """Whether vectors are scaled to length 1. Unset: true."""
     dimensions: _builtins.int
-    """Keep only so many first values of each vector, before it is scaled; from 1 to the hidden size. Unset: all."""
+    """Keep only so many first values of each vector, before it is scaled; from 1 to the vector's size. Unset: all."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextInput]:
         """1 to 256 texts, 131072 tokens in all, each within the base model's context."""
@@ -1096,7 +1112,7 @@ class Embedding(_message.Message):
     """Tokens of the text."""
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """As many as the request's dimensions, or the hidden size."""
+        """As many as the request's dimensions, or the hidden size (times the poolings of POOLING_SEVERAL)."""
 
     def __init__(
         self,

@@ -71,6 +71,8 @@ class _TuningJobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tuning
     """Ended: error says why."""
     TUNING_JOB_STATE_CANCELLED: _TuningJobState.ValueType  # 5
     """Ended by CancelTuningJob."""
+    TUNING_JOB_STATE_PAUSED: _TuningJobState.ValueType  # 6
+    """Waits for room on the server's disk, and goes on by itself when there is some."""
 
 class TuningJobState(_TuningJobState, metaclass=_TuningJobStateEnumTypeWrapper):
     """Where a job is in its life."""
@@ -87,6 +89,8 @@ TUNING_JOB_STATE_FAILED: TuningJobState.ValueType  # 4
 """Ended: error says why."""
 TUNING_JOB_STATE_CANCELLED: TuningJobState.ValueType  # 5
 """Ended by CancelTuningJob."""
+TUNING_JOB_STATE_PAUSED: TuningJobState.ValueType  # 6
+"""Waits for room on the server's disk, and goes on by itself when there is some."""
 Global___TuningJobState: _TypeAlias = TuningJobState  # noqa: Y015
 
 @_typing.final
@@ -218,6 +222,145 @@ class UploadDatasetResponse(_message.Message):
 Global___UploadDatasetResponse: _TypeAlias = UploadDatasetResponse  # noqa: Y015
 
 @_typing.final
+class GetDatasetRequest(_message.Message):
+    """Request of GetDataset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"datasets/{id}"."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDatasetRequest: _TypeAlias = GetDatasetRequest  # noqa: Y015
+
+@_typing.final
+class GetDatasetResponse(_message.Message):
+    """Response of GetDataset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATASET_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def dataset(self) -> Global___Dataset:
+        """The data set."""
+
+    def __init__(
+        self,
+        *,
+        dataset: Global___Dataset | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDatasetResponse: _TypeAlias = GetDatasetResponse  # noqa: Y015
+
+@_typing.final
+class ListDatasetsRequest(_message.Message):
+    """Request of ListDatasets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most data sets to return, 1 to 1000. 0: 100."""
+    page_token: _builtins.str
+    """next_page_token of the page before."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDatasetsRequest: _TypeAlias = ListDatasetsRequest  # noqa: Y015
+
+@_typing.final
+class ListDatasetsResponse(_message.Message):
+    """Response of ListDatasets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATASETS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def datasets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dataset]:
+        """Data sets, newest first."""
+
+    def __init__(
+        self,
+        *,
+        datasets: _abc.Iterable[Global___Dataset] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["datasets", b"datasets", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDatasetsResponse: _TypeAlias = ListDatasetsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteDatasetRequest(_message.Message):
+    """Request of DeleteDataset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"datasets/{id}"."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteDatasetRequest: _TypeAlias = DeleteDatasetRequest  # noqa: Y015
+
+@_typing.final
+class DeleteDatasetResponse(_message.Message):
+    """Response of DeleteDataset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteDatasetResponse: _TypeAlias = DeleteDatasetResponse  # noqa: Y015
+
+@_typing.final
 class DatasetCheck(_message.Message):
     """First message of ValidateDataset."""
 
@@ -300,6 +443,36 @@ class LineError(_message.Message):
 Global___LineError: _TypeAlias = LineError  # noqa: Y015
 
 @_typing.final
+class LineErrorKind(_message.Message):
+    """Bad lines whose reasons differ in values alone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    FIRST_LINE_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """The reason of the first of them."""
+    count: _builtins.int
+    """How many there are."""
+    first_line: _builtins.int
+    """Line number of the first, from 1; 0: the data set as a whole."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        count: _builtins.int = ...,
+        first_line: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "first_line", b"first_line", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LineErrorKind: _TypeAlias = LineErrorKind  # noqa: Y015
+
+@_typing.final
 class ValidateDatasetResponse(_message.Message):
     """Response of ValidateDataset."""
 
@@ -314,12 +487,14 @@ class ValidateDatasetResponse(_message.Message):
     LONGEST_ROW_TOKENS_FIELD_NUMBER: _builtins.int
     CUT_ROWS_FIELD_NUMBER: _builtins.int
     VALID_FIELD_NUMBER: _builtins.int
+    MORE_ERRORS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     format: Global___DatasetFormat.ValueType
     """The form that was detected."""
     row_count: _builtins.int
     """Rows that can be used."""
     error_count: _builtins.int
-    """How many lines cannot in all."""
+    """How many problems there are in all. What is wrong in the same way with every line, such as an unknown field, is one."""
     total_tokens: _builtins.int
     """Tokens of all usable rows, after cutting."""
     loss_tokens: _builtins.int
@@ -334,6 +509,14 @@ class ValidateDatasetResponse(_message.Message):
     def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___LineError]:
         """The first 100 lines that cannot."""
 
+    @_builtins.property
+    def more_errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___LineErrorKind]:
+        """The bad lines after the first 10, by kind, the most frequent first."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What a job would do as asked, but hardly as meant: rows without an end, for one."""
+
     def __init__(
         self,
         *,
@@ -346,10 +529,12 @@ class ValidateDatasetResponse(_message.Message):
         longest_row_tokens: _builtins.int = ...,
         cut_rows: _builtins.int = ...,
         valid: _builtins.bool = ...,
+        more_errors: _abc.Iterable[Global___LineErrorKind] | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut_rows", b"cut_rows", "error_count", b"error_count", "errors", b"errors", "format", b"format", "longest_row_tokens", b"longest_row_tokens", "loss_tokens", b"loss_tokens", "row_count", b"row_count", "total_tokens", b"total_tokens", "valid", b"valid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut_rows", b"cut_rows", "error_count", b"error_count", "errors", b"errors", "format", b"format", "longest_row_tokens", b"longest_row_tokens", "loss_tokens", b"loss_tokens", "more_errors", b"more_errors", "row_count", b"row_count", "total_tokens", b"total_tokens", "valid", b"valid", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -368,6 +553,7 @@ class TuningJobSpec(_message.Message):
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    NEW_VERSION_FIELD_NUMBER: _builtins.int
     strategy: _builtins.str
     """Id of the strategy: "lora", "full", ..."""
     dataset: _builtins.str
@@ -375,14 +561,20 @@ class TuningJobSpec(_message.Message):
     validation_dataset: _builtins.str
     """"datasets/{id}" to measure held-out loss on. Unset: see validation_fraction."""
     validation_fraction: _builtins.float
-    """Fraction of the rows in [0, 0.5] kept out of training to measure held-out loss. Not together with validation_dataset."""
+    """Fraction of the rows in [0, 0.5] kept out of training to measure held-out loss. Not together with validation_dataset.
+    Unset: none if there is a validation_dataset or the settings fix the number of steps, else the server chooses.
+    """
     adapter_id: _builtins.str
-    """Adapter to publish to. If it exists, its next version is published."""
+    """Adapter to publish to. If it exists, new_version must be set. Until the job ends, no other publishes to it first."""
     load: _builtins.bool
     """Load the version once it is published."""
+    new_version: _builtins.bool
+    """If the adapter exists: publish its next version instead of answering ALREADY_EXISTS. From then on its name serves that."""
     @_builtins.property
     def config(self) -> _struct_pb2.Struct:
-        """The strategy's settings; keys and defaults as in its JSON schema. Unknown keys are refused."""
+        """The strategy's settings; keys and defaults as in its JSON schema. Unknown keys are refused. For some that are unset
+        the server chooses instead of taking the default; see TuningJob.choices.
+        """
 
     def __init__(
         self,
@@ -390,16 +582,19 @@ class TuningJobSpec(_message.Message):
         strategy: _builtins.str = ...,
         dataset: _builtins.str = ...,
         validation_dataset: _builtins.str = ...,
-        validation_fraction: _builtins.float = ...,
+        validation_fraction: _builtins.float | None = ...,
         adapter_id: _builtins.str = ...,
         config: _struct_pb2.Struct | None = ...,
         load: _builtins.bool = ...,
+        new_version: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction", "config", b"config", "validation_fraction", b"validation_fraction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "config", b"config", "dataset", b"dataset", "load", b"load", "strategy", b"strategy", "validation_dataset", b"validation_dataset", "validation_fraction", b"validation_fraction"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction", "adapter_id", b"adapter_id", "config", b"config", "dataset", b"dataset", "load", b"load", "new_version", b"new_version", "strategy", b"strategy", "validation_dataset", b"validation_dataset", "validation_fraction", b"validation_fraction"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__validation_fraction: _TypeAlias = _typing.Literal["validation_fraction"]  # noqa: Y015
+    _WhichOneofArgType__validation_fraction: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_fraction) -> _WhichOneofReturnType__validation_fraction | None: ...
 
 Global___TuningJobSpec: _TypeAlias = TuningJobSpec  # noqa: Y015
 
@@ -462,6 +657,7 @@ class TuningResult(_message.Message):
     TRAIN_MS_FIELD_NUMBER: _builtins.int
     FINAL_LOSS_FIELD_NUMBER: _builtins.int
     VALIDATION_LOSS_FIELD_NUMBER: _builtins.int
+    PUBLISHED_STEP_FIELD_NUMBER: _builtins.int
     adapter_version: _builtins.str
     """"adapters/{id}/versions/{n}"."""
     trained_parameters: _builtins.int
@@ -475,7 +671,9 @@ class TuningResult(_message.Message):
     final_loss: _builtins.float
     """Mean training loss of the last tenth of the steps."""
     validation_loss: _builtins.float
-    """Held-out loss per token after the last step; unset where there is no validation set."""
+    """Held-out loss per token of the published weights; unset where no rows are held out."""
+    published_step: _builtins.int
+    """Optimizer steps after which the weights were as they are published. 0: not known, by an older server."""
     def __init__(
         self,
         *,
@@ -486,10 +684,11 @@ class TuningResult(_message.Message):
         train_ms: _builtins.int = ...,
         final_loss: _builtins.float = ...,
         validation_loss: _builtins.float | None = ...,
+        published_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "validation_loss", b"validation_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "adapter_version", b"adapter_version", "artifact_bytes", b"artifact_bytes", "final_loss", b"final_loss", "peak_memory_bytes", b"peak_memory_bytes", "train_ms", b"train_ms", "trained_parameters", b"trained_parameters", "validation_loss", b"validation_loss"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "adapter_version", b"adapter_version", "artifact_bytes", b"artifact_bytes", "final_loss", b"final_loss", "peak_memory_bytes", b"peak_memory_bytes", "published_step", b"published_step", "train_ms", b"train_ms", "trained_parameters", b"trained_parameters", "validation_loss", b"validation_loss"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__validation_loss: _TypeAlias = _typing.Literal["validation_loss"]  # noqa: Y015
     _WhichOneofArgType__validation_loss: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss"]  # noqa: Y015
@@ -514,7 +713,7 @@ class TuningEstimate(_message.Message):
     artifact_bytes: _builtins.int
     """Bytes of the artifact."""
     total_steps: _builtins.int
-    """Optimizer steps."""
+    """Optimizer steps; fewer if training stops early."""
     def __init__(
         self,
         *,
@@ -530,6 +729,42 @@ class TuningEstimate(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TuningEstimate: _TypeAlias = TuningEstimate  # noqa: Y015
+
+@_typing.final
+class SettingChoice(_message.Message):
+    """Where a setting of a job comes from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    AUTOMATIC_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """The setting: a key of config, or "validation_fraction"."""
+    reason: _builtins.str
+    """Why it has this value."""
+    automatic: _builtins.bool
+    """True if the server chose it, false if the request set it."""
+    @_builtins.property
+    def value(self) -> _struct_pb2.Value:
+        """Its value."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        value: _struct_pb2.Value | None = ...,
+        reason: _builtins.str = ...,
+        automatic: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["automatic", b"automatic", "key", b"key", "reason", b"reason", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SettingChoice: _TypeAlias = SettingChoice  # noqa: Y015
 
 @_typing.final
 class TuningJob(_message.Message):
@@ -549,6 +784,8 @@ class TuningJob(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     VALIDATION_LOSS_FIELD_NUMBER: _builtins.int
+    FOLLOWS_VERSION_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Output only. Resource name: "tuningJobs/{job_id}"."""
     job_id: _builtins.str
@@ -559,6 +796,10 @@ class TuningJob(_message.Message):
     """Output only. Set on FAILED: what went wrong, and what to do."""
     validation_loss: _builtins.float
     """Output only. The newest held-out loss."""
+    follows_version: _builtins.int
+    """Output only. The version that the adapter's name serves before the job's is published: known when the job is created, and
+    again when it has ended. 0: none.
+    """
     @_builtins.property
     def spec(self) -> Global___TuningJobSpec:
         """What was asked for, with the strategy's defaults filled in."""
@@ -587,6 +828,12 @@ class TuningJob(_message.Message):
     def end_time(self) -> _timestamp_pb2.Timestamp:
         """Output only. When it ended."""
 
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___SettingChoice]:
+        """Output only. Settings that the request set or the server chose, each with the reason. Other settings are the
+        strategy's defaults.
+        """
+
     def __init__(
         self,
         *,
@@ -602,10 +849,12 @@ class TuningJob(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         validation_loss: _builtins.float | None = ...,
+        follows_version: _builtins.int = ...,
+        choices: _abc.Iterable[Global___SettingChoice] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "create_time", b"create_time", "end_time", b"end_time", "estimate", b"estimate", "progress", b"progress", "result", b"result", "spec", b"spec", "start_time", b"start_time", "validation_loss", b"validation_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "estimate", b"estimate", "job_id", b"job_id", "name", b"name", "progress", b"progress", "result", b"result", "spec", b"spec", "start_time", b"start_time", "state", b"state", "validation_loss", b"validation_loss"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "choices", b"choices", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "estimate", b"estimate", "follows_version", b"follows_version", "job_id", b"job_id", "name", b"name", "progress", b"progress", "result", b"result", "spec", b"spec", "start_time", b"start_time", "state", b"state", "validation_loss", b"validation_loss"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__validation_loss: _TypeAlias = _typing.Literal["validation_loss"]  # noqa: Y015
     _WhichOneofArgType__validation_loss: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss"]  # noqa: Y015
@@ -621,8 +870,13 @@ class CreateTuningJobRequest(_message.Message):
 
     SPEC_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """A client-chosen unique id (1 to 64 characters). A repeated call with the same id returns the first call's job."""
+    validate_only: _builtins.bool
+    """Check the strategy, its settings and the adapter, and create nothing: to be asked before data is uploaded. Data sets may
+    be left out, and are not looked at. The job in the answer has the spec as it was sent, and no name.
+    """
     @_builtins.property
     def spec(self) -> Global___TuningJobSpec:
         """What to tune."""
@@ -632,10 +886,11 @@ class CreateTuningJobRequest(_message.Message):
         *,
         spec: Global___TuningJobSpec | None = ...,
         request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "spec", b"spec", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -810,6 +1065,45 @@ class CancelTuningJobResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelTuningJobResponse: _TypeAlias = CancelTuningJobResponse  # noqa: Y015
+
+@_typing.final
+class DeleteTuningJobRequest(_message.Message):
+    """Request of DeleteTuningJob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"tuningJobs/{id}"."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteTuningJobRequest: _TypeAlias = DeleteTuningJobRequest  # noqa: Y015
+
+@_typing.final
+class DeleteTuningJobResponse(_message.Message):
+    """Response of DeleteTuningJob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteTuningJobResponse: _TypeAlias = DeleteTuningJobResponse  # noqa: Y015
 
 @_typing.final
 class WatchTuningJobRequest(_message.Message):

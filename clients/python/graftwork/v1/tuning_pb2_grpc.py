@@ -45,6 +45,21 @@ class TuningServiceStub:
                 request_serializer=graftwork_dot_v1_dot_tuning__pb2.ValidateDatasetRequest.SerializeToString,
                 response_deserializer=graftwork_dot_v1_dot_tuning__pb2.ValidateDatasetResponse.FromString,
                 _registered_method=True)
+        self.GetDataset = channel.unary_unary(
+                '/graftwork.v1.TuningService/GetDataset',
+                request_serializer=graftwork_dot_v1_dot_tuning__pb2.GetDatasetRequest.SerializeToString,
+                response_deserializer=graftwork_dot_v1_dot_tuning__pb2.GetDatasetResponse.FromString,
+                _registered_method=True)
+        self.ListDatasets = channel.unary_unary(
+                '/graftwork.v1.TuningService/ListDatasets',
+                request_serializer=graftwork_dot_v1_dot_tuning__pb2.ListDatasetsRequest.SerializeToString,
+                response_deserializer=graftwork_dot_v1_dot_tuning__pb2.ListDatasetsResponse.FromString,
+                _registered_method=True)
+        self.DeleteDataset = channel.unary_unary(
+                '/graftwork.v1.TuningService/DeleteDataset',
+                request_serializer=graftwork_dot_v1_dot_tuning__pb2.DeleteDatasetRequest.SerializeToString,
+                response_deserializer=graftwork_dot_v1_dot_tuning__pb2.DeleteDatasetResponse.FromString,
+                _registered_method=True)
         self.CreateTuningJob = channel.unary_unary(
                 '/graftwork.v1.TuningService/CreateTuningJob',
                 request_serializer=graftwork_dot_v1_dot_tuning__pb2.CreateTuningJobRequest.SerializeToString,
@@ -64,6 +79,11 @@ class TuningServiceStub:
                 '/graftwork.v1.TuningService/CancelTuningJob',
                 request_serializer=graftwork_dot_v1_dot_tuning__pb2.CancelTuningJobRequest.SerializeToString,
                 response_deserializer=graftwork_dot_v1_dot_tuning__pb2.CancelTuningJobResponse.FromString,
+                _registered_method=True)
+        self.DeleteTuningJob = channel.unary_unary(
+                '/graftwork.v1.TuningService/DeleteTuningJob',
+                request_serializer=graftwork_dot_v1_dot_tuning__pb2.DeleteTuningJobRequest.SerializeToString,
+                response_deserializer=graftwork_dot_v1_dot_tuning__pb2.DeleteTuningJobResponse.FromString,
                 _registered_method=True)
         self.WatchTuningJob = channel.unary_stream(
                 '/graftwork.v1.TuningService/WatchTuningJob',
@@ -85,6 +105,27 @@ class TuningServiceServicer:
 
     def ValidateDataset(self, request_iterator, context):
         """Checks a data set, uploaded before or sent along, and reports on it: form, rows, tokens, bad lines. Stores nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetDataset(self, request, context):
+        """Returns one data set.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDatasets(self, request, context):
+        """Lists data sets, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteDataset(self, request, context):
+        """Deletes a data set. One that an unfinished job is trained on is a FAILED_PRECONDITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,6 +159,13 @@ class TuningServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteTuningJob(self, request, context):
+        """Deletes a job that has ended, and its events. The version that it published stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchTuningJob(self, request, context):
         """Streams a job's events from after_sequence on, and ends when the job has ended.
         """
@@ -138,6 +186,21 @@ def add_TuningServiceServicer_to_server(servicer, server):
                     request_deserializer=graftwork_dot_v1_dot_tuning__pb2.ValidateDatasetRequest.FromString,
                     response_serializer=graftwork_dot_v1_dot_tuning__pb2.ValidateDatasetResponse.SerializeToString,
             ),
+            'GetDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDataset,
+                    request_deserializer=graftwork_dot_v1_dot_tuning__pb2.GetDatasetRequest.FromString,
+                    response_serializer=graftwork_dot_v1_dot_tuning__pb2.GetDatasetResponse.SerializeToString,
+            ),
+            'ListDatasets': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDatasets,
+                    request_deserializer=graftwork_dot_v1_dot_tuning__pb2.ListDatasetsRequest.FromString,
+                    response_serializer=graftwork_dot_v1_dot_tuning__pb2.ListDatasetsResponse.SerializeToString,
+            ),
+            'DeleteDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteDataset,
+                    request_deserializer=graftwork_dot_v1_dot_tuning__pb2.DeleteDatasetRequest.FromString,
+                    response_serializer=graftwork_dot_v1_dot_tuning__pb2.DeleteDatasetResponse.SerializeToString,
+            ),
             'CreateTuningJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateTuningJob,
                     request_deserializer=graftwork_dot_v1_dot_tuning__pb2.CreateTuningJobRequest.FromString,
@@ -157,6 +220,11 @@ def add_TuningServiceServicer_to_server(servicer, server):
                     servicer.CancelTuningJob,
                     request_deserializer=graftwork_dot_v1_dot_tuning__pb2.CancelTuningJobRequest.FromString,
                     response_serializer=graftwork_dot_v1_dot_tuning__pb2.CancelTuningJobResponse.SerializeToString,
+            ),
+            'DeleteTuningJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteTuningJob,
+                    request_deserializer=graftwork_dot_v1_dot_tuning__pb2.DeleteTuningJobRequest.FromString,
+                    response_serializer=graftwork_dot_v1_dot_tuning__pb2.DeleteTuningJobResponse.SerializeToString,
             ),
             'WatchTuningJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchTuningJob,
@@ -219,6 +287,87 @@ class TuningService:
             '/graftwork.v1.TuningService/ValidateDataset',
             graftwork_dot_v1_dot_tuning__pb2.ValidateDatasetRequest.SerializeToString,
             graftwork_dot_v1_dot_tuning__pb2.ValidateDatasetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graftwork.v1.TuningService/GetDataset',
+            graftwork_dot_v1_dot_tuning__pb2.GetDatasetRequest.SerializeToString,
+            graftwork_dot_v1_dot_tuning__pb2.GetDatasetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDatasets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graftwork.v1.TuningService/ListDatasets',
+            graftwork_dot_v1_dot_tuning__pb2.ListDatasetsRequest.SerializeToString,
+            graftwork_dot_v1_dot_tuning__pb2.ListDatasetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graftwork.v1.TuningService/DeleteDataset',
+            graftwork_dot_v1_dot_tuning__pb2.DeleteDatasetRequest.SerializeToString,
+            graftwork_dot_v1_dot_tuning__pb2.DeleteDatasetResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -327,6 +476,33 @@ class TuningService:
             '/graftwork.v1.TuningService/CancelTuningJob',
             graftwork_dot_v1_dot_tuning__pb2.CancelTuningJobRequest.SerializeToString,
             graftwork_dot_v1_dot_tuning__pb2.CancelTuningJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteTuningJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/graftwork.v1.TuningService/DeleteTuningJob',
+            graftwork_dot_v1_dot_tuning__pb2.DeleteTuningJobRequest.SerializeToString,
+            graftwork_dot_v1_dot_tuning__pb2.DeleteTuningJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

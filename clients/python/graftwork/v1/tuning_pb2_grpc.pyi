@@ -37,6 +37,12 @@ class TuningServiceStub:
     """Uploads a JSONL data set. Every line is checked; one with bad lines is refused with the number and reason of each."""
     ValidateDataset: _grpc.StreamUnaryMultiCallable[_tuning_pb2.ValidateDatasetRequest, _tuning_pb2.ValidateDatasetResponse]
     """Checks a data set, uploaded before or sent along, and reports on it: form, rows, tokens, bad lines. Stores nothing."""
+    GetDataset: _grpc.UnaryUnaryMultiCallable[_tuning_pb2.GetDatasetRequest, _tuning_pb2.GetDatasetResponse]
+    """Returns one data set."""
+    ListDatasets: _grpc.UnaryUnaryMultiCallable[_tuning_pb2.ListDatasetsRequest, _tuning_pb2.ListDatasetsResponse]
+    """Lists data sets, newest first."""
+    DeleteDataset: _grpc.UnaryUnaryMultiCallable[_tuning_pb2.DeleteDatasetRequest, _tuning_pb2.DeleteDatasetResponse]
+    """Deletes a data set. One that an unfinished job is trained on is a FAILED_PRECONDITION."""
     CreateTuningJob: _grpc.UnaryUnaryMultiCallable[_tuning_pb2.CreateTuningJobRequest, _tuning_pb2.CreateTuningJobResponse]
     """Starts a tuning job. It runs when its turn comes, survives restarts, and ends in a published version."""
     GetTuningJob: _grpc.UnaryUnaryMultiCallable[_tuning_pb2.GetTuningJobRequest, _tuning_pb2.GetTuningJobResponse]
@@ -45,6 +51,8 @@ class TuningServiceStub:
     """Lists jobs, newest first."""
     CancelTuningJob: _grpc.UnaryUnaryMultiCallable[_tuning_pb2.CancelTuningJobRequest, _tuning_pb2.CancelTuningJobResponse]
     """Cancels a job that has not ended. No version is published."""
+    DeleteTuningJob: _grpc.UnaryUnaryMultiCallable[_tuning_pb2.DeleteTuningJobRequest, _tuning_pb2.DeleteTuningJobResponse]
+    """Deletes a job that has ended, and its events. The version that it published stays."""
     WatchTuningJob: _grpc.UnaryStreamMultiCallable[_tuning_pb2.WatchTuningJobRequest, _tuning_pb2.WatchTuningJobResponse]
     """Streams a job's events from after_sequence on, and ends when the job has ended."""
 
@@ -57,6 +65,12 @@ class TuningServiceAsyncStub(TuningServiceStub):
     """Uploads a JSONL data set. Every line is checked; one with bad lines is refused with the number and reason of each."""
     ValidateDataset: _aio.StreamUnaryMultiCallable[_tuning_pb2.ValidateDatasetRequest, _tuning_pb2.ValidateDatasetResponse]  # type: ignore[assignment]
     """Checks a data set, uploaded before or sent along, and reports on it: form, rows, tokens, bad lines. Stores nothing."""
+    GetDataset: _aio.UnaryUnaryMultiCallable[_tuning_pb2.GetDatasetRequest, _tuning_pb2.GetDatasetResponse]  # type: ignore[assignment]
+    """Returns one data set."""
+    ListDatasets: _aio.UnaryUnaryMultiCallable[_tuning_pb2.ListDatasetsRequest, _tuning_pb2.ListDatasetsResponse]  # type: ignore[assignment]
+    """Lists data sets, newest first."""
+    DeleteDataset: _aio.UnaryUnaryMultiCallable[_tuning_pb2.DeleteDatasetRequest, _tuning_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
+    """Deletes a data set. One that an unfinished job is trained on is a FAILED_PRECONDITION."""
     CreateTuningJob: _aio.UnaryUnaryMultiCallable[_tuning_pb2.CreateTuningJobRequest, _tuning_pb2.CreateTuningJobResponse]  # type: ignore[assignment]
     """Starts a tuning job. It runs when its turn comes, survives restarts, and ends in a published version."""
     GetTuningJob: _aio.UnaryUnaryMultiCallable[_tuning_pb2.GetTuningJobRequest, _tuning_pb2.GetTuningJobResponse]  # type: ignore[assignment]
@@ -65,6 +79,8 @@ class TuningServiceAsyncStub(TuningServiceStub):
     """Lists jobs, newest first."""
     CancelTuningJob: _aio.UnaryUnaryMultiCallable[_tuning_pb2.CancelTuningJobRequest, _tuning_pb2.CancelTuningJobResponse]  # type: ignore[assignment]
     """Cancels a job that has not ended. No version is published."""
+    DeleteTuningJob: _aio.UnaryUnaryMultiCallable[_tuning_pb2.DeleteTuningJobRequest, _tuning_pb2.DeleteTuningJobResponse]  # type: ignore[assignment]
+    """Deletes a job that has ended, and its events. The version that it published stays."""
     WatchTuningJob: _aio.UnaryStreamMultiCallable[_tuning_pb2.WatchTuningJobRequest, _tuning_pb2.WatchTuningJobResponse]  # type: ignore[assignment]
     """Streams a job's events from after_sequence on, and ends when the job has ended."""
 
@@ -86,6 +102,30 @@ class TuningServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tuning_pb2.ValidateDatasetResponse, _abc.Awaitable[_tuning_pb2.ValidateDatasetResponse]]:
         """Checks a data set, uploaded before or sent along, and reports on it: form, rows, tokens, bad lines. Stores nothing."""
+
+    @_abc_1.abstractmethod
+    def GetDataset(
+        self,
+        request: _tuning_pb2.GetDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tuning_pb2.GetDatasetResponse, _abc.Awaitable[_tuning_pb2.GetDatasetResponse]]:
+        """Returns one data set."""
+
+    @_abc_1.abstractmethod
+    def ListDatasets(
+        self,
+        request: _tuning_pb2.ListDatasetsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tuning_pb2.ListDatasetsResponse, _abc.Awaitable[_tuning_pb2.ListDatasetsResponse]]:
+        """Lists data sets, newest first."""
+
+    @_abc_1.abstractmethod
+    def DeleteDataset(
+        self,
+        request: _tuning_pb2.DeleteDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tuning_pb2.DeleteDatasetResponse, _abc.Awaitable[_tuning_pb2.DeleteDatasetResponse]]:
+        """Deletes a data set. One that an unfinished job is trained on is a FAILED_PRECONDITION."""
 
     @_abc_1.abstractmethod
     def CreateTuningJob(
@@ -118,6 +158,14 @@ class TuningServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tuning_pb2.CancelTuningJobResponse, _abc.Awaitable[_tuning_pb2.CancelTuningJobResponse]]:
         """Cancels a job that has not ended. No version is published."""
+
+    @_abc_1.abstractmethod
+    def DeleteTuningJob(
+        self,
+        request: _tuning_pb2.DeleteTuningJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tuning_pb2.DeleteTuningJobResponse, _abc.Awaitable[_tuning_pb2.DeleteTuningJobResponse]]:
+        """Deletes a job that has ended, and its events. The version that it published stays."""
 
     @_abc_1.abstractmethod
     def WatchTuningJob(

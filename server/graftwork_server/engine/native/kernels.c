@@ -9,7 +9,9 @@
 #include <immintrin.h>
 #endif
 
-#define BLOCK 16          // tokens in a block of the KV cache (kv_cache.py)
+#ifndef BLOCK
+#error "BLOCK, the tokens in a block of the KV cache, is given by build.py"
+#endif
 #define RANK_CHUNK 8      // ranks of one work item of the shrink
 #define COLUMN_CHUNK 512  // columns of one work item of the expand
 #define TILE 64           // columns summed in registers

@@ -290,6 +290,7 @@ static void rotate_part(const Layer *layer, const Step *step, bf16 *qkv) {
 
 #define MOST_GROUPS 8
 #define MOST_DIM 256
+_Static_assert(BLOCK == 16, "attend_head has a block's tokens in the 16 lanes of a vector");
 
 // Attention of one sequence's newest token for the heads that share one head of keys; as in NAME(attend), in vectors.
 // q [groups, dim], keys and values [cache rows, dim], out [groups, dim]; dim a multiple of 32, at most MOST_DIM.

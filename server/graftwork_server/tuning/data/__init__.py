@@ -9,18 +9,29 @@ lines.py reads lines, rows.py tokenises them, report.py checks a whole file.
 """
 
 from graftwork_server.tuning.data.lines import MAX_LINE_BYTES, Example, LineProblem, read_examples, read_lines
-from graftwork_server.tuning.data.report import DatasetReport, LineError, check_dataset, how_to_fit
+from graftwork_server.tuning.data.report import (
+    FIRST_ERRORS,
+    DatasetReport,
+    ErrorKind,
+    LineError,
+    check_dataset,
+    how_to_fit,
+    no_end,
+)
 from graftwork_server.tuning.data.rows import instruction_prompt, tokenize_example, tokenize_rows
 
 __all__ = [
+    "FIRST_ERRORS",
     "MAX_LINE_BYTES",
     "DatasetReport",
+    "ErrorKind",
     "Example",
     "LineError",
     "LineProblem",
     "check_dataset",
     "how_to_fit",
     "instruction_prompt",
+    "no_end",
     "read_examples",
     "read_lines",
     "tokenize_example",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import msgspec
@@ -36,6 +37,15 @@ _FIELDS: dict[DatasetFormat, tuple[str, ...]] = {
 
 class LineProblem(ValueError):
     """Why a line cannot be used, and what would be accepted."""
+
+
+class ExtraFields(LineProblem):
+    """Fields that no row of this form has, of a row that is good otherwise. `fields`: each as messages name it."""
+
+    def __init__(self, fields: Sequence[str], accepted: str) -> None:
+        super().__init__(f"unknown field {', '.join(fields)}; {accepted}")
+        self.fields = list(fields)
+        self.accepted = accepted
 
 
 class Chat(msgspec.Struct, frozen=True):
@@ -94,11 +104,15 @@ def read_lines(file: BinaryIO) -> Iterator[bytes]:
 def read_examples(lines: Iterable[bytes]) -> Iterator[tuple[int, Example | LineProblem]]:
     """Each line's number, from 1, with what it holds. All must have the form of the first good one.
 
-    Empty lines are passed over at the end of the file and are a problem elsewhere.
+    Empty lines are passed over at the end of the file and are a problem elsewhere. A file of another kind (CSV, a JSON
+    array, ...) is one problem, of line 0.
     """
     file_form: tuple[DatasetFormat, int] | None = None
     empty_from = 0
     for number, line in enumerate(lines, 1):
+        if number == 1 and (other := other_format(line)) is not None:
+            yield 0, LineProblem(other)
+            return
         if not line.strip():
             empty_from = empty_from or number
             continue
@@ -127,8 +141,15 @@ def parse_line(line: bytes) -> Example:
     row = _json_object(line)
     form = _form_of_keys(row)
     accepted = _FIELDS[form]
+    example = _example(row, form)
     if extra := [key for key in row if key not in accepted]:
-        raise LineProblem(f"unknown field {_quoted(extra)}; a {form} row has {FORMS[form]}")
+        raise ExtraFields(_each_quoted(extra), f"a {form} row has {FORMS[form]}")
+    if isinstance(example, Chat) and (extra := _extra_of_messages(row["messages"])):
+        raise ExtraFields([f"{name} of messages" for name in _each_quoted(extra)], 'a message has "role" and "content"')
+    return example
+
+
+def _example(row: dict[str, Any], form: DatasetFormat) -> Example:
     match form:
         case DatasetFormat.CHAT:
             return Chat(_messages(row["messages"]))
@@ -140,6 +161,38 @@ def parse_line(line: bytes) -> Example:
             return Instruction(_text(row, "instruction"), context, _text(row, "output"))
         case DatasetFormat.TEXT:
             return Text(_text(row, "text"))
+
+
+_TO_JSONL = 'a data set is JSON Lines: one JSON object a line, such as {"prompt": ..., "completion": ...}'
+_FROM_CSV = (
+    "python3 -c 'import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(sys.stdin)]' "
+    "< FILE.csv > FILE.jsonl"
+)
+_BINARY = {
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\x1f\x8b": "compressed with gzip",
+    b"PK\x03\x04": "a zip archive or a spreadsheet",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"SQLite format 3": "an SQLite database",
+}
+_SEPARATED = re.compile(r"[\w .\"'-]+(?:[,;\t][\w .\"'-]+)+")
+
+
+def other_format(first_line: bytes) -> str | None:
+    """What a file is that is no JSON Lines, and what to do, told by its first line; None if it may be JSON Lines."""
+    for magic, what in _BINARY.items():
+        if first_line.startswith(magic):
+            return f"the file is {what}; {_TO_JSONL}"
+    text = first_line.decode("utf-8", "replace").strip().removeprefix("\ufeff")
+    if text.startswith("["):
+        return f"the file is a JSON array; {_TO_JSONL}. To make it so: jq -c '.[]' FILE.json > FILE.jsonl"
+    if text == "{":
+        return f"the file's JSON goes over several lines; {_TO_JSONL}. To make it so: jq -c . FILE.json > FILE.jsonl"
+    if _SEPARATED.fullmatch(text):
+        columns = ", ".join(re.split(r"[,;\t]", text)[:6])
+        return f"the file looks like CSV with the columns {columns[:200]}; {_TO_JSONL}. To make it so: {_FROM_CSV}"
+    return None
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
@@ -204,17 +257,31 @@ def _messages(value: Any) -> list[dict[str, str]]:
         if not isinstance(entry, dict):
             raise LineProblem(f'message {index} must be an object {{"role", "content"}}, not {_kind(entry)}')
         where = f"message {index}: "
-        if extra := [key for key in entry if key not in ("role", "content")]:
-            raise LineProblem(f'{where}unknown field {_quoted(extra)}; a message has "role" and "content"')
         role = _text(entry, "role", where)
         if role not in ROLES:
             raise LineProblem(f"{where}role {_quoted([role])} is not known; accepted: {', '.join(ROLES)}")
         if role == "system" and index > 1:
             raise LineProblem(f"{where}a system message is accepted as the first one only")
-        messages.append({"role": role, "content": _text(entry, "content", where)})
+        messages.append({"role": role, "content": _text(_joined(entry, where), "content", where)})
     if not any(message["role"] == "assistant" for message in messages):
         raise LineProblem("no message has the role assistant, so there is nothing to learn")
     return messages
+
+
+def _extra_of_messages(messages: list[dict[str, Any]]) -> list[str]:
+    names = (key for message in messages for key in message if key not in ("role", "content"))
+    return list(dict.fromkeys(names))
+
+
+def _joined(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """The message with content that is text: a list of text parts, as other APIs have it, is joined as it is."""
+    parts = message.get("content")
+    if not isinstance(parts, list) or not parts:
+        return message
+    for index, part in enumerate(parts, 1):
+        if not isinstance(part, dict) or part.get("type") != "text" or set(part) != {"type", "text"}:
+            raise LineProblem(f'{where}part {index} of "content" is not {{"type": "text", "text": ...}}')
+    return {**message, "content": "".join(_text(part, "text", where) for part in parts)}
 
 
 def _text(row: dict[str, Any], field: str, where: str = "") -> str:
@@ -252,8 +319,11 @@ def _kind(value: Any) -> str:
 
 def _quoted(names: list[str]) -> str:
     """Names from the client, cut so that a message stays a message."""
-    shown = ", ".join(json.dumps(name[:40]) for name in names[:6])
-    return shown + (", ..." if len(names) > 6 else "")
+    return ", ".join(_each_quoted(names[:6])) + (", ..." if len(names) > 6 else "")
+
+
+def _each_quoted(names: list[str]) -> list[str]:
+    return [json.dumps(name[:40]) for name in names]
 
 
 def _all_forms() -> str:

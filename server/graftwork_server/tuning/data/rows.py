@@ -53,19 +53,31 @@ def tokenize_rows(lines: Iterable[bytes], text: TextProcessor, max_sequence_toke
 
 
 def tokenize_example(example: Example, text: TextProcessor) -> TrainingRow:
-    """One example as a row, not cut. Raises LineProblem if the chat template or tokenizer does not take it, and
-    FailedPrecondition (NO_CHAT_TEMPLATE, ...) if chat rows cannot be used with this base model at all."""
+    """One example as a row, not cut. Raises LineProblem if the chat template, the tokenizer or the model does not take
+    it, and FailedPrecondition (NO_CHAT_TEMPLATE, ...) if chat rows cannot be used with this base model at all."""
+    row = _tokenized(example, text)
+    rows = text.facts.embedding_rows
+    unknown = next((id for id in row.input_ids if id >= rows), None) if rows else None
+    if unknown is not None:
+        raise LineProblem(
+            f"token {text.token_text(unknown)!r} has the id {unknown}, for which the base model has no embedding; its "
+            f"ids end at {rows - 1}"
+        )
+    return row
+
+
+def _tokenized(example: Example, text: TextProcessor) -> TrainingRow:
     try:
         match example:
             case Chat(messages):
                 return _chat(messages, text)
             case PromptCompletion(prompt, completion):
-                return _completion(text.encode(prompt), completion, text)
+                return _completion(prompt, completion, text)
             case Instruction(instruction, input, output) if text.has_chat_template:
                 task = f"{instruction}\n\n{input}" if input else instruction
                 return _chat([{"role": "user", "content": task}, {"role": "assistant", "content": output}], text)
             case Instruction(instruction, input, output):
-                return _completion(text.encode(instruction_prompt(instruction, input)), output, text)
+                return _completion(instruction_prompt(instruction, input), output, text)
             case Text(content):
                 ids = _with_end(text.encode(content), text)
                 return TrainingRow(ids, list(ids))
@@ -85,25 +97,38 @@ def loss_tokens(row: TrainingRow) -> int:
     return sum(label != IGNORED_LABEL for label in row.labels[1:])
 
 
-def _completion(prompt_ids: list[int], completion: str, text: TextProcessor) -> TrainingRow:
-    # Tokenised apart, so that the prompt's tokens do not depend on the completion: serving sees the prompt alone.
-    completion_ids = _with_end(text.encode_plain(completion), text)
+def learned_ends(row: TrainingRow, text: TextProcessor) -> set[int]:
+    """Tokens that end what is learned of a row: those before which a model may stop. White space may follow them."""
+    ends: set[int] = set()
+    last: int | None = None
+    for label in (*row.labels, IGNORED_LABEL):
+        if label == IGNORED_LABEL:
+            if last in text.end_ids:
+                ends.add(last)
+            last = None
+        elif last is None or text.token_text(label).strip():
+            last = label
+    return ends
+
+
+def _completion(prompt: str, completion: str, text: TextProcessor) -> TrainingRow:
+    prompt_ids, completion_ids = text.encode_completion(prompt, completion)
+    completion_ids = _with_end(completion_ids, text)
     return TrainingRow(prompt_ids + completion_ids, [IGNORED_LABEL] * len(prompt_ids) + completion_ids)
 
 
 def _chat(messages: list[dict[str, str]], text: TextProcessor) -> TrainingRow:
-    ids, mask = text.encode_chat_with_mask(messages)
-    ids = list(ids)
-    labels = [id if learned else IGNORED_LABEL for id, learned in zip(ids, mask, strict=True)]
-    eos = text.eos_token_id
-    last = next((id for id in reversed(labels) if id != IGNORED_LABEL), None)
-    if messages[-1]["role"] == "assistant" and last is not None and last not in text.special_ids and eos is not None:
+    taught = text.encode_taught_chat(messages)
+    ids = list(taught.ids)
+    labels = [id if learned else IGNORED_LABEL for id, learned in zip(ids, taught.mask, strict=True)]
+    end = text.end_of_sequence_id
+    if messages[-1]["role"] == "assistant" and not taught.ended and end is not None:
         # A template without a token for the end of a turn: the model would never learn to stop.
-        ids.append(eos)
-        labels.append(eos)
+        ids.append(end)
+        labels.append(end)
     return TrainingRow(ids, labels)
 
 
 def _with_end(ids: list[int], text: TextProcessor) -> list[int]:
-    eos = text.eos_token_id
-    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+    end = text.end_of_sequence_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]

@@ -1,0 +1,28 @@
+"""Tensors that files hold and transformers computes anew: nothing is lost where they are left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_POSITIONS = re.compile(
+    r"(.+\.)?((rotary_emb|rotary_pos_emb|rope)\.(original_)?(inv_freq|cos_cached|sin_cached)|position_ids"
+    r"|embeddings\.token_type_ids)"
+)
+"""Of the configuration: rotary frequencies and their tables, the numbers of positions."""
+_MASKS = re.compile(r"(.+\.)?(attn|attention|self_attn|self|crossattention)\.(bias|masked_bias|causal_mask)")
+"""Causal masks, in GPT-2, GPT-J, GPT-NeoX and CodeGen, and what they put where nothing is seen."""
+
+
+def without_derived(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors` by name, less those that transformers derives itself (buffers that earlier versions saved)."""
+    return {name: tensor for name, tensor in tensors.items() if not _is_derived(name, tensor)}
+
+
+def _is_derived(name: str, tensor: torch.Tensor) -> bool:
+    # A mask has no dimensions or four; a bias that is trained is a vector.
+    return bool(_POSITIONS.fullmatch(name) or (_MASKS.fullmatch(name) and tensor.ndim != 1))
