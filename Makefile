@@ -45,7 +45,8 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.serving $(if $(VLLM),--vllm $(VLLM)) $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) --output benchmarks/results/serving.json
 	$(BIN)/python -m benchmarks.front --output benchmarks/results/front.json
 	$(BIN)/python -m benchmarks.hot_load --output benchmarks/results/hot_load.json
-	$(BIN)/python -m benchmarks.hostile_grammars --output benchmarks/results/hostile_grammars.json
+	$(BIN)/python -m benchmarks.neighbours --output benchmarks/results/neighbours.json
+	$(BIN)/python -m benchmarks.overload --output benchmarks/results/overload.json
 	$(BIN)/python -m benchmarks.report
 
 fuzz: $(STAMP)
