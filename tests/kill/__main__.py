@@ -1,4 +1,4 @@
-"""`make kill`: kill -9 of front, engine and tuner at random moments and failpoints, under load, on one data directory.
+"""`make kill`: kill -9 of front, engine and tuner at random moments and failpoints, under load.
 
 After each kill everything that was acknowledged must be there, whole; nothing half; nothing left behind. The kills and
 what the clients do follow from the seed; when exactly a kill comes depends on the machine.
@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,14 @@ from graftwork_server.hub.store import digest_of
 TARGETS = ("front", "engine", "tuner")
 FAILPOINTS = ("publish.announced", "publish.before_rename", "publish.after_rename", "publish.before_commit",
               "publish.after_commit")  # fmt: skip
-JOB = {"max_steps": 12, "batch_size": 4, "checkpoint_steps": 2, "r": 4}
+JOB = {"max_steps": 200, "batch_size": 4, "checkpoint_steps": 20, "r": 4}
 PROMPT = [1, 20, 45, 77]
+MOST_ADAPTERS = 24
+"""All files are read after each kill."""
 KILL_SECONDS = 120.0
+POINT_SECONDS = 30.0
+"""Longest wait for a failpoint or for a tuner."""
+AFTER_SECONDS = 1.0
 
 
 class Load:
@@ -66,7 +72,7 @@ class Load:
 
     def _act(self, client: Client, rows: Any) -> None:
         action = self._random.random()
-        if action < 0.45 or not self.published:
+        if not self.published or (action < 0.45 and len(self.published) < MOST_ADAPTERS):
             name, self.created = f"a{self.created}", self.created + 1
             self.unsure.add(name)
             self.published[name] = client.adapters.create(name, self._random.choice(self._adapters)).digest
@@ -90,6 +96,7 @@ def check(server: Server, load: Load) -> list[str]:
     """What is wrong after a restart, in words."""
     wrong = []
     with server.client() as client:
+        jobs = [client.tuning.get(job_id) for job_id in load.jobs]  # first: one may succeed while we look
         listed = {adapter.adapter_id: adapter for adapter in client.adapters.list()}
         for name, digest in load.published.items():
             found = listed.get(name)
@@ -108,10 +115,9 @@ def check(server: Server, load: Load) -> list[str]:
             else:
                 load.published[name] = listed[name].digest
             load.unsure.discard(name)
-        for number, job_id in enumerate(load.jobs):
-            job = client.tuning.get(job_id)
+        for number, job in enumerate(jobs):
             if job.state in ("failed", "cancelled"):
-                wrong.append(f"job {job_id} is {job.state}: {job.info.error}")
+                wrong.append(f"job {job.id} is {job.state}: {job.info.error}")
             if job.state == "succeeded":
                 wrong += _check_job(job, f"job{number}", listed)
     return wrong
@@ -119,71 +125,129 @@ def check(server: Server, load: Load) -> list[str]:
 
 def _check_job(job: Any, adapter_id: str, listed: dict[str, Any]) -> list[str]:
     events = list(job.events(0, timeout=60))
-    expected = list(range(1, JOB["max_steps"] + 1))
+    steps = list(range(1, JOB["max_steps"] + 1))
+    checkpoints = list(range(JOB["checkpoint_steps"], JOB["max_steps"], JOB["checkpoint_steps"]))
     wrong = [] if adapter_id in listed else [f"job {job.id} succeeded, and its adapter is not there"]
     if [event.sequence for event in events] != list(range(1, len(events) + 1)):
         wrong.append(f"job {job.id}: the numbers of its events have holes")
     for what, found, wanted in (
-        ("steps", [e.progress.step for e in events if e.progress], expected),
-        ("checkpoints", [e.checkpoint_step for e in events if e.checkpoint_step is not None], expected[1:-1:2]),
+        ("steps", [e.progress.step for e in events if e.progress], steps),
+        ("checkpoints", [e.checkpoint_step for e in events if e.checkpoint_step is not None], checkpoints),
     ):
         if found != wanted:
-            wrong.append(f"job {job.id}: {what} reported are {found}")
+            missing, more = sorted(set(wanted) - set(found)), len(found) - len(set(found))
+            wrong.append(f"job {job.id}: {what} {missing} are not reported, {more} are twice or out of order")
     return wrong
 
 
-def kill(server: Server, target: str, started: list[psutil.Process]) -> None:
-    """Ends one process, and waits until it is gone, and with the front all that it has started."""
-    if target == "front":
-        started += server.descendants()
-        server.process.kill()
-        server.process.wait()
-        return
-    victim = server.engine() if target == "engine" else server.tuner()
-    if victim is not None:
-        victim.kill()
-        psutil.wait_procs([victim], timeout=KILL_SECONDS)
+class Servers:
+    """One server at a time on one data directory, kept from one kill to the next where it survives."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self._model, self._data, self._temporary = model, folder / "data", folder / "tmp"
+        self._temporary.mkdir(parents=True)
+        self._server: Server | None = None
+        self._started: list[psutil.Process] = []
+        """What ran below the server: nobody knows it once the server is dead."""
+        self._read = 0
+
+    def running(self, failpoint: str = "") -> Server:
+        """The server; a new one if there is none, or if it is to have a failpoint."""
+        if failpoint and self._server is not None:
+            self._server.process.terminate()
+            self._server.process.wait(KILL_SECONDS)
+            self._server.close()
+            self._server = None
+        if self._server is None:
+            variables = {"TMPDIR": str(self._temporary)} | ({"GRAFTWORK_FAILPOINT": failpoint} if failpoint else {})
+            self._server = Server(self._model, self._data, **variables)
+        return self._server
+
+    def look(self) -> bool:
+        """Notes what runs below the server now. Always true."""
+        assert self._server is not None
+        self._started = list(
+            {process.pid: process for process in [*self._started, *self._server.descendants()]}.values()
+        )
+        return True
+
+    def traceback(self) -> list[str]:
+        """The traceback that came into the log since the last look, if one did."""
+        assert self._server is not None
+        with self._server.log.open("rb") as log:
+            log.seek(self._read)
+            text = log.read().decode(errors="replace")
+            self._read = log.tell()
+        _, found, rest = text.partition("Traceback")
+        return [f"the log has a traceback: {found}{rest[:2000]}"] if found else []
+
+    def end(self, how: str = "kill") -> list[str]:
+        """Ends the front, by kill -9 or as an operator does, and returns what it left behind, in words."""
+        server, self._server = self._server, None
+        if server is None:
+            return []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._started += server.descendants()
+        getattr(server.process, how)()
+        server.process.wait(KILL_SECONDS)
+        _, alive = psutil.wait_procs(self._started, timeout=KILL_SECONDS)
+        self._started = []
+        server.close()
+        left = [f"{process.name()} outlived the front" for process in alive]
+        return left + [f"{name} is left in the temporary folder" for name in os.listdir(self._temporary)]
 
 
-def one(load: Load, model: Path, data: Path, target: str, point: str, delay: float) -> list[str]:
-    """A server's life until a kill, and the one after it. Returns what is wrong."""
-    variables = {"TMPDIR": str(data.parent / "tmp")} | ({"GRAFTWORK_FAILPOINT": point} if point != "random" else {})
-    server = Server(model, data, **variables)
-    started: list[psutil.Process] = []
-    load.again()
+def one(load: Load, servers: Servers, target: str, point: str, delay: float) -> tuple[str, list[str]]:
+    """A server under load until a kill, and a look at everything after it. Returns who was killed where, and what is
+    wrong. A killed front is started again by us, an engine by the front, a tuner by the engine."""
+    server = servers.running("" if point == "random" else point)
+    wrong = []
     with server.client() as client:
+        load.again()
         worker = threading.Thread(target=load.run, args=(client,), daemon=True)
         worker.start()
         if point != "random":
             with contextlib.suppress(AssertionError):  # nothing was published in this time
-                eventually(lambda: server.process.poll() is not None or not _note(server, started), point, 30)
+                eventually(lambda: servers.look() and server.process.poll() is not None, point, POINT_SECONDS)
+            if server.process.poll() is None:
+                point = "random"
+        elif target == "tuner":
+            with contextlib.suppress(AssertionError):  # no job was running in this time
+                eventually(server.tuner, "a tuner", POINT_SECONDS)
         time.sleep(delay)
-        if target != "front":
-            kill(server, target, started)
-            time.sleep(1)
+        if target == "front":
+            wrong += servers.end()
+        else:
+            victim = server.engine() if target == "engine" else server.tuner()
+            if victim is None:
+                target = f"no {target}, since none ran,"
+            else:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    victim.kill()
+                psutil.wait_procs([victim], timeout=KILL_SECONDS)
+            time.sleep(AFTER_SECONDS)  # calls fail, and others come, while it is gone
         load.stop()
-        kill(server, "front", started)
         worker.join(KILL_SECONDS)
-    _, alive = psutil.wait_procs(started, timeout=KILL_SECONDS)
-    wrong = [f"{process.name()} outlived the front" for process in alive]
-    server.close()
-    after = Server(model, data, TMPDIR=str(data.parent / "tmp"))
-    try:
-        wrong += check(after, load)
-        if "Traceback" in after.log.read_text(errors="replace"):
-            wrong.append("there is a traceback in the log")
-    finally:
-        started = after.descendants()
-        after.close()
-        psutil.wait_procs(started, timeout=KILL_SECONDS)
-    left = os.listdir(data.parent / "tmp")
-    return wrong + [f"{name} is left in the temporary folder" for name in left]
+    server = servers.running()
+    with server.client() as client:
+        eventually(lambda: client.server.get().engine_ready, "the engine", KILL_SECONDS)
+    return f"{target} at {point}", wrong + check(server, load) + servers.traceback()
 
 
-def _note(server: Server, started: list[psutil.Process]) -> bool:
-    """Notes what runs below the server, since nobody knows it once the server is dead."""
-    started[:] = {process.pid: process for process in [*started, *server.descendants()]}.values()
-    return True
+def run(folder: Path, model: Path, load: Load, kills: int, seed: int) -> tuple[Counter[str], list[str]]:
+    """So many kills on a data directory of its own: who was killed where, and what was wrong."""
+    chance = random.Random(seed)
+    counts: Counter[str] = Counter()
+    violations: list[str] = []
+    servers = Servers(model, folder)
+    for number in range(1, kills + 1):
+        target = TARGETS[number % len(TARGETS)]
+        point = chance.choice(FAILPOINTS) if target == "front" and chance.random() < 0.5 else "random"
+        killed, wrong = one(load, servers, target, point, chance.uniform(0, 8 if target == "tuner" else 3))
+        counts[killed] += 1
+        violations += [f"seed {seed}, kill {number} ({killed}): {what}" for what in wrong]
+        print(f"seed {seed}, {number}/{kills} {killed}: {'; '.join(wrong) or 'nothing lost'}", flush=True)
+    return counts, violations + [f"seed {seed}, at the end: {what}" for what in servers.end("terminate")]
 
 
 def main() -> int:
@@ -191,31 +255,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kill")
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--servers", type=int, default=2, help="at once, each with a seed and a directory of its own")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    chance = random.Random(arguments.seed)
-    counts: Counter[str] = Counter()
-    violations: list[str] = []
+    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="graftwork-kills-") as name:
-        folder = Path(name)
-        (folder / "tmp").mkdir()
-        model = toys.make_text_model(folder / "model")
-        load = Load(folder, model, arguments.seed)
-        for number in range(arguments.kills):
-            target = TARGETS[number % len(TARGETS)]
-            point = chance.choice(FAILPOINTS) if target == "front" and chance.random() < 0.5 else "random"
-            wrong = one(load, model, folder / "data", target, point, chance.uniform(0, 4))
-            counts[f"{target} at {point}"] += 1
-            violations += [f"kill {number + 1} ({target} at {point}): {what}" for what in wrong]
-            print(
-                f"{number + 1}/{arguments.kills} {target} at {point}: {'; '.join(wrong) or 'nothing lost'}", flush=True
-            )
+        model = toys.make_text_model(Path(name, "model"))
+        seeds = range(arguments.seed, arguments.seed + arguments.servers)
+        folders = [Path(name, str(seed)) for seed in seeds]
+        loads = [Load(folder, model, seed) for folder, seed in zip(folders, seeds, strict=True)]
+        shares = [len(range(index, arguments.kills, arguments.servers)) for index in range(arguments.servers)]
+        with ThreadPoolExecutor(arguments.servers) as pool:
+            ended = list(pool.map(run, folders, [model] * arguments.servers, loads, shares, seeds))
+    counts = sum((counts for counts, _ in ended), Counter[str]())
+    violations = [what for _, found in ended for what in found]
     result = {
-        "kills": arguments.kills,
-        "seed": arguments.seed,
+        "kills": sum(count for killed, count in counts.items() if not killed.startswith("no ")),
+        "seeds": list(seeds),
+        "seconds": round(time.monotonic() - started),
         "by_target_and_point": dict(sorted(counts.items())),
-        "adapters_acknowledged": load.created,
-        "jobs": len(load.jobs),
+        "adapters_created": sum(load.created for load in loads),
+        "jobs": sum(len(load.jobs) for load in loads),
         "violations": violations,
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": {"graftwork": __version__, "python": platform.python_version()},
