@@ -3,6 +3,7 @@
 # make test-kinds  the numeric tests as on other kinds of processors (hours on two cores; KINDS='--kind avx2' for one)
 # make bench   the benchmarks, into benchmarks/results and the README; VLLM=DIR LLAMA_CPP=DIR name peers' environments
 # make fuzz    100,000 mutated messages and 10,000 mutated files against a real server, into benchmarks/results
+# make kill    kill -9 of front, engine and tuner under load (about half an hour); KILLS=20 for fewer
 # make proto   regenerates the committed stubs
 # make clean   removes what the other targets made
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-kinds lint bench fuzz proto install clean
+.PHONY: demo test test-kinds lint bench kill fuzz proto install clean
 
 install: $(STAMP)
 
@@ -44,11 +45,15 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.serving $(if $(VLLM),--vllm $(VLLM)) $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) --output benchmarks/results/serving.json
 	$(BIN)/python -m benchmarks.front --output benchmarks/results/front.json
 	$(BIN)/python -m benchmarks.hot_load --output benchmarks/results/hot_load.json
-	$(BIN)/python -m benchmarks.hostile_grammars --output benchmarks/results/hostile_grammars.json
+	$(BIN)/python -m benchmarks.neighbours --output benchmarks/results/neighbours.json
+	$(BIN)/python -m benchmarks.overload --output benchmarks/results/overload.json
 	$(BIN)/python -m benchmarks.report
 
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seed 1 --messages 100000 --files 10000 --output benchmarks/results/fuzz.json
+
+kill: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kill --kills $(or $(KILLS),300) --output benchmarks/results/kills.json
 
 proto: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python proto/generate.py

@@ -162,43 +162,79 @@ def hot_load_circumstances(result: Result) -> str:
     )
 
 
-def hostile_table(result: Result) -> str:
-    """Times between a stream's tokens, beside others; each hostile row also over the ordinary one before it."""
+def neighbours_table(result: Result) -> str:
+    """What a neighbour sees beside others; each hostile row's p99 also over the ordinary one's before it."""
     rows = []
-    ordinary = 0.0
+    ordinary: Row = {}
     for row in result["results"]:
         is_hostile = row["case"].endswith("hostile")
-        ratio = f" ({row['p99_ms'] / ordinary:.2f})" if is_hostile else ""
-        ordinary = ordinary if is_hostile else row["p99_ms"]
-        figures = [f"{row['p50_ms']:.1f}", f"{row['p99_ms']:.1f}{ratio}", f"{row['most_ms']:.1f}"]
-        rows.append([row["case"], *figures, f"{row['answered']:.0f}", f"{row['refused']:.0f}"])
-    return _markdown(["beside", "p50, ms", "p99, ms (hostile / ordinary)", "most, ms", "answered", "refused"], rows)
+        ordinary = ordinary if is_hostile else row
+        cells = [row["case"]]
+        for key in ("p99_ms", "get_p99_ms", "chat_p99_ms"):
+            ratio = f" ({row[key] / ordinary[key]:.2f})" if is_hostile else ""
+            cells.append(f"{row[key]:.1f}{ratio}")
+        rows.append([*cells, f"{row['front_mb']:.0f}", f"{row['answered']:.0f}", f"{row['refused']:.0f}"])
+    head = ["beside", "between tokens, p99, ms", "GetAdapter, p99, ms", "another chat, p99, ms", "front, MB"]
+    return _markdown([*head, "answered", "refused"], rows)
 
 
-def hostile_circumstances(result: Result) -> str:
-    """What the figures of hostile_table are of, in one sentence."""
+def neighbours_circumstances(result: Result) -> str:
+    """What the figures of neighbours_table are of, in one sentence."""
     machine = result["machine"]
     return (
-        f"Between tokens of a stream of {result['new_tokens']} on the {result['shape']} shape, {result['dtype']}, "
-        f"beside clients that send requests with ordinary schemas or hostile grammars without pause, "
-        f"{result['threads']} threads, {machine['cores']} cores; medians of {result['rounds']} rounds, "
-        f"{machine['date']}."
+        f"A stream of {result['new_tokens']} tokens on the {result['shape']} shape, {result['dtype']}, and small calls "
+        f"beside {result['clients']} clients that send ordinary or hostile requests of one kind without pause; in "
+        f"brackets hostile over ordinary; {result['threads']} threads, {machine['cores']} cores; medians of "
+        f"{result['rounds']} rounds, {machine['date']}."
     )
+
+
+def overload_table(result: Result) -> str:
+    """Admitted and refused requests at the server's own rate and at ten times it: benchmarks/overload.py."""
+    full, flooded = result["results"]
+    rows = []
+    for key, name in (
+        ("admitted_p50_ms", "admitted, p50, ms"),
+        ("admitted_p99_ms", "admitted, p99, ms"),
+        ("first_token_p99_ms", "first token, p99, ms"),
+        ("admitted_per_second", "admitted a second"),
+        ("refused_p50_ms", "refused, p50, ms"),
+        ("refused_p99_ms", "refused, p99, ms"),
+        ("refused_most_ms", "refused, most, ms"),
+    ):
+        ratio = f" ({flooded[key] / full[key]:.2f})" if key in full else ""
+        rows.append([name, f"{full[key]:.1f}" if key in full else "-", f"{flooded[key]:.1f}{ratio}"])
+    return _markdown(["", "full", "ten times (over full)"], rows)
+
+
+def overload_circumstances(result: Result) -> str:
+    """What the figures of overload_table are of, in one sentence."""
+    machine = result["machine"]
+    return (
+        f"{result['max_queue']} clients that fill a server with `--max-queue {result['max_queue']}`, then ten times "
+        f"the requests it answered; the {result['shape']} shape, {result['dtype']}, {result['prompt_tokens']} prompt "
+        f"and {result['new_tokens']} new tokens, client and server on the same {machine['cores']} cores; medians of "
+        f"{result['rounds']} rounds, {machine['date']}."
+    )
+
+
+README_TABLES = {
+    "front": (front_table, front_circumstances),
+    "hot_load": (hot_load_table, hot_load_circumstances),
+    "neighbours": (neighbours_table, neighbours_circumstances),
+    "overload": (overload_table, overload_circumstances),
+}
+"""What stands in the README after the serving table, where it was measured."""
 
 
 def readme_block() -> str:
     """What the README says about benchmarks, from benchmarks/results; what was not measured is not there."""
     serving = json.loads((RESULTS / "serving.json").read_text())
     parts = [BEGIN, rate_table(serving), circumstances(serving)]
-    if (RESULTS / "front.json").is_file():
-        front = json.loads((RESULTS / "front.json").read_text())
-        parts += [front_table(front), front_circumstances(front)]
-    if (RESULTS / "hot_load.json").is_file():
-        hot_load = json.loads((RESULTS / "hot_load.json").read_text())
-        parts += [hot_load_table(hot_load), hot_load_circumstances(hot_load)]
-    if (RESULTS / "hostile_grammars.json").is_file():
-        hostile = json.loads((RESULTS / "hostile_grammars.json").read_text())
-        parts += [hostile_table(hostile), hostile_circumstances(hostile)]
+    for name, (table, circumstances_of) in README_TABLES.items():
+        if (RESULTS / f"{name}.json").is_file():
+            result = json.loads((RESULTS / f"{name}.json").read_text())
+            parts += [table(result), circumstances_of(result)]
     return "\n\n".join([*parts, END])
 
 

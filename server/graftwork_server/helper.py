@@ -3,7 +3,8 @@
     front --request--> helper        frames as in messages.py, over a socket pair
           <---answer---
 
-A helper that takes too long is killed, one that takes too much memory ends by itself; the next request starts another.
+A helper that uses too much of a processor is ended by the kernel, one that does not answer is killed, one that takes
+too much memory ends by itself; the next request starts another.
 """
 
 from __future__ import annotations
@@ -25,6 +26,14 @@ from graftwork_server.messages import encode_frame, receive_frame
 MODULE = "graftwork_server.helper_main"
 START_SECONDS = 120.0
 """Time to start and to read the base's tokenizer: no stranger's doing, so it does not count against anybody."""
+PATIENCE = 5
+"""A request may take so many times its seconds of a processor: others may be at work on the machine."""
+
+
+class Limit(msgspec.Struct, frozen=True, tag=True):
+    """What follows, all of it together, may use a processor for so long. No answer."""
+
+    seconds: float
 
 
 class ReadTexts(msgspec.Struct, frozen=True, tag=True):
@@ -84,7 +93,7 @@ class Value(msgspec.Struct, frozen=True, tag=True):
 
 Answer = Ready | Refused | TextFacts | Value
 
-request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+request_decoder: msgspec.msgpack.Decoder[Limit | Request] = msgspec.msgpack.Decoder(Limit | Request)
 _answer_decoder: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
 
 
@@ -121,9 +130,18 @@ class Helper:
         return time.monotonic() - self._asked if self.started else 0.0
 
     def limit(self, seconds: float) -> None:
-        """What is asked from now on, all of it together, may take so long. Starting the process does not count."""
+        """What is asked from now on, all of it together, may use a processor for so long; its start does not count.
+
+        Raises HelperStopped if the process does not start.
+        """
         self._start()
-        self._deadline = time.monotonic() + seconds
+        assert self._socket is not None
+        self._deadline = time.monotonic() + PATIENCE * seconds
+        try:
+            self._wait_at_most(self._deadline)
+            self._socket.sendall(encode_frame(Limit(seconds)))
+        except OSError as error:
+            raise HelperStopped(self._end(timed_out=False)) from error
 
     def ask(self, request: Request) -> TextFacts | Value:
         """The answer. Raises the error that the request ended with, or HelperStopped; the process is gone then."""
@@ -207,5 +225,7 @@ class Helper:
         except subprocess.TimeoutExpired:
             status = -signal.SIGKILL
         self.close()
+        if status == -signal.SIGPROF:  # of the timer that Limit sets
+            return "time"
         # Rust aborts where it gets no memory; a stack that overflows is a segmentation fault.
         return "killed" if status == -signal.SIGKILL else "memory"

@@ -32,6 +32,7 @@ from graftwork_server.errors import (
 from graftwork_server.helper import (
     CallText,
     CheckDataset,
+    Limit,
     ReadTexts,
     Ready,
     Refused,
@@ -228,7 +229,12 @@ def main(
         front.sendall(encode_frame(Ready()))
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
-                front.sendall(strangers.answer(request_decoder.decode(receive_frame(front))))
+                request = request_decoder.decode(receive_frame(front))
+                if isinstance(request, Limit):
+                    # Its signal ends the process, wherever it is; nothing is used up between requests.
+                    signal.setitimer(signal.ITIMER_PROF, request.seconds)
+                else:
+                    front.sendall(strangers.answer(request))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from graftwork_server.helper_pool import HelperPool
 from graftwork_server.logs import client
 from graftwork_server.text import TextProcessor
 
-SECONDS = 5.0
-"""Longest time of one request in a helper."""
-FILE_BYTES_PER_SECOND = 500_000
+SECONDS = 2.0
+"""Of a processor's time, for one request in a helper."""
+FILE_BYTES_PER_SECOND = 1_000_000
 """Reading the files of an adapter gets a second more for so many bytes of the base's tokenizer."""
 KEPT = 32
 """Texts of adapters in memory."""
@@ -34,6 +34,8 @@ CHARACTERS_PER_SECOND = 50_000
 """It gets a second more for so many characters of text."""
 LARGE_TEXT_CHARACTERS = 10_000
 """A text of the base's tokenizer goes to a helper from here on: tokenising holds the interpreter's lock."""
+SLOW_TEXT_CHARACTERS = 200_000
+"""Longer texts leave a helper to shorter ones."""
 
 T = TypeVar("T")
 
@@ -183,10 +185,16 @@ class IsolatedTexts:
             assert self._base_in_helpers is not None
             isolated, key, blame = self._base_in_helpers, f"text of {client.get()}", False
             at_once = max(self._pool.count - 1, 1)
-        seconds = SECONDS + size / CHARACTERS_PER_SECOND
+        seconds, slow = SECONDS + size / CHARACTERS_PER_SECOND, size > SLOW_TEXT_CHARACTERS
         try:
             return await self._pool.run(
-                key, lambda helper: work(isolated.through(helper)), seconds=seconds, at_once=at_once, blame=blame
+                key,
+                lambda helper: work(isolated.through(helper)),
+                seconds=seconds,
+                at_once=at_once,
+                slow=slow,
+                blame=blame,
+                ends_with_caller=slow,
             )
         except HelperStopped as stopped:
             if field == "messages":
@@ -217,8 +225,8 @@ def stopped_error(
             metadata={"retry_after_ms": "500"},
         )
     kind = FailedPrecondition if field.endswith(".json") else InvalidArgument
-    much = f"more than the {seconds:.3g} s that it may" if stopped.why == "time" else "more memory than it may"
-    return kind(f"{doing} took {much}", reason=reason, field=field)
+    much = "more memory" if stopped.why == "memory" else f"more than the {seconds:.3g} s of a processor"
+    return kind(f"{doing} took {much} that it may", reason=reason, field=field)
 
 
 def _table(base: Tokenizer, tokens: Sequence[str | None]) -> Tokenizer:

@@ -122,7 +122,7 @@ def test_what_a_job_leaves_open_is_chosen_and_said(
     measured = {e["evaluation"]["step"]: e["evaluation"]["loss"] for e in events if e["kind"] == "evaluation"}
     assert list(measured) == list(range(10, len(steps) + 1, 10))
     best = min(measured, key=lambda step: (measured[step], step))
-    assert len(steps) == min(150, best + 40)
+    assert len(steps) == min(150, best + 80)
     result = job["result"]
     assert (result["published_step"], result["validation_loss"]) == (best, pytest.approx(measured[best]))
     artifact = server.artifact(client.adapters.get("tuned-open").digest)

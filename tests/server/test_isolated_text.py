@@ -37,7 +37,7 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture
 async def texts(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[IsolatedTexts]:
-    monkeypatch.setattr("graftwork_server.isolated_text.SECONDS", 3.0)
+    monkeypatch.setattr("graftwork_server.isolated_text.SECONDS", 1.0)
     pool = HelperPool("adapters' texts", [str(VOCABULARY), str(base_dir)], count=2)
     yield IsolatedTexts(AdapterTexts(TextProcessor.from_dir(base_dir), str(base_dir), VOCABULARY), pool)
     await asyncio.to_thread(pool.close)

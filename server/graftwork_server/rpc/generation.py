@@ -82,6 +82,7 @@ class GenerationService(GenerationServiceServicer):
             async with self._held(request.model) as (resolved, text):
                 field = request.WhichOneof("prompt") or "prompt"
                 ids = await self._prompt_ids(request, field, text)
+                check_prompt(ids, field, self._engine.model, room_for=1)  # before it is turned into text
                 echo = request.text or (_needed(text).decode(ids) if request.sampling.echo else "")
                 prompt = _Prompt(ids, field, echo)
                 await self._stream(resolved, text, prompt, request, pb.GenerateResponse, context)

@@ -18,7 +18,8 @@ FEWEST_STEPS, MOST_STEPS = 150, 1500
 WARMUP_STEPS = 10
 MEASUREMENTS = 15
 """Of held-out loss in a run."""
-PATIENCE = 4
+PATIENCE = 8
+"""Half a run: the loss of ten rows goes up and down while the rate is high, and the best weights are kept anyway."""
 HELD_OUT_FROM_ROWS = 50
 """With fewer rows, none can be spared for a measurement, which a handful would not make either."""
 HELD_OUT_FRACTION, MOST_HELD_OUT = 0.1, 200

@@ -16,7 +16,7 @@ from graftwork_server.logs import client
 from graftwork_server.tuning.data import FIRST_ERRORS, DatasetReport
 
 SECONDS = 60.0
-"""Longest time of a check, and a second more for every BYTES_PER_SECOND."""
+"""Of a processor's time, for one check, and a second more for every BYTES_PER_SECOND."""
 BYTES_PER_SECOND = 100_000
 SLOW_BYTES = 1 << 20
 """Larger files leave a helper to smaller ones."""

@@ -32,6 +32,7 @@ from graftwork_server.hub.safetensors_check import check_safetensors
 from graftwork_server.hub.store import StoredArtifact, artifact_files, digest_of, write_manifest
 from graftwork_server.logs import log_event
 from graftwork_server.messages import Checkpointed, Failed, Finished, JobSpec, Note, PreparedJob, Progress, TunerEvent
+from graftwork_server.threads import FILES
 from graftwork_server.types import AdapterRef, ArtifactInfo, JobState, LoadReport, StrategyInfo, TuningResult
 
 MAX_ENGINE_LOSSES = 3
@@ -466,7 +467,7 @@ class JobRun:
 
     async def _once_in_thread(self, work: Callable[[], T]) -> T:
         """The result of `work`. If this task is cancelled meanwhile, `work` still ends before the task does."""
-        task = asyncio.ensure_future(asyncio.to_thread(work))
+        task = asyncio.get_running_loop().run_in_executor(FILES, work)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:

@@ -121,6 +121,7 @@ async def test_one_version_is_deleted(server, refused):
     assert (await delete(1)).newest_version == 2
     assert (await delete(2)).newest_version == 0
     assert (await refused(get(server, "adapters/a"))).reason == "ADAPTER_NOT_FOUND"
+    assert (await create(server, "a", files_of("four"))).adapter.version == 4
 
 
 async def test_the_latest_version_has_a_name(server, refused):

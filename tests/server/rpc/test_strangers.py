@@ -111,11 +111,11 @@ async def test_a_looping_template_makes_nobody_wait(server, refused, monkeypatch
 
 
 async def test_what_a_template_may_take_is_said(server, refused, monkeypatch):
-    monkeypatch.setattr(isolated_text, "SECONDS", 1.0)
     await publish(server, "looping", hostile.LOOPING)
+    monkeypatch.setattr(isolated_text, "SECONDS", 0.5)
     error = await refused(chat(server, "looping"))
     assert (error.code, error.reason) == ("INVALID_ARGUMENT", "CHAT_TEMPLATE_REJECTED")
-    assert "more than the 1 s" in error.message
+    assert "more than the 0.5 s of a processor" in error.message
 
 
 # ---------------------------------------------------------------------------------------------- data sets

@@ -55,7 +55,7 @@ def test_a_hundred_rows_and_no_settings() -> None:
         "warmup_ratio": 0.0667,
         "published_weights": "best",
         "eval_steps": 10,
-        "early_stopping_patience": 4,
+        "early_stopping_patience": 8,
     }
 
 
