@@ -160,7 +160,7 @@ def wrap_linears(model: torch.nn.Module, step: StepRouting, kernels: NativeKerne
         name: module
         for name, module in model.named_modules()
         if isinstance(module, LinearModule)
-        and not (isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward)
+        and (isinstance(module, Conv1D | QuantizedLinear) or type(module).forward is torch.nn.Linear.forward)
     }
     groups: list[LinearGroup] = []
     taken: set[str] = set()
