@@ -372,7 +372,9 @@ def test_a_block_that_goes_on_after_its_end_has_one_end(tmp_path: Path) -> None:
 def test_a_text_that_writes_its_end_gets_no_second_one(tmp_path: Path, row: dict[str, str], end: str) -> None:
     """Conversations that were rendered beforehand end as the template's do, not as the tokenizer's texts."""
     text = make_text(tmp_path, template=CHATML)
-    (made,) = tokenize_rows(jsonl([{key: value + end if "c" in value else value for key, value in row.items()}]), text, 0)
+    (made,) = tokenize_rows(
+        jsonl([{key: value + end if "c" in value else value for key, value in row.items()}]), text, 0
+    )
     assert learned(made, text)[1].endswith("cd" + end)
     assert learned_ends(made, text) == {text.token_id(end.strip())}
 
