@@ -147,8 +147,9 @@ def test_patterns_of_strangers_are_bounded(channel: grpc.Channel, sound: Path, k
 def test_names_without_number_are_refused(channel: grpc.Channel, sound: Path, key: str) -> None:
     """Each is compared with each module of the base."""
     names = [f"k{number}" for number in range(100_000)]
-    value: Any = {"trainable_token_indices": dict.fromkeys(names, [1])}.get(key, names)
-    value = dict.fromkeys(names, 4) if key in ("rank_pattern", "alpha_pattern") else value
+    value: Any = names
+    if key in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
+        value = {name: [1] if key == "trainable_token_indices" else 4 for name in names}
     assert "up to 4096" in upload(channel, with_config(sound, **{key: value}))
 
 

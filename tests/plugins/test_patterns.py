@@ -116,8 +116,12 @@ def test_many_patterns_are_one_question() -> None:
         matcher.first_match(["q_proj"] * 5000, "x")
 
 
-@pytest.mark.parametrize("key", ["q_proj", "self.q_proj", "q", "", ".", "a.b.q_proj", "xq_proj", "q-proj", "...", "proj"])
-@pytest.mark.parametrize("name", ["q_proj", "a.self.q_proj", "a.b.q_proj", "aself.q_proj", "a.", "", "b\n.q_proj", "a.\n"])
+@pytest.mark.parametrize(
+    "key", ["q_proj", "self.q_proj", "q", "", ".", "a.b.q_proj", "xq_proj", "q-proj", "...", "proj"]
+)
+@pytest.mark.parametrize(
+    "name", ["q_proj", "a.self.q_proj", "a.b.q_proj", "aself.q_proj", "a.", "", "b\n.q_proj", "a.\n"]
+)
 def test_plain_names_are_matched_as_expressions(key: str, name: str) -> None:
     assert PatternMatcher().fullmatch(key, name) == bool(re.fullmatch(key, name))
     assert (PatternMatcher().first_match([key], name) == key) == bool(re.fullmatch(rf"(.*\.)?({key})", name))
