@@ -5,6 +5,7 @@ Imports take seconds, so what signals do is settled before them.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from graftwork_server import signals
@@ -13,6 +14,7 @@ from graftwork_server import signals
 def main() -> int:
     """Runs the server until a signal ends it; returns the exit code."""
     signals.end_at_once()
+    os.umask(0o077)  # what server, engine and tuners write is for this user alone
     from graftwork_server import serve
 
     return serve.main()

@@ -156,6 +156,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Checkpoints; outlives the tuner."""
     artifact_dir: str
     """Made by the tuner: the finished files. Exists whole or not at all (written beside it, then renamed)."""
+    reported_step: int | None = None
+    """The newest step that the front has a report of; None: it has all."""
 
 
 class PrepareJob(msgspec.Struct, frozen=True, kw_only=True, tag=True):

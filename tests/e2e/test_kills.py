@@ -69,13 +69,21 @@ class Life:
         raise AssertionError(f"the job is {info.state}: {info.error}")
 
     def assert_job_goes_on(self) -> None:
-        """The job must say which checkpoint it goes on from, and make the step after that."""
+        """The job must say which checkpoint it goes on from, and report the next step that it has not reported yet."""
         note = self.next_event(lambda event: event.message and "from the checkpoint of step" in event.message)
         step = int(re.findall(r"\d+", note.message or "")[-1])
         assert step >= 2
         progress = self.next_event(lambda event: event.progress).progress
         assert progress is not None
-        assert progress.step == step + 1
+        assert progress.step >= step + 1
+
+    def assert_every_step_is_reported_once(self) -> None:
+        """However often the job was broken off."""
+        events = list(self.client.tuning.get(self._job_id).events(0, timeout=600))
+        assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+        assert [event.progress.step for event in events if event.progress] == list(range(1, STEPS + 1))
+        checkpoints = [event.checkpoint_step for event in events if event.checkpoint_step is not None]
+        assert checkpoints == list(range(2, STEPS, 2))
 
     def answer(self, model: str = "base") -> Generation:
         """A short answer that depends on the weights alone."""
@@ -188,6 +196,7 @@ def test_a_killed_server_leaves_no_process_and_loses_nothing(life: Life) -> None
     result = life.client.tuning.get(job.id).wait(timeout=600)
     assert result.adapter_version.startswith("adapters/survivor/versions/")
     assert life.answer("survivor").model == "survivor"
+    life.assert_every_step_is_reported_once()
     # What it worked with is gone with it.
     assert not (life.server.data_dir / "jobs" / job.id).exists()
 

@@ -36,6 +36,7 @@ _PROBLEM_TYPES: Mapping[int, types.ProblemType] = {
 _STATES: Mapping[int, types.JobState] = {
     tuning_pb2.TUNING_JOB_STATE_PENDING: "pending",
     tuning_pb2.TUNING_JOB_STATE_RUNNING: "running",
+    tuning_pb2.TUNING_JOB_STATE_PAUSED: "paused",
     tuning_pb2.TUNING_JOB_STATE_SUCCEEDED: "succeeded",
     tuning_pb2.TUNING_JOB_STATE_FAILED: "failed",
     tuning_pb2.TUNING_JOB_STATE_CANCELLED: "cancelled",

@@ -12,7 +12,7 @@ Pooling: TypeAlias = Literal["mean", "cls", "last", "max", "mean_sqrt_len", "wei
 AnsweredPooling: TypeAlias = Pooling | Literal["several"]
 """several: their vectors one after another, as the base model's files say."""
 ProblemType: TypeAlias = Literal["single_label", "multi_label", "regression"]
-JobState: TypeAlias = Literal["unspecified", "pending", "running", "succeeded", "failed", "cancelled"]
+JobState: TypeAlias = Literal["unspecified", "pending", "running", "paused", "succeeded", "failed", "cancelled"]
 DatasetForm: TypeAlias = Literal["unspecified", "chat", "prompt_completion", "instruction", "text"]
 EventKind: TypeAlias = Literal["state", "progress", "evaluation", "checkpoint", "message", "unknown"]
 

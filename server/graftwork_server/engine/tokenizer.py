@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from graftwork_server.errors import GraftworkServerError
+from graftwork_server.errors import FailedPrecondition, GraftworkServerError
 from graftwork_server.text import ModelFacts, TextProcessor, write_base_tokenizer
 
 _DEFAULT = "default"
@@ -31,8 +32,7 @@ def resolved_tokenizer(source: str, cache_dir: Path, name: str, facts: ModelFact
     templates = tokenizer.chat_template or {}
     if isinstance(templates, str):
         templates = {_DEFAULT: templates}
-    write_base_tokenizer(target, tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, templates, facts)
-    return str(target)
+    return _written(target, tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, templates, facts)
 
 
 def _as_it_is(source: str, target: Path, facts: ModelFacts, error: Exception) -> str:
@@ -42,5 +42,19 @@ def _as_it_is(source: str, target: Path, facts: ModelFacts, error: Exception) ->
         text = TextProcessor.from_dir(source)
     except GraftworkServerError:
         return source  # whoever needs it says what is wrong with it
-    write_base_tokenizer(target, text.to_json(), text.named_tokens, text.chat_templates, facts)
+    return _written(target, text.to_json(), text.named_tokens, text.chat_templates, facts)
+
+
+def _written(
+    target: Path, tokenizer: str, named: Mapping[str, str], templates: Mapping[str, str], facts: ModelFacts
+) -> str:
+    try:
+        write_base_tokenizer(target, tokenizer, named, templates, facts)
+    except OSError as error:
+        why = error.strerror or "input/output error"
+        raise FailedPrecondition(
+            f"the base model's tokenizer cannot be written to cache/tokenizers: {why}; "
+            "give --data-dir a directory with room that this user can write to",
+            reason="DATA_DIR_UNUSABLE",
+        ) from error
     return str(target)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import logging
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +20,12 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.orm import Session
 
 from graftwork_server.errors import FailedPrecondition, ResourceExhausted, Unavailable
+from graftwork_server.hub.reserve import RESERVE_BYTES, Reserve
 
 _BUSY_TIMEOUT_MS = 10_000
 _WRITES = "graftwork_writes"
+
+_log = logging.getLogger(__name__)
 
 
 class Database:
@@ -29,8 +35,9 @@ class Database:
     cannot be read, ResourceExhausted (STORAGE_FULL).
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, reserve: Reserve | None = None) -> None:
         self._engine = create_engine(url)
+        self._reserve = reserve
         self.writes = 0
         """Transactions that this process has ended: what it read before the last of them may no longer be true."""
         if self._engine.dialect.name == "sqlite":
@@ -38,7 +45,7 @@ class Database:
             event.listen(self._engine, "begin", _begin_sqlite)
         self._writing = self._engine.execution_options(**{_WRITES: True})
         try:
-            _migrate(self._writing)
+            self._open()
         except DatabaseError as error:
             self.close()
             if _is_full(error):
@@ -55,7 +62,18 @@ class Database:
     @classmethod
     def at(cls, path: Path) -> Database:
         """The SQLite database in file `path`, created if need be."""
-        return cls(f"sqlite:///{path}")
+        return cls(f"sqlite:///{path}", Reserve(path.with_name("reserve")))
+
+    def _open(self) -> None:
+        try:
+            _migrate(self._writing)
+        except OperationalError:
+            if self._reserve is None:
+                raise
+            # If the disk is full, what is said depends on the file that found it so. A server must start then: deleting
+            # is done through it.
+            self._reserve.give()
+            _migrate(self._writing)
 
     def close(self) -> None:
         """Closes all connections."""
@@ -68,13 +86,36 @@ class Database:
             yield session
 
     @contextmanager
-    def write(self) -> Iterator[Session]:
-        """One transaction, the only one that writes now; committed at the end, rolled back on any error."""
+    def write(self, *, makes_room: bool = False) -> Iterator[Session]:
+        """One transaction, the only one that writes now; committed at the end, rolled back on any error.
+
+        makes_room: it forgets something, or lets go of it. It has the reserve, so that it works on a full disk.
+        """
+        if makes_room and self._reserve is not None:
+            self._reserve.give()
         try:
             with _database_errors(), Session(self._writing) as session, session.begin():
                 yield session
         finally:
             self.writes += 1
+            if self._reserve is not None:
+                if makes_room:
+                    self._shorten_log()
+                if not self._reserve.held:
+                    self._reserve.keep()
+
+    def _shorten_log(self) -> None:
+        """Moves what the write-ahead log holds to its place, and cuts it, unless somebody reads it now."""
+        with contextlib.suppress(OperationalError), contextlib.closing(self._engine.raw_connection()) as connection:
+            cursor = connection.cursor()
+            try:
+                cursor.execute("PRAGMA busy_timeout = 0")
+                cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            except sqlite3.OperationalError as error:
+                _log.debug("the write-ahead log stays as it is: %s", error)
+            finally:
+                cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+                cursor.close()
 
 
 def now() -> datetime.datetime:
@@ -105,6 +146,8 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
         "journal_mode = WAL",
         "synchronous = FULL",
         "foreign_keys = ON",
+        f"journal_size_limit = {RESERVE_BYTES}",
+        "temp_store = MEMORY",
     ):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()

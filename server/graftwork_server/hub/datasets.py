@@ -96,7 +96,7 @@ class Datasets:
         Raises NotFound (DATASET_NOT_FOUND), FailedPrecondition (DATASET_IN_USE) while a job needs it.
         """
         with self._lock:
-            with self._database.write() as session:
+            with self._database.write(makes_room=True) as session:
                 row = session.get(Dataset, dataset_id)
                 if row is None:
                     raise dataset_not_found(dataset_id, "name")

@@ -108,7 +108,7 @@ class JobRegistry:
 
     def delete(self, job_id: str) -> None:
         """Forgets a job and its events. Raises NotFound, FailedPrecondition (JOB_NOT_ENDED)."""
-        with self._database.write() as session:
+        with self._database.write(makes_room=True) as session:
             job = _job(session, job_id)
             if not JobState(job.state).final:
                 raise FailedPrecondition(
@@ -133,8 +133,13 @@ class JobRegistry:
         error: ErrorBody | None = None,
         engine_losses: int | None = None,
     ) -> JobRecord:
-        """Adds events in one transaction. Raises FailedPrecondition (JOB_ENDED) if the job has ended."""
-        with self._database.write() as session:
+        """Adds events in one transaction; reports of steps that the job has already are left out.
+
+        Raises FailedPrecondition (JOB_ENDED) if the job has ended.
+        """
+        # Its state can be told on a full disk, too: that it is paused, and that it has ended, which frees its files.
+        changes_state = any(isinstance(happening, StateChanged) for happening in happenings)
+        with self._database.write(makes_room=changes_state) as session:
             job = _open_job(session, job_id)
             _append(session, job, happenings)
             if error is not None:
@@ -191,7 +196,7 @@ def _open_job(session: Session, job_id: str) -> Job:
 def _append(session: Session, job: Job, happenings: Sequence[JobHappening]) -> None:
     last = session.scalar(select(func.max(JobEvent.sequence)).where(JobEvent.job_id == job.id)) or 0
     time = now()
-    for sequence, happening in enumerate(happenings, last + 1):
+    for sequence, happening in enumerate(_unknown(session, job, happenings), last + 1):
         payload = _to_json(happening)
         kind = type(happening).__name__
         session.add(JobEvent(job_id=job.id, sequence=sequence, time=time, kind=kind, payload=payload))
@@ -210,6 +215,39 @@ def _append(session: Session, job: Job, happenings: Sequence[JobHappening]) -> N
                 job.engine_losses = 0
             case Note():
                 pass
+
+
+def _unknown(session: Session, job: Job, happenings: Sequence[JobHappening]) -> Sequence[JobHappening]:
+    """`happenings` without reports of steps that the job has already: a run that goes on makes some again."""
+    reached: dict[str, int] = {}
+    new = []
+    for happening in happenings:
+        step = _step(happening)
+        if step is not None:
+            kind = type(happening).__name__
+            if kind not in reached:
+                reached[kind] = _reached(session, job, kind)
+            if step <= reached[kind]:
+                continue
+            reached[kind] = step
+        new.append(happening)
+    return new
+
+
+def _reached(session: Session, job: Job, kind: str) -> int:
+    of_kind = select(JobEvent.payload).where(JobEvent.job_id == job.id, JobEvent.kind == kind)
+    newest = session.scalar(of_kind.order_by(JobEvent.sequence.desc()).limit(1))
+    return (_step(_happening(newest)) or 0) if newest is not None else 0
+
+
+def _step(happening: JobHappening) -> int | None:
+    match happening:
+        case Progress(progress=progress):
+            return progress.step
+        case Evaluated(step=step) | Checkpointed(step=step):
+            return step
+        case _:
+            return None
 
 
 def _record(job: Job) -> JobRecord:

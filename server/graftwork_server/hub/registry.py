@@ -157,7 +157,7 @@ class Registry:
     def delete_adapter(self, adapter_id: str) -> list[VersionRecord]:
         """Forgets an adapter and gives the versions that it had. Raises NotFound (ADAPTER_NOT_FOUND)."""
         check_adapter_id(adapter_id, "name")
-        with self._database.write() as session:
+        with self._database.write(makes_room=True) as session:
             adapter = session.get(Adapter, adapter_id)
             if adapter is None:
                 raise adapter_not_found(adapter_id, session.scalars(select(Adapter.id)).all(), "name")
@@ -171,7 +171,7 @@ class Registry:
 
         Raises NotFound (ADAPTER_NOT_FOUND, VERSION_NOT_FOUND).
         """
-        with self._database.write() as session:
+        with self._database.write(makes_room=True) as session:
             row = session.get(Version, (adapter_id, number))
             if row is None:
                 raise _version_not_found(session, adapter_id, number, "name")
@@ -185,7 +185,7 @@ class Registry:
 
     def set_pinned(self, version: VersionRecord, pinned: bool) -> VersionRecord:
         """Pins or unpins a version. Raises NotFound (VERSION_NOT_FOUND) if it was deleted since."""
-        with self._database.write() as session:
+        with self._database.write(makes_room=not pinned) as session:
             row = session.get(Version, (version.adapter_id, version.number))
             if row is None:
                 raise NotFound(f"{version.name} was deleted just now", reason="VERSION_NOT_FOUND", field="name")

@@ -168,6 +168,11 @@ class Store:
         """The folder of a job, or where it would be."""
         return self.jobs / job_id
 
+    def free_bytes(self) -> int:
+        """Room on the disk."""
+        status = os.statvfs(self.root)
+        return status.f_bavail * status.f_frsize
+
     # ------------------------------------------------------------------------------------------ garbage
 
     def collect(self, digests: Collection[str], dataset_ids: Collection[str], job_ids: Collection[str]) -> list[str]:

@@ -3,7 +3,8 @@
 A template is a program that may do anything with a message: trim it, drop its reasoning, write another header before
 it once more follows. So a conversation is rendered as it is, and once more with a word of our own in the place of each
 assistant message. What the second rendering has between the words is the template's own text; found in the first one,
-in order, it leaves what the template made of each message. What is found in no way or in several is refused.
+in order, it leaves what the template made of each message. What is found in no way or in several is refused. A last
+message with reasoning that the template would leave out is put where serving asks for it.
 """
 
 from __future__ import annotations
@@ -48,13 +49,18 @@ def read_conversation(template: Template, messages: Sequence[Message], ends: Seq
     if template.marks_generation:
         text, blocks = template.render_with_spans(messages)
         turns = [_block_turn(text, block, ends) for block in blocks]
-        return _conversation(text, turns, last, _served(template, messages[:-1], text) if last else None)
+        prompt = _prompt(template, messages[:-1]) if last else None
+        served = len(prompt) if prompt is not None and text.startswith(prompt) else None
+        return _conversation(text, turns, last, served)
     text = template.render(messages, add_generation_prompt=False)
     contents = _contents(template, messages, text)
     turns = []
     served = None
     for index, (start, end) in contents.items():
-        served = _served(template, messages[:index], text)
+        prompt = _prompt(template, messages[:index])
+        if last and index == len(messages) - 1 and prompt is not None:
+            text, start, end = _with_reasoning(text, start, end, prompt, str(messages[index]["content"]))
+        served = len(prompt) if prompt is not None and text.startswith(prompt) else None
         turns.append(_turn(text, start if served is None else served, end, ends))
     return _conversation(text, turns, last, served)
 
@@ -104,13 +110,28 @@ def _end_at(text: str, position: int, ends: Sequence[str]) -> int | None:
     return position + found if found else None
 
 
-def _served(template: Template, before: Sequence[Message], text: str) -> int | None:
-    """Characters of `text` that serving sends for what follows `before`; None if `text` does not begin so."""
+def _prompt(template: Template, before: Sequence[Message]) -> str | None:
+    """What serving sends for the message that follows `before`; None if the template takes no such conversation."""
     try:
-        prompt = template.render(before, add_generation_prompt=True)
+        return template.render(before, add_generation_prompt=True)
     except InvalidArgument:  # no template must take a conversation without messages, or two users in a row
         return None
-    return len(prompt) if text.startswith(prompt) else None
+
+
+def _with_reasoning(text: str, start: int, end: int, prompt: str, content: str) -> tuple[str, int, int]:
+    """The text and the span of its last message where serving opens the reasoning and the message goes on with it.
+
+    Templates leave the reasoning out of a finished conversation. A model that is to learn it has to be shown it where
+    it will be asked for it.
+    """
+    opening = prompt.removeprefix(text[:start])
+    written = content.lstrip()
+    if opening == prompt or text.startswith(prompt) or not opening.strip() or not written.startswith(opening.strip()):
+        return text, start, end
+    rest = written.removeprefix(opening.strip())
+    if opening[-1].isspace():
+        rest = rest.lstrip()
+    return f"{prompt}{rest}{text[end:]}", len(prompt), len(prompt) + len(rest)
 
 
 def _contents(template: Template, messages: Sequence[Message], text: str) -> dict[int, Span]:

@@ -40,8 +40,12 @@ def write_folder(folder: Path, fill: Any) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     remove(temporary)
     temporary.mkdir(parents=True)
-    fill(temporary)
-    sync(temporary)
+    try:
+        fill(temporary)
+        sync(temporary)
+    except BaseException:
+        remove(temporary)  # on a full disk, others need its place
+        raise
     remove(folder)
     temporary.rename(folder)
     sync(folder.parent)
@@ -71,6 +75,8 @@ def sync(path: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder if it is there."""
-    if folder.exists():
+    """Removes a folder if it is there; of a link, the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
         shutil.rmtree(folder)

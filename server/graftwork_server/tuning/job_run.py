@@ -31,7 +31,7 @@ from graftwork_server.hub.records import JobHappening, JobRecord, NewVersion, Pu
 from graftwork_server.hub.safetensors_check import check_safetensors
 from graftwork_server.hub.store import StoredArtifact, artifact_files, digest_of, write_manifest
 from graftwork_server.logs import log_event
-from graftwork_server.messages import Failed, Finished, JobSpec, Note, PreparedJob, Progress, TunerEvent
+from graftwork_server.messages import Checkpointed, Failed, Finished, JobSpec, Note, PreparedJob, Progress, TunerEvent
 from graftwork_server.types import AdapterRef, ArtifactInfo, JobState, LoadReport, StrategyInfo, TuningResult
 
 MAX_ENGINE_LOSSES = 3
@@ -40,6 +40,9 @@ LINGER_SECONDS = 0.1
 """Steps reported within this time are written together."""
 MAX_BATCH = 1000
 MAX_RETRY_SECONDS = 60.0
+FIRST_PAUSE_SECONDS = 1.0
+LEAST_ROOM_BYTES = 1 << 20
+"""Without as much, a paused job need not try again."""
 
 _log = logging.getLogger("graftwork.tuning")
 T = TypeVar("T")
@@ -132,7 +135,8 @@ class JobRun:
         self._hub = surroundings.hub
         self._engine = surroundings.engine
         self._around = surroundings
-        self._cancelled = False
+        self._cancelled = asyncio.Event()
+        self._pause_seconds = FIRST_PAUSE_SECONDS
         self._folder = self._hub.store.job_path(job.job_id)
         self._artifact = self._folder / "artifact"
         self._inbox: asyncio.Queue[TunerEvent | _EngineLost | _EngineReady | _Cancel] = asyncio.Queue()
@@ -153,7 +157,7 @@ class JobRun:
 
     def tell_cancel(self) -> None:
         """Somebody wants the job to end; it may still end otherwise if it is about to."""
-        self._cancelled = True
+        self._cancelled.set()
         self._inbox.put_nowait(_Cancel())
 
     # ------------------------------------------------------------------------------------------ its life
@@ -189,17 +193,23 @@ class JobRun:
     async def _train(self) -> TuningResult | None:
         """Starts the tuner and follows it to its end; None if the engine was lost on the way."""
         engine_number = self._around.status.lost
-        first = self._job.state is JobState.PENDING
-        await self._record([StateChanged(state=JobState.RUNNING) if first else Note(text="resumed")])
+        running = self._job.state is JobState.RUNNING
+        await self._record([Note(text="resumed") if running else StateChanged(state=JobState.RUNNING)])
         log_event(
-            _log, "job started" if first else "job resumed", job=self._job.job_id, adapter=self._job.spec.adapter_id
+            _log, "job resumed" if running else "job started", job=self._job.job_id, adapter=self._job.spec.adapter_id
         )
         spec = await self._in_thread(self._prepare_folder)
         try:
             await self._engine.start_job(spec)
         except Unavailable:
             return None
-        return await self._follow(engine_number)
+        try:
+            return await self._follow(engine_number)
+        except FailedPrecondition as error:
+            if error.reason != "DISK_FULL":
+                raise
+        await self._wait_for_room()
+        return await self._train()
 
     async def _count_loss(self) -> None:
         """Raises Internal (ENGINE_LOST_REPEATEDLY) once it is likely that the job itself ends the engines."""
@@ -231,6 +241,8 @@ class JobRun:
                         case _EngineReady():
                             pass
                         case _:
+                            if isinstance(item, Checkpointed):
+                                self._pause_seconds = FIRST_PAUSE_SECONDS
                             happenings.append(item)
             finally:
                 if happenings:
@@ -245,9 +257,9 @@ class JobRun:
         return batch
 
     async def _engine_ready(self) -> None:
-        while not self._cancelled and not self._around.status.ready:
+        while not self._cancelled.is_set() and not self._around.status.ready:
             await self._inbox.get()
-        if self._cancelled:
+        if self._cancelled.is_set():
             raise _CancelledByUser
 
     def _check_still_possible(self) -> None:
@@ -277,6 +289,7 @@ class JobRun:
             validation_fraction=spec.validation_fraction or 0.0,
             job_dir=str(self._folder),
             artifact_dir=str(self._artifact),
+            reported_step=self._job.progress.step if self._job.progress is not None else 0,
         )
 
     # ------------------------------------------------------------------------------------------ publishing
@@ -395,7 +408,7 @@ class JobRun:
         delay = 0.5
         while True:
             try:
-                await self._record(happenings, error=error)
+                await self._record_once(happenings, error=error)
                 return
             except GraftworkServerError as raised:
                 if raised.reason == "JOB_ENDED":
@@ -412,7 +425,46 @@ class JobRun:
         )
         self._around.changed(self._job.job_id)
 
+    async def _record_once(self, happenings: Sequence[JobHappening], error: ErrorBody | None = None) -> None:
+        self._job = await self._once_in_thread(lambda: self._hub.jobs.record(self._job.job_id, happenings, error=error))
+        self._around.changed(self._job.job_id)
+
+    # ------------------------------------------------------------------------------------------ a full disk
+
     async def _in_thread(self, work: Callable[[], T]) -> T:
+        """The result of `work`; where the disk is full, once there is room: `work` can be repeated then."""
+        while True:
+            try:
+                return await self._once_in_thread(work)
+            except GraftworkServerError as error:
+                if error.reason != "STORAGE_FULL":
+                    raise
+            await self._wait_for_room()
+
+    async def _wait_for_room(self) -> None:
+        """Pauses the job until the disk has room, and longer each time that it then was full again all the same.
+
+        Raises _CancelledByUser.
+        """
+        text = "paused: the server's disk is full; the job goes on when there is room"
+        _log.warning("job %s is %s", self._job.job_id, text)
+        with contextlib.suppress(GraftworkServerError):  # the disk may be too full to say so
+            await self._record_once([Note(text=text), StateChanged(state=JobState.PAUSED)])
+        needed = max(self._job.estimate.artifact_bytes, LEAST_ROOM_BYTES)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._pause_seconds):
+                    await self._cancelled.wait()
+            if self._cancelled.is_set():
+                raise _CancelledByUser
+            self._pause_seconds = min(2 * self._pause_seconds, MAX_RETRY_SECONDS)
+            if self._hub.store.free_bytes() >= needed:
+                break
+        if self._job.state is JobState.PAUSED:
+            with contextlib.suppress(GraftworkServerError):
+                await self._record_once([StateChanged(state=JobState.RUNNING)])
+
+    async def _once_in_thread(self, work: Callable[[], T]) -> T:
         """The result of `work`. If this task is cancelled meanwhile, `work` still ends before the task does."""
         task = asyncio.ensure_future(asyncio.to_thread(work))
         try:

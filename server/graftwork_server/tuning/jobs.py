@@ -3,6 +3,7 @@
     PENDING --> RUNNING --> SUCCEEDED      its version was published in the same transaction
         |          +------> FAILED         error says why
         +----------+------> CANCELLED
+                PAUSED                     in between, while the disk is full
 
 States and events live in the registry; nothing here is lost with the process. One JobRun drives each running job.
 """
@@ -248,7 +249,7 @@ class JobManager:
                 return
             unfinished = await asyncio.to_thread(self._hub.jobs.unfinished)
             waiting = [job for job in unfinished if job.job_id not in self._active]
-            waiting.sort(key=lambda job: job.state is not JobState.RUNNING)
+            waiting.sort(key=lambda job: job.state is JobState.PENDING)
             for job in waiting[: self._max_concurrent - len(self._active)]:
                 run = JobRun(job, self._around)
                 task = asyncio.create_task(run.run(), name=f"job {job.job_id}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from graftwork_server.plugin_host import guard
 from graftwork_server.tuning.checkpoint import CheckpointMismatch, Checkpoints, Progressed
 from graftwork_server.tuning.data.rows import loss_tokens
 from graftwork_server.tuning.gate import Gate
+from graftwork_server.tuning.reports import Reports
 from graftwork_server.tuning.schedule import learning_rate, pack, rows_of_step, steps_per_epoch, total_steps
 from graftwork_server.types import TuningProgress
 
@@ -41,8 +42,12 @@ class Run:
     """To train on; each carries loss."""
     held_out: Sequence[TrainingRow]
     checkpoints: Checkpoints
-    send: Callable[[TunerEvent], None]
+    reports: Reports
     gate: Gate | None = None
+
+    def send(self, event: TunerEvent) -> None:
+        """Reports what has happened."""
+        self.reports.send(event)
 
 
 def train(run: Run) -> Progressed:
@@ -81,6 +86,7 @@ def train(run: Run) -> Progressed:
             _measure(run, state)
         if config.checkpoint_steps and state.step % config.checkpoint_steps == 0 and state.step < steps:
             clock.update()
+            run.reports.keep(state.step)
             run.checkpoints.save(state, run.trainable.parameters, optimizer)
             run.send(Checkpointed(step=state.step))
     clock.update()
@@ -203,6 +209,7 @@ def _resumed(run: Run, optimizer: torch.optim.Optimizer) -> Progressed:
         ) from None
     if state is None:
         return Progressed()
+    run.reports.go_on(state.step)
     run.send(Note(text=f"goes on from the checkpoint of step {state.step}"))
     return state
 

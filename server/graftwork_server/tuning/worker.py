@@ -135,6 +135,7 @@ def _prepared(
     from graftwork_server.tuning.checkpoint import Checkpoints
     from graftwork_server.tuning.gate import Gate
     from graftwork_server.tuning.loop import Run
+    from graftwork_server.tuning.reports import Reports
 
     job, model = command.job, command.model
     torch.set_num_threads(command.threads)
@@ -154,7 +155,7 @@ def _prepared(
         rows=rows[0],
         held_out=rows[1],
         checkpoints=Checkpoints(Path(job.job_dir) / "checkpoints", identity),
-        send=send,
+        reports=Reports(Path(job.job_dir) / "reports", send, job.reported_step),
         gate=Gate(command.gate_fd, command.yield_ms),
     )
 
@@ -206,7 +207,7 @@ def _explained(error: Exception) -> Exception:
         )
     # safetensors has its own exception and says the number in the text.
     if getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error):
-        return FailedPrecondition("the disk is full; free some space and create the job anew", reason="DISK_FULL")
+        return FailedPrecondition("the disk is full", reason="DISK_FULL")
     return error
 
 

@@ -207,3 +207,11 @@ def test_a_tokenizer_with_code_of_its_own_is_read_from_its_file(tmp_path: Path) 
     text = TextProcessor.from_dir(resolved)
     assert text.encode("the fox") == byte_level().encode("the fox").ids
     assert (text.eos_token_id, text.facts.eos_token_ids) == (3, [1])
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", byte_level(), config(tokenizer_class="PreTrainedTokenizerFast"))
+    (tmp_path / "cache").write_text("a file in its place")
+    with pytest.raises(FailedPrecondition) as caught:
+        resolved_tokenizer(str(folder), tmp_path / "cache", "sha256:ab", ModelFacts())
+    assert caught.value.reason == "DATA_DIR_UNUSABLE"

@@ -102,7 +102,6 @@ THOUGHT = "<think>\nhm\n</think>\n\nfox"
             "<|im_end|>",
         ),
         (DEEPSEEK, FOUR, ["dog</s>", "lazy</s>"], "</s>"),
-        (DEEPSEEK, chat("a", THOUGHT), ["\n\nfox</s>"], "</s>"),
         (PHI3, FOUR, ["dog<|end|>", "lazy<|end|>"], "<|end|>"),
         (HARMONY, FOUR, ["<|channel|>final<|message|>dog", "<|channel|>final<|message|>lazy<|return|>"], "<|return|>"),
         (LLAMA3, chat("a", "  dog ", "b", "lazy\n"), ["dog<|eot_id|>", "lazy<|eot_id|>"], "<|eot_id|>"),
@@ -111,7 +110,7 @@ THOUGHT = "<think>\nhm\n</think>\n\nfox"
         # " dog" is one token, in the conversation up to "lazy" as serving sends it. What "lazy" follows ends before it.
         (BARE, FOUR, [" dog", "lazy\n"], None),
     ],
-    ids="chatml qwen3 qwen3-thoughts r1 r1-thought phi3 gpt-oss llama3 llama2 gemma bare".split(),  # noqa: SIM905
+    ids="chatml qwen3 qwen3-thoughts r1 phi3 gpt-oss llama3 llama2 gemma bare".split(),  # noqa: SIM905
 )
 def test_turns_are_learned_with_their_ends(
     tmp_path: Path, template: str, messages: list[dict[str, str]], expected: list[str], end: str | None
@@ -129,6 +128,18 @@ def test_the_last_message_follows_the_tokens_that_serving_sends(tmp_path: Path, 
     taught = text.encode_taught_chat(FOUR)
     assert taught.ids[: len(served)] == served
     assert taught.mask[len(served)] == 1
+
+
+def test_reasoning_is_learned_where_serving_opens_it(tmp_path: Path) -> None:
+    """The template shows none in a finished conversation."""
+    text = make(tmp_path, DEEPSEEK)
+    messages = chat("a", THOUGHT, "b", THOUGHT)
+    taught = text.encode_taught_chat(messages)
+    served = text.encode_chat(messages[:-1])
+    assert taught.ids[: len(served)] == served
+    assert text.decode(taught.ids[len(served) :], skip_special_tokens=False) == "hm\n</think>\n\nfox</s>"
+    assert taught.mask[len(served) :] == [1] * (len(taught.ids) - len(served))
+    assert taught.ended
 
 
 def test_messages_that_look_like_the_template_are_still_found(tmp_path: Path) -> None:

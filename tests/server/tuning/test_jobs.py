@@ -44,6 +44,7 @@ from graftwork_server.hub import store as store_module
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import JobEventRecord, JobRecord, StateChanged, TuningSpec
 from graftwork_server.messages import Checkpointed, Failed, Finished, JobSpec, Note, Progress, TunerEvent
+from graftwork_server.tuning import job_run
 from graftwork_server.tuning.jobs import JobManager
 from graftwork_server.types import JobState
 
@@ -311,21 +312,103 @@ async def test_a_failed_tuner_fails_its_job(tmp_path: Path) -> None:
         assert_nothing_published(hub)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-async def test_a_full_disk_while_publishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def failing_sync(number: int) -> Callable[[Path], None]:
     def fail(path: Path) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
+    return fail
+
+
+async def test_a_failing_disk_while_publishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with server(tmp_path, ScriptedEngine()) as (hub, manager):
         dataset = add_dataset(hub, ROWS)
-        monkeypatch.setattr(store_module, "sync", fail)
+        monkeypatch.setattr(store_module, "sync", failing_sync(errno.EIO))
         job = await ended(manager, (await manager.create(spec(dataset))).job_id)
         assert job.state is JobState.FAILED
         assert job.error is not None
-        assert job.error.reason == {errno.ENOSPC: "STORAGE_FULL", errno.EIO: "STORAGE_FAILED"}[number]
+        assert job.error.reason == "STORAGE_FAILED"
         assert_nothing_published(hub)
         monkeypatch.undo()
         assert (await ended(manager, (await manager.create(spec(dataset))).job_id)).state is JobState.SUCCEEDED
+
+
+async def paused(manager: JobManager, job_id: str) -> JobRecord:
+    for _ in range(500):
+        job = await manager.get(job_id)
+        if job.state is JobState.PAUSED:
+            return job
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"the job is {job.state}")
+
+
+async def test_a_full_disk_while_publishing_pauses_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_run, "FIRST_PAUSE_SECONDS", 0.1)
+    engine = ScriptedEngine()
+    async with server(tmp_path, engine) as (hub, manager):
+        dataset = add_dataset(hub, ROWS)
+        monkeypatch.setattr(store_module, "sync", failing_sync(errno.ENOSPC))
+        job = await paused(manager, (await manager.create(spec(dataset))).job_id)
+        assert hub.registry.digests() == set()
+        assert "disk is full" in notes(await events_of_now(hub, job.job_id))[0]
+        monkeypatch.setattr(store_module, "sync", lambda path: None)
+        job = await ended(manager, job.job_id)
+        assert job.state is JobState.SUCCEEDED
+        assert len(engine.started) == 1, "what was trained is published, not trained again"
+        passed = states(await events_of(manager, job.job_id))
+        assert passed[:3] == [JobState.PENDING, JobState.RUNNING, JobState.PAUSED]
+        assert passed[-2:] == [JobState.RUNNING, JobState.SUCCEEDED]
+
+
+async def events_of_now(hub: Hub, job_id: str) -> list[JobEventRecord]:
+    return list(hub.jobs.events(job_id, 0, 1000)[0])
+
+
+async def test_a_tuner_that_meets_a_full_disk_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_run, "FIRST_PAUSE_SECONDS", 0.1)
+    starts: list[JobSpec] = []
+
+    async def script(job: JobSpec, say: Say) -> None:
+        starts.append(job)
+        if len(starts) == 1:
+            say(step(1))
+            body = ErrorBody(code="FAILED_PRECONDITION", reason="DISK_FULL", message="the disk is full")
+            say(Failed(error=body))
+        else:
+            await train(job, say)
+
+    async with server(tmp_path, ScriptedEngine(script)) as (hub, manager):
+        free = {"bytes": 0}
+        monkeypatch.setattr(hub.store, "free_bytes", lambda: free["bytes"])
+        job = await paused(manager, (await create(hub, manager)).job_id)
+        await asyncio.sleep(0.3)
+        assert len(starts) == 1, "it is not started for nothing"
+        free["bytes"] = 1 << 30
+        job = await ended(manager, job.job_id)
+        assert (job.state, job.error) == (JobState.SUCCEEDED, None)
+        assert [start.reported_step for start in starts] == [0, 1]
+        events = await events_of(manager, job.job_id)
+        reported = [event.event.progress.step for event in events if isinstance(event.event, Progress)]
+        assert reported == [1, 2, 3], "the first step was made twice and reported once"
+
+
+async def test_a_paused_job_can_be_cancelled_and_outlives_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(job: JobSpec, say: Say) -> None:
+        say(Failed(error=ErrorBody(code="FAILED_PRECONDITION", reason="DISK_FULL", message="the disk is full")))
+
+    async with server(tmp_path, ScriptedEngine(full)) as (hub, manager):
+        job = await paused(manager, (await create(hub, manager)).job_id)
+        assert (await manager.cancel(job.job_id)).state is JobState.CANCELLED
+        second = await paused(manager, (await create(hub, manager)).job_id)
+    async with server(tmp_path, ScriptedEngine()) as (_, manager):
+        job = await ended(manager, second.job_id)
+        assert job.state is JobState.SUCCEEDED
+        assert states(await events_of(manager, job.job_id))[-3:] == [
+            JobState.PAUSED,
+            JobState.RUNNING,
+            JobState.SUCCEEDED,
+        ]
 
 
 @pytest.mark.parametrize("kind", ["pickle", "truncated", "missing"])

@@ -23,6 +23,7 @@ from graftwork_server.tuning import loop
 from graftwork_server.tuning.checkpoint import Checkpoints, Progressed
 from graftwork_server.tuning.gate import Gate
 from graftwork_server.tuning.loop import Run, evaluate
+from graftwork_server.tuning.reports import Reports
 from graftwork_server.tuning.schedule import (
     held_out_count,
     learning_rate,
@@ -62,8 +63,8 @@ def make_run(tmp_path: Path, **settings: Any) -> Run:
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     rows = uneven_rows()
-    checkpoints = Checkpoints(tmp_path, {})
-    return Run(Lora(), config, trainable, torch.device("cpu"), rows, rows, checkpoints, send=lambda event: None)
+    checkpoints, reports = Checkpoints(tmp_path, {}), Reports(tmp_path / "reports", lambda event: None)
+    return Run(Lora(), config, trainable, torch.device("cpu"), rows, rows, checkpoints, reports)
 
 
 def gradients(run: Run) -> dict[str, torch.Tensor]:

@@ -71,6 +71,8 @@ class _TuningJobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tuning
     """Ended: error says why."""
     TUNING_JOB_STATE_CANCELLED: _TuningJobState.ValueType  # 5
     """Ended by CancelTuningJob."""
+    TUNING_JOB_STATE_PAUSED: _TuningJobState.ValueType  # 6
+    """Waits for room on the server's disk, and goes on by itself when there is some."""
 
 class TuningJobState(_TuningJobState, metaclass=_TuningJobStateEnumTypeWrapper):
     """Where a job is in its life."""
@@ -87,6 +89,8 @@ TUNING_JOB_STATE_FAILED: TuningJobState.ValueType  # 4
 """Ended: error says why."""
 TUNING_JOB_STATE_CANCELLED: TuningJobState.ValueType  # 5
 """Ended by CancelTuningJob."""
+TUNING_JOB_STATE_PAUSED: TuningJobState.ValueType  # 6
+"""Waits for room on the server's disk, and goes on by itself when there is some."""
 Global___TuningJobState: _TypeAlias = TuningJobState  # noqa: Y015
 
 @_typing.final
