@@ -42,7 +42,7 @@ _TEMPLATE = (
 
 @dataclass(frozen=True)
 class FileCase:
-    """What one upload holds. data_set: else an adapter's files."""
+    """What one upload holds: an adapter's files, or rows.jsonl, a data set."""
 
     kind: str
     files: dict[str, bytes]

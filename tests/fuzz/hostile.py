@@ -118,6 +118,11 @@ def mutated_bytes(data: bytes, choose: random.Random) -> bytes:
     return bytes(changed)
 
 
+def any_text(choose: random.Random) -> str:
+    """Hostile text; a fifth of it cannot be encoded."""
+    return choose.choice(NO_TEXTS if choose.random() < 0.2 else TEXTS)
+
+
 def any_value(choose: random.Random, depth: int = 0) -> Any:
     """A value of any JSON kind, hostile more often than not."""
     match choose.randrange(8):
@@ -132,7 +137,7 @@ def any_value(choose: random.Random, depth: int = 0) -> Any:
         case 5 if depth < 3:
             return [any_value(choose, depth + 1) for _ in range(choose.choice((1, 2, 2, 50)))]
         case 6 if depth < 3:
-            return {choose.choice(TEXTS + NO_TEXTS): any_value(choose, depth + 1) for _ in range(choose.choice((1, 3)))}
+            return {any_text(choose): any_value(choose, depth + 1) for _ in range(choose.choice((1, 3)))}
     return choose.choice(TEXTS)
 
 
@@ -148,11 +153,11 @@ def mutated_json(document: Any, choose: random.Random) -> Any:
             case 0:
                 del container[key]
             case 1 if isinstance(container, dict):
-                container[choose.choice(TEXTS + NO_TEXTS)] = container.pop(key)
+                container[any_text(choose)] = container.pop(key)
             case 2 if isinstance(container, list):
                 container[key:key] = [container[key]] * choose.choice((1, 2, 1000))
             case 3 if isinstance(container, dict):
-                container[choose.choice(TEXTS + NO_TEXTS)] = any_value(choose)
+                container[any_text(choose)] = any_value(choose)
             case _:
                 container[key] = any_value(choose)
     return document
