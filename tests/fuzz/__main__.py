@@ -1,4 +1,4 @@
-"""python -m tests.fuzz [--seed 1] [--messages 100000] [--files 10000] [--only messages:17] [--output FILE.json]
+"""python -m tests.fuzz [--messages 100000] [--files 10000] [--only messages:17] [--output FILE.json]
 
 Starts a server with a toy model and sends it mutated messages over every method, then mutated files. What must hold:
 every call gets a status in time, none of them INTERNAL, UNKNOWN or UNAVAILABLE; every refusal has a reason; front and
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 import tempfile
 import time
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--messages", type=int, default=100_000)
     parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of messages at most, and of files")
     parser.add_argument("--only", help="one case: messages:NUMBER or files:NUMBER")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -40,13 +42,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="graftwork-fuzz-") as scratch:
         fuzzer = Fuzzer(Path(scratch), arguments.seed)
         try:
-            asyncio.run(fuzzer.run(messages, files))
+            asyncio.run(fuzzer.run(messages, files, arguments.seconds))
         finally:
             fuzzer.close()
     report = {
         "seed": arguments.seed,
-        "messages": len(messages),
-        "files": len(files),
+        "messages": fuzzer.findings.messages,
+        "files": fuzzer.findings.files,
         "seconds": round(time.monotonic() - begun, 1),
         **figures(fuzzer.findings),
         "machine": describe_machine(),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import re
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -43,6 +45,9 @@ class Findings:
 
     statuses: Counter[tuple[str, str]] = field(default_factory=Counter)
     failures: list[dict[str, Any]] = field(default_factory=list)
+    messages: int = 0
+    """Cases that were sent."""
+    files: int = 0
     calls: int = 0
     front_bytes: int = 0
     front_peak_bytes: int = 0
@@ -81,16 +86,17 @@ class Fuzzer:
         """Ends the server."""
         self.server.close()
 
-    async def run(self, messages: range | list[int], files: range | list[int]) -> None:
-        """Sends the cases with these numbers, many at once, and looks at the server meanwhile and afterwards."""
+    async def run(self, messages: range | list[int], files: range | list[int], seconds: float = math.inf) -> None:
+        """Sends the cases with these numbers, many at once, each kind for at most so long, and looks at the server
+        meanwhile and afterwards."""
         engine = self.server.engine()
         async with grpc.aio.insecure_channel(self.server.address) as self._channel:
             await self._prepare()
             front = psutil.Process(self.server.process.pid)
             self.findings.front_bytes = front.memory_info().rss
             watching = asyncio.create_task(self._watch(front))
-            await self._all(messages, self._message)
-            await self._all(files, self._file)
+            self.findings.messages = await self._all(messages, self._message, seconds)
+            self.findings.files = await self._all(files, self._file, seconds)
             await asyncio.sleep(0.5)
             watching.cancel()
             await self._answers()
@@ -104,16 +110,19 @@ class Fuzzer:
         if growth > FRONT_GROWTH_BYTES:
             self.findings.fail("", f"the front grew by {growth} bytes")
 
-    async def _all(self, numbers: range | list[int], one: Callable[[int], Awaitable[None]]) -> None:
-        waiting = iter(numbers)
+    async def _all(self, numbers: range | list[int], one: Callable[[int], Awaitable[None]], seconds: float) -> int:
+        waiting, end = iter(numbers), time.monotonic() + seconds
 
-        async def worker() -> None:
-            for number in waiting:
-                if self.server.process.poll() is not None:
-                    return
+        async def worker() -> int:
+            sent = 0
+            while self.server.process.poll() is None and time.monotonic() < end:
+                if (number := next(waiting, None)) is None:
+                    break
                 await one(number)
+                sent += 1
+            return sent
 
-        await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
+        return sum(await asyncio.gather(*(worker() for _ in range(AT_ONCE))))
 
     async def _watch(self, front: psutil.Process) -> None:
         """Memory, and the log, so that what is found has its place."""
