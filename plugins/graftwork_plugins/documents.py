@@ -7,13 +7,16 @@ from typing import Any, NoReturn
 
 MAX_DEPTH = 200
 """Deeper ones exhaust the stack of who walks them next."""
+_MAX_BITS = 1023
+"""Of whole numbers: larger ones fit no float, and Python raises OverflowError wherever they are computed with."""
 
 
 def read_json(text: str | bytes, *, constants: bool = False) -> Any:
     """The value that `text` holds, as UTF-8.
 
     Raises ValueError where it holds none, and for what Python's reader lets pass: half surrogates, which are no text,
-    values nested more than 200 deep, and, without `constants`, NaN and Infinity, which are no JSON.
+    values nested more than 200 deep, whole numbers that no float can hold, and, without `constants`, NaN and Infinity,
+    which are no JSON.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
@@ -37,6 +40,8 @@ def _check(value: Any) -> None:
                 inner += item
             elif isinstance(item, str) and not item.isascii():
                 _check_text(item)
+            elif isinstance(item, int) and item.bit_length() > _MAX_BITS:
+                raise ValueError("a whole number in it has over 300 digits")
         if not inner:
             return
         level = inner

@@ -238,10 +238,10 @@ class TrainingConfig(BaseModel):
     seed: int = Field(42, ge=0, lt=2**63, description="Seed of initialisation, dropout and the order of the rows.")
     eval_steps: int = Field(0, ge=0, description="Measure held-out loss every so many steps; 0: after each epoch.")
     early_stopping_patience: int = Field(
-        0, ge=0, description="Stop after so many held-out losses in a row that are no new lowest one; 0: never."
+        0, ge=0, description="Stop after so many held-out losses in a row that are worse than the lowest; 0: never."
     )
     published_weights: Literal["last", "best"] = Field(
-        "last", description="Publish the last weights, or those with the lowest held-out loss."
+        "last", description="Publish the last weights, or the best by held-out loss."
     )
     checkpoint_steps: int = Field(50, ge=0, description="Make a checkpoint every so many steps; 0: none.")
 

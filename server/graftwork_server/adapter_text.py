@@ -1,6 +1,7 @@
 """Tokenizers and chat templates that adapters bring: read from an artifact's files, checked against the base's.
 
-An artifact may hold tokenizer.json, tokenizer_config.json and chat_template.jinja; what it does not hold is the base's.
+An artifact may hold tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat templates; what it does not
+hold is the base's.
 It came from somewhere. The rules that cut and join text (a regular expression can take for ever, a post-processor fill
 the memory) and the model's parameters must be the base's; that is seen in the JSON before the library gets it. What is
 left - a vocabulary, merges, added tokens - still is a stranger's: helper_main.py works with it in a process of its own.
@@ -66,16 +67,22 @@ class AdapterTexts:
 
     def read(self, folder: str | Path) -> TextProcessor | None:
         """As `of`, for files that have no digest yet."""
-        own = self._changed(folder)
-        if not any(_plain(own)):
+        brought = TokenizerFiles.of(Path(folder))
+        own = self._changed(brought)
+        if not _brings(own):
             return self.base
         for mine, source in zip(_plain(own), _plain(self._source_files), strict=True):
             _check_size(mine, source)
+        for mine in own.named_templates.values():
+            _check_size(mine, None)
+        # What stands beside a changed file counts together with it, be it a copy of the base's or not.
+        templates = own if own.config is None and own.template is None and not own.named_templates else brought
         files = TokenizerFiles(
             own.tokenizer or self._base_files.tokenizer,
             own.config or self._base_files.config,
-            own.template or (None if own.config else self._base_files.template),
-            own.special_tokens_map,
+            templates.template or (None if own.config else self._base_files.template),
+            brought.special_tokens_map if own.config else own.special_tokens_map,
+            named_templates=templates.named_templates,
         )
         text = TextProcessor.from_files(
             files,
@@ -98,16 +105,22 @@ class AdapterTexts:
 
     def brings_nothing(self, folder: str | Path) -> bool:
         """Whether the files of `folder`, if there are any, are byte for byte the base's. What they say is not read."""
-        return not any(_plain(self._changed(folder)))
+        return not _brings(self._changed(TokenizerFiles.of(Path(folder))))
 
-    def _changed(self, folder: str | Path) -> TokenizerFiles:
-        """The files of `folder` that are no copies of the base's."""
+    def _changed(self, files: TokenizerFiles) -> TokenizerFiles:
+        """Those of `files` that are no copies of the base's."""
         copies = (_plain(self._source_files), _plain(self._base_files))
         tokenizer, config, template, special_tokens_map = (
             None if mine is None or any(base is not None and _same(mine, base) for base in bases) else mine
-            for mine, *bases in zip(_plain(TokenizerFiles.of(Path(folder))), *copies, strict=True)
+            for mine, *bases in zip(_plain(files), *copies, strict=True)
         )
-        return TokenizerFiles(tokenizer, config, template, special_tokens_map)
+        base_named = self._source_files.named_templates
+        named = {
+            name: mine
+            for name, mine in files.named_templates.items()
+            if name not in base_named or not _same(mine, base_named[name])
+        }
+        return TokenizerFiles(tokenizer, config, template, special_tokens_map, named_templates=named)
 
     def _compile(self, source: str, variables: Mapping[str, str]) -> Template:
         trusted = self.base is not None and source in self.base.chat_templates.values()
@@ -236,8 +249,12 @@ def _mismatch(what: str) -> FailedPrecondition:
 
 
 def _plain(files: TokenizerFiles) -> tuple[Path | None, Path | None, Path | None, Path | None]:
-    """The files that an adapter may bring."""
+    """The files that an adapter may bring, beside named templates."""
     return files.tokenizer, files.config, files.template, files.special_tokens_map
+
+
+def _brings(changed: TokenizerFiles) -> bool:
+    return any(_plain(changed)) or bool(changed.named_templates)
 
 
 def _same(mine: Path, base: Path) -> bool:

@@ -225,8 +225,8 @@ def stopped_error(
             metadata={"retry_after_ms": "500"},
         )
     kind = FailedPrecondition if field.endswith(".json") else InvalidArgument
-    much = "more memory" if stopped.why == "memory" else f"more than the {seconds:.3g} s of a processor"
-    return kind(f"{doing} took {much} that it may", reason=reason, field=field)
+    much = "memory than it may" if stopped.why == "memory" else f"than the {seconds:.3g} s of a processor that it may"
+    return kind(f"{doing} took more {much}", reason=reason, field=field)
 
 
 def _table(base: Tokenizer, tokens: Sequence[str | None]) -> Tokenizer:

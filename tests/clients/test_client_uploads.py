@@ -131,6 +131,20 @@ def test_links_may_not_leave_the_folder(server: ScriptedServer, client: graftwor
     assert len(server.seen) == 1
 
 
+def test_templates_in_their_folder_are_sent_too(
+    server: ScriptedServer, client: graftwork.Client, tmp_path: Path
+) -> None:
+    """An artifact has no folders, so the name of theirs is part of their names. Nothing else in a folder is sent."""
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "checkpoint-1").mkdir()
+    for name in ("a.safetensors", "additional_chat_templates/tool_use.jinja", "checkpoint-1/b.safetensors"):
+        (tmp_path / name).write_bytes(b"x")
+    server.on("CreateAdapter", a.CreateAdapterResponse(adapter=adapter()))
+    client.adapters.create("dates", tmp_path)
+    names = [file.name for file in server.requests("CreateAdapter")[0][0].upload.files]
+    assert names == ["a.safetensors", "additional_chat_templates.tool_use.jinja"]
+
+
 def shrinking(path: Path) -> Iterator[bytes]:
     yield b"x"
 

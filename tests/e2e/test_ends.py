@@ -70,3 +70,24 @@ def test_a_learned_end_ends_the_variant(chatml_dir: Path, tmp_path: Path) -> Non
             ended(client, "again")
     finally:
         second.close()
+
+
+def test_a_whole_checkpoint_is_ended_by_its_own_configuration(chatml_dir: Path, tmp_path: Path) -> None:
+    """As transformers ends it: by generation_config.json, or else config.json. The base has another end."""
+    by_generation, by_config = tmp_path / "by-generation", tmp_path / "by-config"
+    for folder, ends in ((by_generation, 0), (by_config, 2)):
+        AutoModelForCausalLM.from_pretrained(chatml_dir).save_pretrained(folder)
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings | {"eos_token_id": ends}))
+    (by_generation / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    (by_config / "generation_config.json").unlink()
+    server = Server(chatml_dir, tmp_path / "data")
+    try:
+        with server.client() as client:
+            for name, tokens in (("by-generation", 1), ("by-config", 1), ("base", 3)):
+                if name != "base":
+                    client.adapters.create(name, tmp_path / name)
+                answer = client.generate(name, "Hi", max_tokens=3, logit_bias={2: 100.0})
+                assert answer.token_ids == (2,) * tokens, name
+    finally:
+        server.close()

@@ -101,6 +101,9 @@ DOCUMENTS: dict[str, str | bytes] = {
     "NUL": '{"peft_type": "LORA", "a\\u0000b": 1}',
     "a line end": '{"peft_type": "LORA", "a\\nERROR b": 1}',
     "a mark of direction": '{"peft_type": "LORA", "\u202ea": 1}',
+    "a number that no float holds": '{"peft_type": "LORA", "r": ' + "9" * 400 + "}",
+    "such a number in a pattern": '{"peft_type": "LORA", "rank_pattern": {"q_proj": ' + "9" * 400 + "}}",
+    "such a number deep inside": '{"peft_type": "LORA", "auto_mapping": {"x": [' + "9" * 400 + "]}}",
     "a long key": '{"peft_type": "LORA", "' + "x" * 3_000_000 + '": 1}',
 }
 
@@ -126,6 +129,28 @@ def test_patterns_of_strangers_are_bounded(channel: grpc.Channel, sound: Path, k
     value: Any = {pattern: 4} if key in ("rank_pattern", "alpha_pattern") else pattern
     more = {"layers_to_transform": [0]} if key == "layers_pattern" else {}
     assert upload(channel, with_config(sound, **{key: value}, **more))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "target_modules",
+        "exclude_modules",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "target_parameters",
+        "trainable_token_indices",
+    ],
+)
+def test_names_without_number_are_refused(channel: grpc.Channel, sound: Path, key: str) -> None:
+    """Each is compared with each module of the base."""
+    names = [f"k{number}" for number in range(100_000)]
+    value: Any = names
+    if key in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
+        value = {name: [1] if key == "trainable_token_indices" else 4 for name in names}
+    assert "up to 4096" in upload(channel, with_config(sound, **{key: value}))
 
 
 DTYPES = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2}

@@ -112,3 +112,24 @@ def test_many_patterns_are_one_question() -> None:
         assert matcher.first_match(keys, f"model.layers.{layer}.q_proj") == keys[layer]
     with pytest.raises(PatternError, match="together"):
         matcher.first_match(["(a)" * 1000 + str(number) for number in range(1000)], "x")
+    with pytest.raises(PatternError, match="at most 4096"):
+        matcher.first_match(["q_proj"] * 5000, "x")
+
+
+@pytest.mark.parametrize(
+    "key", ["q_proj", "self.q_proj", "q", "", ".", "a.b.q_proj", "xq_proj", "q-proj", "...", "proj"]
+)
+@pytest.mark.parametrize(
+    "name", ["q_proj", "a.self.q_proj", "a.b.q_proj", "aself.q_proj", "a.", "", "b\n.q_proj", "a.\n"]
+)
+def test_plain_names_are_matched_as_expressions(key: str, name: str) -> None:
+    assert PatternMatcher().fullmatch(key, name) == bool(re.fullmatch(key, name))
+    assert (PatternMatcher().first_match([key], name) == key) == bool(re.fullmatch(rf"(.*\.)?({key})", name))
+
+
+def test_many_plain_names_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4,096 of them for each of a model's modules would be minutes in `re`, which keeps the interpreter meanwhile."""
+    matcher, keys = PatternMatcher(), [f"layers.{number}.q_proj" for number in range(4096)]
+    monkeypatch.setattr(re, "_compile", lambda *_: pytest.fail("an expression is compiled"))
+    for number in range(0, 4096, 64):
+        assert matcher.first_match(keys, f"model.layers.{number}.q_proj") == f"layers.{number}.q_proj"

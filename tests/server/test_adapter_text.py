@@ -64,6 +64,34 @@ def test_a_template_in_the_configuration(texts: AdapterTexts, tmp_path: Path, ba
     assert read(texts, tmp_path).render_chat(MESSAGES, True) == "<|user|>!"
 
 
+@pytest.mark.parametrize(
+    "name", ["additional_chat_templates/tool_use.jinja", "additional_chat_templates.tool_use.jinja"]
+)
+def test_a_template_for_tools_beside_another(texts: AdapterTexts, tmp_path: Path, name: str) -> None:
+    """As transformers writes them, and as an artifact has them, which has no folders."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{{ tools | length }} tools")
+    (tmp_path / "chat_template.jinja").write_text("none")
+    text = read(texts, tmp_path)
+    assert text.render_chat(MESSAGES, True) == "none"
+    assert text.render_chat(MESSAGES, True, tools=[{}]) == "1 tools"
+
+
+def test_copies_of_the_bases_files_count_beside_a_changed_one(tmp_path: Path) -> None:
+    """As for transformers, which reads the adapter's folder alone."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    toys.save_tokenizer(base)
+    for folder, settings in ((base, {"eos_token": "</s>"}), (adapter, {"chat_template": "old"})):
+        folder.mkdir(exist_ok=True)
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|user|>"}}')
+        (folder / "chat_template.jinja").write_text("new {{ eos_token }}")
+    texts = AdapterTexts(TextProcessor.from_dir(base), str(base), vocab_size=320)
+    text = read(texts, adapter)
+    assert text.named_tokens["eos_token"] == "<|user|>"
+    assert text.render_chat(MESSAGES, True) == "new <|user|>"
+
+
 def test_tokens_of_its_own_that_fit(texts: AdapterTexts, base_dir: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(base_dir / "tokenizer.json"))
     before = tokenizer.get_vocab_size()

@@ -15,6 +15,8 @@ from graftwork.errors import UploadError
 
 CHUNK_BYTES = 512 * 1024
 TAKEN_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"})
+_TEMPLATES = "additional_chat_templates"
+"""A folder of chat templates that transformers writes; DIRECTORY/NAME.jinja is sent as DIRECTORY.NAME.jinja."""
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -34,7 +36,8 @@ class LocalFile:
 
 
 class AdapterFiles:
-    """The files of an adapter folder that are sent: regular, not hidden, directly in it, of a type the server takes.
+    """The files of an adapter folder that are sent: regular, not hidden, of a type the server takes, directly in it or,
+    chat templates, in its folder additional_chat_templates.
 
     Reads each file once to hash it. Raises UploadError for a folder that is missing, has nothing to send, holds its
     weights as a pickle, or links to a file outside itself.
@@ -43,7 +46,9 @@ class AdapterFiles:
     def __init__(self, directory: str | os.PathLike[str], on_progress: Progress | None = None) -> None:
         self.directory = Path(directory)
         self._on_progress = on_progress
-        self.files = tuple(_hashed(path) for path in _candidates(self.directory))
+        self.files = tuple(
+            _hashed(path, ".".join(path.relative_to(self.directory).parts)) for path in _candidates(self.directory)
+        )
 
     @property
     def size_bytes(self) -> int:
@@ -78,6 +83,7 @@ def _candidates(directory: Path) -> list[Path]:
     except OSError as error:
         raise UploadError(f"cannot read {directory}: {error.strerror}") from error
     taken = [entry for entry in entries if entry.suffix in TAKEN_SUFFIXES and entry.is_file()]
+    taken += sorted(entry for entry in (directory / _TEMPLATES).glob("[!.]*.jinja") if entry.is_file())
     if not any(entry.suffix == ".safetensors" for entry in taken):
         pickles = [entry.name for entry in entries if entry.suffix in _PICKLE_SUFFIXES]
         if pickles:
@@ -96,12 +102,12 @@ def _candidates(directory: Path) -> list[Path]:
     return taken
 
 
-def _hashed(path: Path) -> LocalFile:
+def _hashed(path: Path, name: str) -> LocalFile:
     digest, size = hashlib.sha256(), 0
     for data in _read(path):
         digest.update(data)
         size += len(data)
-    return LocalFile(path=path, name=path.name, size_bytes=size, sha256=digest.hexdigest())
+    return LocalFile(path=path, name=name, size_bytes=size, sha256=digest.hexdigest())
 
 
 class DatasetSource:

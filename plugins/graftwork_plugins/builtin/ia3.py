@@ -30,7 +30,7 @@ from graftwork_plugins import (
 )
 from graftwork_plugins.builtin.lora_config import AdapterConfig, read_ia3_config, targets_of_names
 from graftwork_plugins.builtin.lora_tensors import no_such_module, not_supported, replacements
-from graftwork_plugins.builtin.patterns import PatternError
+from graftwork_plugins.builtin.patterns import MAX_NAMES, PatternError
 from graftwork_plugins.builtin.peft_files import (
     CONFIG_FILE,
     PREFIX,
@@ -58,11 +58,13 @@ class Ia3Config(TrainingConfig):
     learning_rate: float = Field(3e-3, gt=0, le=10, description="Peak learning rate of AdamW.")
     target_modules: list[str] = Field(
         default_factory=list,
+        max_length=MAX_NAMES,
         description="Linear layers to scale, by full name or last parts of it; empty: keys, values and the last layer "
         "of each feed-forward block.",
     )
     feedforward_modules: list[str] = Field(
         default_factory=list,
+        max_length=MAX_NAMES,
         description="Those of target_modules whose input is scaled instead of their output; empty: the last layers of "
         "feed-forward blocks.",
     )

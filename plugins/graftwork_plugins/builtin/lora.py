@@ -35,7 +35,7 @@ from graftwork_plugins.builtin.lora_config import (
     targets_of_names,
 )
 from graftwork_plugins.builtin.lora_heads import deltas_of_task
-from graftwork_plugins.builtin.patterns import PatternError, PatternMatcher
+from graftwork_plugins.builtin.patterns import MAX_NAMES, PatternError, PatternMatcher
 from graftwork_plugins.builtin.peft_files import CONFIG_FILE, artifact_files, peft_type, saved_by_peft
 from graftwork_plugins.estimates import activation_bytes
 
@@ -67,13 +67,14 @@ class LoraConfig(TrainingConfig):
     lora_alpha: float = Field(32, gt=0, le=65_536, description="The updates are scaled by lora_alpha / r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the updates' input while training.")
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead (arXiv:2312.03732).")
-    target_modules: Literal["all-linear"] | list[str] = Field(
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(max_length=MAX_NAMES)] = Field(
         "all-linear",
         examples=[["q_proj", "v_proj"]],
         description="Linear layers to update, by full name or last parts of it; all-linear: all but the output layer.",
     )
     rank_pattern: dict[str, int] = Field(
         default_factory=dict,
+        max_length=MAX_NAMES,
         description="Other ranks, by module name, its last parts, or a regular expression of them.",
     )
     alpha_pattern: dict[str, float] = Field(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from graftwork_plugins.builtin.patterns import PatternMatcher
+from graftwork_plugins.builtin.patterns import MAX_NAMES, PatternMatcher
 from graftwork_plugins.builtin.peft_keys import (
     DESCRIPTIVE,
     LORA_DESCRIPTIVE,
@@ -189,7 +189,8 @@ def read_adapter_config(document: Mapping[str, Any]) -> AdapterConfig:
     rslora = _flag(document, "use_rslora")
     layers = document.get("layers_to_transform") or []
     layers = layers if isinstance(layers, list) else [layers]
-    require(document, "layers_to_transform", all(type(layer) is int for layer in layers), "layer numbers or null")
+    fits = len(layers) <= MAX_NAMES and all(type(layer) is int for layer in layers)
+    require(document, "layers_to_transform", fits, f"up to {MAX_NAMES} layer numbers, or null")
     containers = _names(document, "layers_pattern") or []
     return AdapterConfig(
         patterns=LoraPatterns(int(r), alpha, {k: int(v) for k, v in rank_pattern.items()}, alpha_pattern, rslora),
@@ -215,16 +216,18 @@ def read_modules_to_save(document: Mapping[str, Any]) -> list[str]:
 
 def _list_of_names(document: Mapping[str, Any], key: str) -> list[str]:
     value = document.get(key) or []
-    fits = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
-    require(document, key, fits, "a list of names, or null")
+    fits = isinstance(value, list) and len(value) <= MAX_NAMES and all(isinstance(n, str) and n for n in value)
+    require(document, key, fits, f"a list of up to {MAX_NAMES} names, or null")
     return list(value)
 
 
 def _token_indices(document: Mapping[str, Any]) -> list[int] | dict[str, list[int]]:
     value = document.get("trainable_token_indices") or []
     lists = list(value.values()) if isinstance(value, dict) else [value]
-    fits = all(isinstance(tokens, list) and all(type(token) is int for token in tokens) for tokens in lists)
-    accepted = "a list of token ids, an object of such lists by module name, or null"
+    fits = len(lists) <= MAX_NAMES and all(
+        isinstance(tokens, list) and all(type(token) is int for token in tokens) for tokens in lists
+    )
+    accepted = f"a list of token ids, an object of up to {MAX_NAMES} such lists by module name, or null"
     require(document, "trainable_token_indices", fits, accepted)
     result: list[int] | dict[str, list[int]] = value
     return result
@@ -280,14 +283,14 @@ def _number(document: Mapping[str, Any], key: str, value: Any, *, integers: bool
 
 def _numbers(document: Mapping[str, Any], key: str, *, integers: bool) -> dict[str, float]:
     value = document.get(key) or {}
-    require(document, key, isinstance(value, dict), "an object of numbers by module name")
+    fits = isinstance(value, dict) and len(value) <= MAX_NAMES
+    require(document, key, fits, f"an object of up to {MAX_NAMES} numbers by module name")
     return {name: _number(document, key, number, integers=integers) for name, number in value.items()}
 
 
 def _names(document: Mapping[str, Any], key: str) -> str | list[str] | None:
     value = document.get(key)
-    fits = (
-        value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
-    )
-    require(document, key, fits, "names, a regular expression, or null")
+    is_names = isinstance(value, list) and len(value) <= MAX_NAMES and all(isinstance(name, str) for name in value)
+    fits = value is None or isinstance(value, str) or is_names
+    require(document, key, fits, f"up to {MAX_NAMES} names, a regular expression, or null")
     return value

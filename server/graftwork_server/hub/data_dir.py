@@ -88,7 +88,7 @@ def _check_mark(path: Path) -> None:
     try:
         mark = json.loads(text)
         format_number = mark["format"] if mark["kind"] == _KIND else None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         format_number = None
     if not isinstance(format_number, int):
         raise _unusable(f"its {MARK} is not the mark of a data directory", _ACCEPTED)

@@ -34,6 +34,7 @@ from graftwork_server.hub.durable import storage_errors, sync
 
 MANIFEST = "manifest.json"
 _MOST_END_TOKENS = 64
+_MOST_CONFIG_BYTES = 1 << 20
 MANIFEST_FORMAT = 1
 FILE_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md")
 MAX_FILES = 1000
@@ -238,18 +239,34 @@ def digest_of(folder: Path) -> str:
     return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def manifest_end_tokens(folder: Path, vocab_size: int) -> list[int]:
-    """Tokens that end a version's texts, by the manifest.json that a download brought along; none where it is no such.
+def uploaded_end_tokens(folder: Path, vocab_size: int, base_ends: Collection[int]) -> list[int]:
+    """Tokens that end a version's texts, by the files that were uploaded: by the manifest.json that a download brought
+    along, or else, as transformers reads a whole checkpoint, by its generation_config.json or config.json, as far as
+    they are none of `base_ends`, the base's own. [] if none of these says it.
 
     Of a manifest it is all that an upload keeps: everything else is found in the files themselves.
     """
+    ids = _token_ids(folder / MANIFEST, "end_token_ids", vocab_size)
+    if ids is not None:
+        return ids
+    for name in ("generation_config.json", "config.json"):
+        ids = _token_ids(folder / name, "eos_token_id", vocab_size)
+        if ids is not None:
+            return [id for id in ids if id not in base_ends]
+    return []
+
+
+def _token_ids(file: Path, key: str, vocab_size: int) -> list[int] | None:
+    """One token id or several, in a JSON file of a stranger's; None where there are none that could be used."""
     try:
-        ids = json.loads((folder / MANIFEST).read_bytes())["end_token_ids"]
+        if file.stat().st_size > _MOST_CONFIG_BYTES:
+            return None
+        ids = json.loads(file.read_bytes())[key]
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
-        return []
-    if not isinstance(ids, list) or len(ids) > _MOST_END_TOKENS:
-        return []
-    return ids if all(type(id) is int and 0 <= id < vocab_size for id in ids) else []
+        return None
+    ids = ids if isinstance(ids, list) else [ids]
+    usable = 0 < len(ids) <= _MOST_END_TOKENS and all(type(id) is int and 0 <= id < vocab_size for id in ids)
+    return ids if usable else None
 
 
 def write_manifest(

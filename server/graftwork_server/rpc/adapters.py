@@ -18,7 +18,7 @@ from graftwork_server.errors import FailedPrecondition, GraftworkServerError, In
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import VersionRecord
 from graftwork_server.hub.registry import RequestKey, check_adapter_id, request_key
-from graftwork_server.hub.store import manifest_end_tokens
+from graftwork_server.hub.store import uploaded_end_tokens
 from graftwork_server.hub.uploads import ArtifactUpload, UploadFile
 from graftwork_server.isolated_text import IsolatedTexts
 from graftwork_server.logs import log_event, note
@@ -208,10 +208,11 @@ class AdapterService(AdapterServiceServicer):
             )
 
     async def _end_tokens(self, folder: Path) -> list[int]:
-        """Tokens that end what the uploaded files write: by their manifest, and by a tokenizer and chat template of
-        their own. Raises FailedPrecondition for a tokenizer that cannot be used."""
+        """Tokens that end what the uploaded files write: by their manifest or configuration, and by a tokenizer and
+        chat template of their own. Raises FailedPrecondition for a tokenizer that cannot be used."""
         text = await self._texts.read(folder)
-        ends = await asyncio.to_thread(manifest_end_tokens, folder, self._engine.model.vocab_size)
+        model = self._engine.model
+        ends = await asyncio.to_thread(uploaded_end_tokens, folder, model.vocab_size, model.eos_token_ids)
         if text is None or text is self._texts.base:
             return ends
         with contextlib.suppress(GraftworkServerError):  # a template that fails or loops says no end; the rest works

@@ -47,7 +47,8 @@ class TokenizerFiles(msgspec.Struct, frozen=True):
     special_tokens_map: Path | None = None
     facts: Path | None = None
     """Only beside the base model's."""
-    named_templates: tuple[Path, ...] = ()
+    named_templates: dict[str, Path] = {}
+    """Chat templates beside the default, by name."""
 
     @classmethod
     def of(cls, folder: Path) -> TokenizerFiles:
@@ -62,7 +63,12 @@ class TokenizerFiles(msgspec.Struct, frozen=True):
             found("chat_template.jinja"),
             found("special_tokens_map.json"),
             found(_FACTS),
-            tuple(sorted((folder / _TEMPLATES).glob("*.jinja"))),
+            # An artifact has no folders: there, additional_chat_templates.NAME.jinja is such a file.
+            {
+                path.stem.removeprefix(f"{_TEMPLATES}."): path
+                for pattern in (f"{_TEMPLATES}/*.jinja", f"{_TEMPLATES}.*.jinja")
+                for path in sorted(folder.glob(pattern))
+            },
         )
 
     def read_config(self) -> dict[str, Any]:
@@ -77,7 +83,7 @@ class TokenizerFiles(msgspec.Struct, frozen=True):
 
     def read_templates(self, config: Mapping[str, Any]) -> dict[str, str]:
         """Chat templates by name. Files of their own count before those of the configuration."""
-        templates = {path.stem: path.read_text("utf-8") for path in self.named_templates}
+        templates = {name: path.read_text("utf-8") for name, path in self.named_templates.items()}
         if self.template:
             templates[DEFAULT_TEMPLATE] = self.template.read_text("utf-8")
         return templates or templates_of(config.get("chat_template"))

@@ -89,7 +89,7 @@ def _course(settings: TrainingConfig, left_open: set[str], row_count: int, held_
             )
             choices["early_stopping_patience"] = Choice(
                 PATIENCE,
-                f"the held-out loss has stopped falling when {PATIENCE} measurements in a row are above the lowest",
+                f"{PATIENCE} measurements in a row above the lowest by more than chance explains: the loss rises",
             )
     return {key: choice for key, choice in choices.items() if key in left_open}
 

@@ -2,7 +2,7 @@
 
     <folder>/step-00000050/tensors.safetensors   parameter/<name>, exp_avg/<name>, exp_avg_sq/<name>, rng/<device>
     <folder>/step-00000050/state.json            step, losses, counters, and the digest of the tensors
-    <folder>/best-00000040/...                   parameters alone: those that had the lowest held-out loss
+    <folder>/best-00000040/...                   parameters alone: the best by held-out loss
 
 Each appears by a rename, so one that is there was finished; the digest finds what a disk did to it later.
 """
@@ -41,9 +41,14 @@ class Progressed(msgspec.Struct, kw_only=True):
     """Of the last tenth of all steps."""
     validation_loss: float | None = None
     """The newest; at the end that of the published weights."""
+    lowest_loss: float | None = None
+    """The lowest held-out loss so far."""
+    lowest_losses: list[float] = []
+    """Of each group of held-out rows then."""
     best_loss: float | None = None
+    """Held-out loss of the best weights: the last that were as good as the lowest loss."""
     best_step: int = 0
-    """Step after which the held-out loss was lowest; 0: it was never measured."""
+    """Step after which the weights were best; 0: the held-out loss was never measured."""
     measured_since_best: int = 0
     """Held-out losses since then."""
     published_step: int = 0

@@ -6,6 +6,7 @@ Strategies bring the model, the loss and their defaults; everything else is here
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ from graftwork_server.tuning.reports import Reports
 from graftwork_server.tuning.schedule import learning_rate, pack, rows_of_step, steps_per_epoch, total_steps
 from graftwork_server.types import TuningProgress
 
+_GROUPS = 16
+"""Groups of held-out rows at least: how much they differ says how far a mean can be trusted."""
 _RATE_STEPS = 20
 """Steps over which rates are taken."""
 
@@ -91,7 +94,7 @@ def train(run: Run) -> Progressed:
             run.send(Checkpointed(step=state.step))
     clock.update()
     if state.step < steps:
-        text = f"stopped after step {state.step} of {steps}: the held-out loss was lowest after step {state.best_step}"
+        text = f"stopped after step {state.step} of {steps}: since step {state.best_step} the held-out loss has risen"
         run.send(Note(text=text))
     state.published_step = state.step
     if config.published_weights == "best":
@@ -100,11 +103,16 @@ def train(run: Run) -> Progressed:
 
 
 def _measure(run: Run, state: Progressed) -> None:
-    """Measures the held-out loss; weights with a new lowest one are made durable if they may be published."""
-    loss = evaluate(run)
-    state.validation_loss = loss
+    """Measures the held-out loss. Weights are the best so far if their loss is the lowest, or above it by less than
+    chance explains; those are made durable if they may be published."""
+    measured = evaluate(run)
+    loss = measured.loss
+    state.validation_loss = loss if math.isfinite(loss) else None
     state.measured_since_best += 1
-    if loss < (math.inf if state.best_loss is None else state.best_loss):
+    lowest = loss < (math.inf if state.lowest_loss is None else state.lowest_loss)
+    if lowest or measured.as_good_as(state.lowest_losses):
+        if lowest:
+            state.lowest_loss, state.lowest_losses = loss, measured.losses
         state.best_loss, state.best_step, state.measured_since_best = loss, state.step, 0
         if run.config.published_weights == "best":
             run.checkpoints.save_best(state, run.trainable.parameters)
@@ -116,29 +124,61 @@ def _has_converged(config: TrainingConfig, state: Progressed) -> bool:
 
 
 def _take_best(run: Run, state: Progressed) -> None:
-    """Puts the weights with the lowest held-out loss in the place of the last ones."""
+    """Puts the best weights in the place of the last ones."""
     if state.best_step in (0, state.step):
         return
     if not run.checkpoints.restore_best(state.best_step, run.trainable.parameters):
         run.send(Note(text=f"the weights of step {state.best_step}, the best, are damaged; the last are published"))
         return
     text = (
-        f"the weights of step {state.best_step} are published: their held-out loss is {state.best_loss:.4f}, that of "
-        f"the last ones {state.validation_loss:.4f}"
+        f"the weights of step {state.best_step} are published: their held-out loss is {_shown(state.best_loss)}, that "
+        f"of the last ones {_shown(state.validation_loss)}"
     )
     run.send(Note(text=text))
     state.published_step, state.validation_loss = state.best_step, state.best_loss
 
 
+def _shown(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The loss over the held-out rows: `losses` are sums over groups of rows, the same groups each time."""
+
+    losses: list[float]
+    tokens: int
+    """That carry loss, in all groups."""
+
+    @property
+    def loss(self) -> float:
+        """Mean per token."""
+        return sum(self.losses) / self.tokens
+
+    def as_good_as(self, lowest: Sequence[float]) -> bool:
+        """Whether these losses are above the `lowest` ones by no more than twice the standard error of the difference,
+        group by group. Of ten rows, one that is answered with confidence and wrong raises the mean, while nine get
+        better: the smallest mean alone would then take weights that have hardly learned (Breiman's one-standard-error
+        rule, for what is trained longer instead of what is simpler)."""
+        if len(lowest) != len(self.losses) or len(lowest) < 2 or not math.isfinite(self.loss):
+            return False
+        differences = [mine - its for mine, its in zip(self.losses, lowest, strict=True)]
+        return sum(differences) <= 2 * statistics.stdev(differences) * math.sqrt(len(differences))
+
+
 @torch.no_grad()
-def evaluate(run: Run) -> float:
-    """Mean loss per token over the held-out rows."""
-    total = 0.0
+def evaluate(run: Run) -> Measurement:
+    """Loss over the held-out rows, in at least 16 groups where there are as many rows."""
+    losses = []
+    size = max(1, len(run.held_out) // _GROUPS)
     with _evaluation_mode(run.trainable.model):
-        for rows in _micro_batches(run.held_out, run.config.micro_batch_tokens):
-            _yield_to_serving(run)
-            total += float(_loss(run, rows))
-    return total / sum(loss_tokens(row) for row in run.held_out)
+        for start in range(0, len(run.held_out), size):
+            total = 0.0
+            for rows in _micro_batches(run.held_out[start : start + size], run.config.micro_batch_tokens):
+                _yield_to_serving(run)
+                total += float(_loss(run, rows))
+            losses.append(total)
+    return Measurement(losses, sum(loss_tokens(row) for row in run.held_out))
 
 
 def _accumulate_gradients(run: Run, rows: Sequence[TrainingRow]) -> float:

@@ -77,7 +77,9 @@ def test_a_folder_with_any_file_is_refused(tmp_path: Path, name: str) -> None:
     refused(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"format": 1}', '{"kind": "x", "format": 1}', "\xff\x00", " "])
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "null", '{"format": 1}', '{"kind": "x", "format": 1}', "\xff\x00", " ", "[" * 4096]
+)
 def test_a_file_called_like_the_mark_is_no_mark(tmp_path: Path, text: str) -> None:
     fill_with_canaries(tmp_path)
     (tmp_path / MARK).write_text(text)

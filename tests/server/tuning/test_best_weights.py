@@ -1,9 +1,10 @@
-"""The weights with the lowest held-out loss: training stops when it falls no more, they survive kills, and they are
-what is published."""
+"""The best weights by held-out loss: training stops when it rises, they survive kills, they are published."""
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from graftwork_plugins import IGNORED_LABEL, TrainingRow
 from graftwork_server.messages import Checkpointed, Evaluated, Note, Progress, TunerEvent
 from graftwork_server.tuning import loop
 from graftwork_server.tuning.checkpoint import Progressed
-from graftwork_server.tuning.loop import Run, train
+from graftwork_server.tuning.loop import Measurement, Run, evaluate, train
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 30,
@@ -43,7 +44,13 @@ def other_rows() -> list[TrainingRow]:
 def prepared(folder: Path, **settings: Any) -> tuple[Run, list[TunerEvent]]:
     run = make_run(folder, **(SETTINGS | settings))
     events: list[TunerEvent] = []
-    return replace(run, held_out=other_rows(), send=events.append), events
+    return telling(replace(run, held_out=other_rows()), events.append), events
+
+
+def telling(run: Run, send: Callable[[TunerEvent], None]) -> Run:
+    """The run with another listener."""
+    run.reports._send = send
+    return run
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -60,9 +67,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, dict[str, tor
     measured: list[tuple[float, dict[str, torch.Tensor]]] = []
     losses = iter([3.0, 2.0, 2.5, 1.5, 1.6, 1.5, 1.7, 0.1])
 
-    def evaluate(run: Run) -> float:
+    def evaluate(run: Run) -> Measurement:
         measured.append((next(losses), weights(run)))
-        return measured[-1][0]
+        return Measurement([measured[-1][0]], 1)
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
     return measured
@@ -77,7 +84,7 @@ def test_training_stops_and_the_best_is_taken(tmp_path: Path, scripted: Any) -> 
     assert same(weights(run), scripted[3][1])
     texts = [event.text for event in events if isinstance(event, Note)]
     assert texts == [
-        "stopped after step 14 of 30: the held-out loss was lowest after step 8",
+        "stopped after step 14 of 30: since step 8 the held-out loss has risen",
         "the weights of step 8 are published: their held-out loss is 1.5000, that of the last ones 1.7000",
     ]
     assert [event.progress.total_steps for event in events if isinstance(event, Progress)] == [30] * 14
@@ -99,6 +106,37 @@ def test_the_last_weights_are_published_as_they_are(tmp_path: Path, scripted: An
     assert not [event for event in events if isinstance(event, Note)]
 
 
+def test_what_chance_explains_is_as_good() -> None:
+    lowest = [1.0] * 10
+    one_row_up = Measurement([0.9] * 9 + [3.0], 10)  # the mean rises by 0.11, since one row in ten does
+    assert one_row_up.loss > 1.1
+    assert one_row_up.as_good_as(lowest)
+    assert not Measurement([1.1] * 10, 10).as_good_as(lowest), "each row is worse"
+    assert not Measurement([1.0] * 4 + [3.0] * 6, 10).as_good_as(lowest), "most rows are worse"
+    assert not Measurement([1.1], 1).as_good_as([1.0]), "of one row nothing is known"
+    assert not Measurement([0.9] * 9 + [math.inf], 10).as_good_as(lowest)
+    assert not Measurement([0.9] * 9 + [math.nan], 10).as_good_as(lowest)
+
+
+def test_later_weights_that_are_as_good_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And they are compared with the lowest loss, not with each other: small steps up do not add up to a large one."""
+    losses = iter([[2.0, 2.0], [1.0, 1.0], [0.5, 1.6], [0.4, 1.9], [1.6, 1.6], [1.7, 1.7], [1.8, 1.8], [9.0, 9.0]])
+    monkeypatch.setattr(loop, "evaluate", lambda run: Measurement(next(losses), 2))
+    run, _ = prepared(tmp_path)
+    state = train(run)
+    assert (state.lowest_loss, state.best_loss, state.best_step) == (1.0, 1.15, 8)
+    assert (state.step, state.published_step, state.validation_loss) == (14, 8, 1.15)
+
+
+def test_a_measurement_is_of_every_row(tmp_path: Path) -> None:
+    run, _ = prepared(tmp_path)
+    for count in (1, 10, 16, 40):
+        many = replace(run, held_out=[row for _ in range(count) for row in other_rows()])
+        measured = evaluate(many)
+        assert len(measured.losses) == {1: 1, 10: 10, 16: 16, 40: 20}[count]
+        assert measured.loss == pytest.approx(evaluate(run).loss, rel=1e-5)
+
+
 def test_damaged_best_weights_are_said(tmp_path: Path, scripted: Any) -> None:
     run, events = prepared(tmp_path, max_steps=14, early_stopping_patience=0)
 
@@ -107,7 +145,7 @@ def test_damaged_best_weights_are_said(tmp_path: Path, scripted: Any) -> None:
         if isinstance(event, Evaluated) and event.step == 8:
             (tmp_path / "best-00000008" / "tensors.safetensors").write_bytes(b"not these")
 
-    state = train(replace(run, send=send))
+    state = train(telling(run, send))
     assert (state.published_step, state.validation_loss) == (14, 1.7)
     assert events[-1] == Note(text="the weights of step 8, the best, are damaged; the last are published")
 
@@ -120,7 +158,7 @@ def test_only_best_weights_that_are_needed_are_kept(tmp_path: Path) -> None:
         if isinstance(event, Evaluated | Checkpointed):
             kept.append(len(list(tmp_path.glob("best-*"))))
 
-    train(replace(run, send=send))
+    train(telling(run, send))
     assert 1 <= max(kept) <= 3
 
 
@@ -149,7 +187,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(
             raise Killed
 
     with pytest.raises(Killed):
-        train(replace(first, send=send))
+        train(telling(first, send))
     second, events = prepared(tmp_path)
     state = train(second)
     whole, theirs, told = unbroken
@@ -183,7 +221,7 @@ def test_an_older_checkpoint_finds_its_best_weights(tmp_path: Path, unbroken: An
             raise Killed
 
     with pytest.raises(Killed):
-        train(replace(first, send=send))
+        train(telling(first, send))
     newest = max(tmp_path.glob("step-*"))
     shutil.rmtree(newest)
     second, _ = prepared(tmp_path)

@@ -370,6 +370,31 @@ def test_a_block_that_goes_on_after_its_end_has_one_end(tmp_path: Path) -> None:
     assert learned_ends(made, text) == {text.token_id("<|end|>")}
 
 
+@pytest.mark.parametrize("end", ["<|end|>", "<|end|>\n", "</s>"])
+@pytest.mark.parametrize("row", [{"prompt": "ab", "completion": "cd"}, {"text": "cd"}])
+def test_a_text_that_writes_its_end_gets_no_second_one(tmp_path: Path, row: dict[str, str], end: str) -> None:
+    """Conversations that were rendered beforehand end as the template's do, not as the tokenizer's texts."""
+    text = make_text(tmp_path, template=CHATML)
+    (made,) = tokenize_rows(
+        jsonl([{key: value + end if "c" in value else value for key, value in row.items()}]), text, 0
+    )
+    assert learned(made, text)[1].endswith("cd" + end)
+    assert learned_ends(made, text) == {text.token_id(end.strip())}
+
+
+def test_of_several_ends_the_first_is_where_a_model_may_stop(tmp_path: Path) -> None:
+    """As Phi-3's templates: the turn's end, a line break, and at the conversation's end the tokenizer's."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>"
+        "{{ '\n' }}{% if loop.last %}{{ eos_token }}{% endif %}{% endgeneration %}"
+        "{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    )
+    text = make_text(tmp_path, template=template)
+    (made,) = tokenize_rows(jsonl([CHAT]), text, 0)
+    assert learned(made, text)[1] == "yo<|end|>\n</s>"
+    assert learned_ends(made, text) == {text.token_id("<|end|>")}
+
+
 def test_rows_without_an_end_are_told_before_training(tmp_path: Path) -> None:
     endless = make_text(tmp_path, eos="", template=None)
     report = check_dataset(jsonl([PAIR, PAIR]), endless, 0)

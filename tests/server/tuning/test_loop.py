@@ -102,7 +102,7 @@ def test_held_out_loss_is_per_token_and_without_dropout(tmp_path: Path) -> None:
     run = make_run(tmp_path, micro_batch_tokens=20, lora_dropout=0.5)
     training = {name: module.training for name, module in run.trainable.model.named_modules()}
     assert any(training.values())
-    measured = evaluate(run)
+    measured = evaluate(run).loss
     assert {name: module.training for name, module in run.trainable.model.named_modules()} == training
     run.trainable.model.eval()
     expected = reference_loss(run, uneven_rows())
@@ -186,7 +186,7 @@ def test_evaluation_waits_while_serving_runs(tmp_path: Path) -> None:
     os.pwrite(fd, struct.pack("=q", 1), 0)
     run = replace(make_run(tmp_path, micro_batch_tokens=20), gate=Gate(fd, 600_000))
     measured: list[float] = []
-    thread = threading.Thread(target=lambda: measured.append(evaluate(run)), daemon=True)
+    thread = threading.Thread(target=lambda: measured.append(evaluate(run).loss), daemon=True)
     thread.start()
     thread.join(0.5)
     assert thread.is_alive()

@@ -7,7 +7,7 @@ What a row shows before its completion is, token for token, what serving gives t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from graftwork_plugins.batches import IGNORED_LABEL, TrainingRow
@@ -98,16 +98,16 @@ def loss_tokens(row: TrainingRow) -> int:
 
 
 def learned_ends(row: TrainingRow, text: TextProcessor) -> set[int]:
-    """Tokens that end what is learned of a row: those before which a model may stop. White space may follow them."""
+    """Tokens that end what is learned of a row: those before which a model may stop."""
     ends: set[int] = set()
-    last: int | None = None
+    run: list[int] = []
     for label in (*row.labels, IGNORED_LABEL):
-        if label == IGNORED_LABEL:
-            if last in text.end_ids:
-                ends.add(last)
-            last = None
-        elif last is None or text.token_text(label).strip():
-            last = label
+        if label != IGNORED_LABEL:
+            run.append(label)
+            continue
+        if (end := _end(run, text)) is not None:
+            ends.add(end)
+        run = []
     return ends
 
 
@@ -131,4 +131,15 @@ def _chat(messages: list[dict[str, str]], text: TextProcessor) -> TrainingRow:
 
 def _with_end(ids: list[int], text: TextProcessor) -> list[int]:
     end = text.end_of_sequence_id
-    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+    return ids if end is None or _end(ids, text) is not None else [*ids, end]
+
+
+def _end(ids: Sequence[int], text: TextProcessor) -> int | None:
+    """The token that `ids` end with, white space after it passed over; of several ends, the one that comes first."""
+    end = None
+    for id in reversed(ids):
+        if id in text.end_ids:
+            end = id
+        elif text.token_text(id).strip():
+            break
+    return end
