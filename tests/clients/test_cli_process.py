@@ -132,6 +132,7 @@ def test_a_conversation_that_is_full_says_how_to_go_on_and_ctrl_c_ends_the_line(
 def test_deleting_asks_on_a_terminal(
     server: ScriptedServer, answer: str | signal.Signals, code: int, sent: int
 ) -> None:
+    server.on("GetAdapter", a.GetAdapterResponse(adapter=adapter()))
     server.on("DeleteAdapter", a.DeleteAdapterResponse(deleted_versions=2))
     shown, ended = on_terminal(server, "adapter", "delete", "dates", turns=[answer], prompt=b"[y/N] ")
     assert "delete adapter dates with all its versions? [y/N] " in shown
@@ -141,6 +142,7 @@ def test_deleting_asks_on_a_terminal(
 
 
 def test_deleting_with_yes_asks_nothing(server: ScriptedServer) -> None:
+    server.on("GetAdapter", a.GetAdapterResponse(adapter=adapter()))
     server.on("DeleteAdapter", a.DeleteAdapterResponse(deleted_versions=2))
     shown, code = on_terminal(server, "adapter", "delete", "dates", "--yes")
     assert (shown.strip(), code) == ("deleted dates (2 versions)", 0)

@@ -9,8 +9,6 @@ with graftwork.Client() as client:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from graftwork.version import VERSION as __version__
-
 if TYPE_CHECKING:
     from graftwork.async_client import AsyncClient
     from graftwork.client import Client
@@ -74,6 +72,7 @@ if TYPE_CHECKING:
         TuningSpec,
         Usage,
     )
+    from graftwork.version import VERSION as __version__
 
 __all__ = [
     "APIError",
@@ -149,6 +148,7 @@ def __getattr__(name: str) -> Any:
     for module in _MODULES:
         content = vars(import_module(f"{__name__}.{module}"))
         globals().update({exported: content[exported] for exported in __all__ if exported in content})
+    globals()["__version__"] = import_module(f"{__name__}.version").VERSION
     return globals()[name]
 
 

@@ -16,7 +16,7 @@ _SHOWN = ("python", "torch", "transformers", "peft", "grpcio")
 
 
 def status(ctx: typer.Context, as_json: AsJson = False, address: Address = None) -> None:
-    """Show the base model, limits, what is loaded, what waits and runs, and versions."""
+    """Show what the server serves and does. Base model, limits, what is loaded, what waits and runs, versions."""
     with session(ctx, address, as_json) as client:
         server = client.server.get()
         if as_json:
