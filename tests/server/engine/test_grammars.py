@@ -164,3 +164,12 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(info: ModelInfo, t
     Masks().apply(logits, [0], [matcher])
     a, end = text.token_id("a"), text.token_id("</s>")
     assert logits[0].isfinite().nonzero()[:, 0].tolist() == sorted([a, end])
+
+
+def test_an_end_that_the_model_has_no_row_for_is_none(tmp_path: Path) -> None:
+    """Nothing downstream meets it: neither the sampler, nor the ends that a version keeps."""
+    directory = toys.make_text_model(tmp_path / "model")
+    (directory / "generation_config.json").write_text('{"eos_token_id": [128009, 2, 3]}')
+    base = load_base(str(directory), torch.device("cpu"), torch.float32, tmp_path)
+    assert base.info.eos_token_ids == [2, 3]
+    assert TextProcessor.from_dir(base.info.tokenizer_dir or "").end_tokens() == [2, 3]

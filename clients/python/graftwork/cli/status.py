@@ -48,7 +48,8 @@ def _print(server: ServerInfo, address: str) -> None:
             ("jobs", f"{server.job_count:,} not ended, at most {limits.max_concurrent_jobs} at once"),
             (
                 "uploads",
-                f"adapter {output.size(limits.max_upload_bytes)}, data {output.size(limits.max_dataset_bytes)}",
+                f"at most {output.size(limits.max_upload_bytes)} an adapter, "
+                f"{output.size(limits.max_dataset_bytes)} a data set",
             ),
             ("runs on", ", ".join(f"{name} {server.versions[name]}" for name in _SHOWN if name in server.versions)),
         )
