@@ -14,7 +14,9 @@ def save_random_adapter(directory: Path, seed: int, rank: int = 16) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # it is a bar of a few milliseconds for each adapter, between the demo's own lines
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -27,6 +27,7 @@ Span = tuple[int, int]
 """Characters [start, end) of a rendered conversation."""
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _MARK = "_graftwork_generation_mark"
 
@@ -117,7 +118,7 @@ class ChatTemplate:
                 f"the chat template cannot be compiled: {error}", reason="CHAT_TEMPLATE_BROKEN"
             ) from error
         self._variables = dict(variables)
-        self.marks_generation = _GENERATION_BLOCK.search(source) is not None
+        self.marks_generation = _GENERATION_BLOCK.search(_COMMENT.sub("", source)) is not None
         """Whether the template says itself what the assistant writes."""
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **variables: Any) -> str:

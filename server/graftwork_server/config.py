@@ -186,9 +186,13 @@ def parse_listen(listen: str) -> tuple[str, int]:
     bracketed = host.startswith("[") and host.endswith("]")
     if not colon or not host or (":" in host and not bracketed):
         raise ValueError(f"{listen!r} is no HOST:PORT; an IPv6 address goes in brackets, such as [::1]:8470")
-    if not (port.isascii() and port.isdigit() and int(port) <= 65535):
+    if not _is_port(port):
         raise ValueError(f"{listen!r} has no port from 0 to 65535 after the last colon")
     return (host[1:-1] if bracketed else host), int(port)
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535
 
 
 def load_config(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> LoadedConfig:
@@ -215,6 +219,9 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str] = os.environ) ->
     if port is not None:
         if flags["listen"] is not None:
             problems.append("flag --port: --listen names a port already; give one of the two")
+        elif not _is_port(port):
+            problems.append(f"flag --port: a port from 0 to 65535 is accepted (got {port!r})")
+            port = "0"
         host = str(values.get("listen", ServerConfig.model_fields["listen"].default)).rpartition(":")[0]
         values["listen"], sources["listen"] = f"{host}:{port}", "flag --port"
     try:
@@ -268,8 +275,8 @@ def _parser() -> argparse.ArgumentParser:
             parser.add_argument(_flag_name(name), action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
-            last = name.rsplit("_", 1)[-1].upper()
-            metavar = "|".join(choices) if choices else "SIZE" if last == "BYTES" else last
+            last = "N" if field.annotation in (int, float) else name.rsplit("_", 1)[-1].upper()
+            metavar = "|".join(choices) if choices else "SIZE" if name.endswith("_bytes") else last
             parser.add_argument(_flag_name(name), metavar=metavar, default=None, help=text)
     return parser
 

@@ -14,6 +14,7 @@ from graftwork_server.adapter_text import AdapterTexts
 from graftwork_server.config import ServerConfig
 from graftwork_server.engine.client import EngineClient
 from graftwork_server.engine.engine_process import ENGINE_COMMAND
+from graftwork_server.engine.model_files import local_dir
 from graftwork_server.errors import GraftworkServerError, Unavailable
 from graftwork_server.helper_pool import HelperPool
 from graftwork_server.hub.hub import Hub
@@ -75,10 +76,12 @@ class Front:
     async def start(self, address: str) -> str:
         """Starts everything and returns the address with the real port.
 
-        The quick checks come first: a taken data directory or port is known before the model is loaded.
+        The quick checks come first: a mistyped directory, a taken one and a taken port are known before torch is there.
         Raises ListenError, and GraftworkServerError for the data directory or the model.
         """
         begun = time.monotonic()
+        if self._config.model is not None:
+            local_dir(self._config.model)
         log.info("starting: opening the data directory %s", self._config.data_dir)
         self._hub = hub = await asyncio.to_thread(_open_hub, self._config.data_dir)
         bound = self._rpc.bind(address)

@@ -164,7 +164,7 @@ def parse_config(strategy: Strategy, config: dict[str, Any]) -> TrainingConfig:
         accepted = ", ".join(sorted(strategy.Config.model_fields))
         violations = _violations(error, strategy.Config.model_json_schema(), accepted)
         raise InvalidArgument(
-            "; ".join(violation.description for violation in violations[:5]),
+            violations[0].description if len(violations) == 1 else f"{len(violations)} settings are wrong",
             reason="CONFIG_INVALID",
             violations=violations,
         ) from None
@@ -217,12 +217,15 @@ def _info(id: str, loaded: LoadedStrategy) -> StrategyInfo:
 def _violations(error: ValidationError, schema: dict[str, Any], accepted: str) -> list[Violation]:
     """One for each wrong setting: pydantic has one for each kind of value that a setting could have had."""
     found: dict[str, Violation] = {}
+    unknown = 0
     details = error.errors(include_url=False)
     for detail in details:
         key = str(detail["loc"][0]) if detail["loc"] else ""
         kinds = schema.get("properties", {}).get(key, {})
         if detail["type"] == "extra_forbidden" and len(detail["loc"]) == 1:
-            what = f"{key} is no setting of this strategy; its settings are: {accepted}"
+            # Said once: the list is long.
+            what = f"{key} is no setting of this strategy" + ("" if unknown else f"; its settings are: {accepted}")
+            unknown += 1
         elif "anyOf" in kinds and sum(one["loc"][:1] == (key,) for one in details) > 1:
             what = f"{key}: {' or '.join(_shown_kind(kind) for kind in kinds['anyOf'])} is accepted{_how(key, kinds)}"
         else:

@@ -243,7 +243,7 @@ def test_adapter_commands(server: ScriptedServer, run: Any, tmp_path: Path) -> N
     server.on("PinAdapter", a.PinAdapterResponse(adapter=adapter(pinned=True), load_report=report))
     server.on("UnpinAdapter", a.UnpinAdapterResponse(adapter=adapter()))
     server.on("DeleteAdapter", a.DeleteAdapterResponse(deleted_versions=2))
-    server.on("GetAdapter", a.GetAdapterResponse(adapter=adapter()))
+    server.on("GetAdapter", fail(grpc.StatusCode.NOT_FOUND), a.GetAdapterResponse(adapter=adapter()))
     created = run("adapter", "create", "dates", str(tmp_path), "--strategy", "lora", "--new-version", "--load").stdout
     assert created.startswith("published dates@1\n")
     assert "12 modules, rank 8, 2.0 kB, in 3.2 ms" in created
@@ -271,6 +271,32 @@ def test_adapter_commands(server: ScriptedServer, run: Any, tmp_path: Path) -> N
     assert run("adapter", "unpin", "dates").stdout == "unpinned dates@1\n"
     assert run("adapter", "delete", "dates").stdout == "deleted dates (2 versions)\n"
     assert objects(run("adapter", "delete", "dates", "--json")) == [{"adapter_id": "dates", "deleted_versions": 2}]
+
+
+def test_the_same_files_again_are_not_called_published(server: ScriptedServer, run: Any, tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    server.on("GetAdapter", a.GetAdapterResponse(adapter=adapter(version=2)))
+    server.on("CreateAdapter", *(a.CreateAdapterResponse(adapter=adapter(version=version)) for version in (2, 3)))
+    again = run("adapter", "create", "dates", str(tmp_path), "--new-version").stdout
+    assert again.startswith("nothing new: dates@2 has the same files\n")
+    assert run("adapter", "create", "dates", str(tmp_path), "--new-version").stdout.startswith("published dates@3\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "asked", "deletes"),
+    [
+        (("adapter", "delete", "dates"), "GetAdapter", "DeleteAdapter"),
+        (("adapter", "delete", "dates@7"), "GetAdapter", "DeleteVersion"),
+        (("dataset", "delete", "ds-1"), "GetDataset", "DeleteDataset"),
+        (("tune", "delete", "j1"), "GetTuningJob", "DeleteTuningJob"),
+    ],
+)
+def test_what_is_not_there_is_said_before_the_question(
+    server: ScriptedServer, run: Any, command: tuple[str, ...], asked: str, deletes: str
+) -> None:
+    server.on(asked, fail(grpc.StatusCode.NOT_FOUND, "there is no such thing"))
+    assert "there is no such thing" in run(*command, code=4).stderr
+    assert server.requests(deletes) == []
 
 
 def test_strategy_commands(server: ScriptedServer, run: Any) -> None:
@@ -483,7 +509,8 @@ def test_one_version_is_deleted(server: ScriptedServer, run: Any) -> None:
     server.on("DeleteVersion", a.DeleteVersionResponse(newest_version=1))
     server.on("GetAdapter", a.GetAdapterResponse(adapter=adapter(version=1)))
     assert run("adapter", "delete", "dates@2").stdout == "deleted dates@2; dates means version 1 now\n"
-    server.on("GetAdapter", fail(grpc.StatusCode.NOT_FOUND))
+    present, gone = a.GetAdapterResponse(adapter=adapter()), fail(grpc.StatusCode.NOT_FOUND)
+    server.on("GetAdapter", present, gone, present)
     assert run("adapter", "delete", "dates@1").stdout == "deleted dates@1; it was the last version of dates\n"
     assert objects(run("adapter", "delete", "dates@1", "--json")) == [{"adapter_id": "dates", "deleted_versions": 1}]
 
@@ -500,6 +527,7 @@ def test_data_sets_and_jobs_are_listed_and_deleted(server: ScriptedServer, run: 
     server.on("ListDatasets", t.ListDatasetsResponse(datasets=[stored]))
     server.on("GetDataset", t.GetDatasetResponse(dataset=stored))
     server.on("DeleteDataset", t.DeleteDatasetResponse())
+    server.on("GetTuningJob", t.GetTuningJobResponse(job=t.TuningJob(job_id="j1")))
     server.on("DeleteTuningJob", t.DeleteTuningJobResponse())
     assert run("dataset", "list").stdout.splitlines() == [
         "DATA SET  NAME        FORM  ROWS    CREATED",

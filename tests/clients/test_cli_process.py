@@ -119,6 +119,7 @@ def test_a_conversation_that_is_full_says_how_to_go_on_and_ctrl_c_ends_the_line(
     server.on("Chat", full, [as_chat(last("one"))], full)
     shown, code = on_terminal(server, "chat", "base", turns=["Long", "Hi", "More", signal.SIGINT])
     lines = [line for line in shown.replace("\r", "").split("\n") if "error:" in line or "/reset" in line]
+    assert lines.pop(0) == "(/reset forgets the conversation, /exit or Ctrl-D ends it)"
     assert len(lines) == 3
     assert "/reset" not in lines[0]  # a message that is too long by itself is so after /reset, too
     assert lines[2] == "(the conversation has become too long; /reset begins a new one)"
@@ -132,6 +133,7 @@ def test_a_conversation_that_is_full_says_how_to_go_on_and_ctrl_c_ends_the_line(
 def test_deleting_asks_on_a_terminal(
     server: ScriptedServer, answer: str | signal.Signals, code: int, sent: int
 ) -> None:
+    server.on("GetAdapter", a.GetAdapterResponse(adapter=adapter()))
     server.on("DeleteAdapter", a.DeleteAdapterResponse(deleted_versions=2))
     shown, ended = on_terminal(server, "adapter", "delete", "dates", turns=[answer], prompt=b"[y/N] ")
     assert "delete adapter dates with all its versions? [y/N] " in shown
@@ -141,6 +143,7 @@ def test_deleting_asks_on_a_terminal(
 
 
 def test_deleting_with_yes_asks_nothing(server: ScriptedServer) -> None:
+    server.on("GetAdapter", a.GetAdapterResponse(adapter=adapter()))
     server.on("DeleteAdapter", a.DeleteAdapterResponse(deleted_versions=2))
     shown, code = on_terminal(server, "adapter", "delete", "dates", "--yes")
     assert (shown.strip(), code) == ("deleted dates (2 versions)", 0)

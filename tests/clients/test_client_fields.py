@@ -75,6 +75,16 @@ WRONG: list[tuple[Call, type[Exception], str]] = [
         TypeError,
         "validation_fraction is 'x'; a number is accepted",
     ),
+    (
+        lambda c: c.tuning.create(strategy="lora", dataset=[{"prompt": "a", "completion": "b"}], adapter="a"),
+        TypeError,
+        "a stored data set or its id is accepted: client.datasets.upload(...) returns one",
+    ),
+    (
+        lambda c: c.tuning.create(strategy="lora", dataset="d", validation=5, adapter="a"),
+        TypeError,
+        "validation is 5; a stored data set or its id is accepted",
+    ),
 ]
 
 

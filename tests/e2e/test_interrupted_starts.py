@@ -39,7 +39,8 @@ def ours(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["asyncio", "sqlalchemy", "grpc", "graftwork_server.front", "graftwork_server.config"]
+    "module",
+    ["importlib.metadata", "asyncio", "sqlalchemy", "grpc", "graftwork_server.front", "graftwork_server.config"],
 )
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_server_told_to_end_while_it_imports(module: str, number: int, code: int, tmp_path: Path) -> None:
@@ -49,7 +50,9 @@ def test_a_server_told_to_end_while_it_imports(module: str, number: int, code: i
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("module", ["typer", "grpc", "graftwork.client", "graftwork.cli.adapter"])
+@pytest.mark.parametrize(
+    "module", ["typing", "importlib.metadata", "typer", "grpc", "graftwork.client", "graftwork.cli.adapter"]
+)
 def test_a_command_interrupted_while_it_imports(module: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", AT_IMPORT, "graftwork", str(int(signal.SIGINT)), module, "adapter", "list"]
     done = ended(command, tmp_path)

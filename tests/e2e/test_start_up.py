@@ -39,12 +39,13 @@ def test_a_port_has_one_server(server: Server, model_dir: Path, tmp_path: Path) 
     assert server.address in line
 
 
-def test_a_missing_model_is_named(tmp_path: Path) -> None:
-    missing = tmp_path / "no-such-model"
+@pytest.mark.parametrize(("name", "what"), [("no-such-model", "it is not a directory"), ("", "it has no config.json")])
+def test_a_missing_model_is_named_before_anything_is_started(tmp_path: Path, name: str, what: str) -> None:
+    missing = tmp_path / name
     code, line = failure("--model", str(missing), "--data-dir", str(tmp_path / "data"))
     assert code == 1
-    assert str(missing) in line
-    assert "config.json" in line
+    assert f"--model '{missing}': {what}; accepted are a directory with config.json" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_kv_cache_that_holds_nothing_useful_is_refused(model_dir: Path, tmp_path: Path) -> None:

@@ -136,12 +136,15 @@ def test_a_wrong_setting_is_named(host: PluginHost, config: dict[str, Any], fiel
 
 def test_every_wrong_setting_is_told(host: PluginHost) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        prepare(host, {"r": 0, "seed": -1, "x": 1})
+        prepare(host, {"r": 0, "seed": -1, "x": 1, "y": 1})
     assert {violation.field for violation in caught.value.violations} == {
         "spec.config.r",
         "spec.config.seed",
         "spec.config.x",
+        "spec.config.y",
     }
+    assert caught.value.message == "4 settings are wrong"
+    assert sum("its settings are" in violation.description for violation in caught.value.violations) == 1
 
 
 def test_an_unknown_strategy_is_not_found(host: PluginHost) -> None:

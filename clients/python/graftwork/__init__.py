@@ -6,12 +6,13 @@ with graftwork.Client() as client:
     print(client.generate("base", "Once upon a time", max_tokens=32).text)
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
-from graftwork.version import VERSION as __version__
-
+TYPE_CHECKING = False
+"""As typing has it. Nothing is imported here: until the command line has said what Ctrl-C does, it is a traceback."""
 if TYPE_CHECKING:
+    from typing import Any
+
     from graftwork.async_client import AsyncClient
     from graftwork.client import Client
     from graftwork.errors import (
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
         TuningSpec,
         Usage,
     )
+    from graftwork.version import VERSION as __version__
 
 __all__ = [
     "APIError",
@@ -146,9 +148,12 @@ def __getattr__(name: str) -> Any:
     """Imports everything when something is first asked for: the command line must say what Ctrl-C does before that."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     for module in _MODULES:
         content = vars(import_module(f"{__name__}.{module}"))
         globals().update({exported: content[exported] for exported in __all__ if exported in content})
+    globals()["__version__"] = import_module(f"{__name__}.version").VERSION
     return globals()[name]
 
 

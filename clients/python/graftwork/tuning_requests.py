@@ -17,9 +17,16 @@ from graftwork.v1 import tuning_pb2
 _TUNING = "/graftwork.v1.TuningService/"
 
 
-def dataset_name(dataset: str | types.Dataset) -> str:
-    """The resource name of a Dataset, an id or a resource name."""
-    return dataset.name if isinstance(dataset, types.Dataset) else resource_name("datasets", dataset)
+def dataset_name(dataset: str | types.Dataset, called: str = "dataset") -> str:
+    """The resource name of a Dataset, an id or a resource name. Raises TypeError for rows that were not uploaded."""
+    if isinstance(dataset, types.Dataset):
+        return dataset.name
+    if not isinstance(dataset, str):
+        raise TypeError(
+            f"{called} is {dataset!r:.60}; a stored data set or its id is accepted: "
+            "client.datasets.upload(...) returns one"
+        )
+    return resource_name("datasets", dataset)
 
 
 def upload_dataset(
@@ -122,7 +129,7 @@ def create_job(
         {"adapter_id": "adapter"},
         strategy=strategy,
         dataset=dataset_name(dataset) if dataset is not None else "",
-        validation_dataset=dataset_name(validation) if validation is not None else "",
+        validation_dataset=dataset_name(validation, "validation") if validation is not None else "",
         validation_fraction=validation_fraction,
         adapter_id=adapter,
         config=settings,

@@ -96,7 +96,10 @@ class Grammars:
             ends.add(text.eos_token_id)
         key = (id(text), tuple(sorted(ends)))
         if key not in self._tokenizers:
-            made = LLTokenizer(text.to_json(), n_vocab=self._info.vocab_size, eos_token=list(key[1]) or None)
+            count = self._info.vocab_size
+            document = text.to_json() if text.greatest_id < count else _without_tokens_from(count, text.to_json())
+            known = [id for id in key[1] if id < count and id <= text.greatest_id]
+            made = LLTokenizer(document, n_vocab=count, eos_token=known or None)
             # The processor is kept with it, so that its id belongs to nothing else.
             self._tokenizers[key] = (text, made)
             if len(self._tokenizers) > KEPT_TOKENIZERS:
@@ -105,6 +108,21 @@ class Grammars:
                     del self._compiled[compiled]
         self._tokenizers.move_to_end(key)
         return key, self._tokenizers[key][1]
+
+
+def _without_tokens_from(count: int, tokenizer_json: str) -> str:
+    """A tokenizer.json without the tokens from id `count` on: the model, which has no row for them, never says them."""
+    document = json.loads(tokenizer_json)
+    document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < count]
+    model = document["model"]
+    if isinstance(model["vocab"], list):
+        model["vocab"] = model["vocab"][:count]
+    else:
+        vocab = model["vocab"] = {token: id for token, id in model["vocab"].items() if id < count}
+        if "merges" in model:
+            pairs = (tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"])
+            model["merges"] = [pair for pair in pairs if {*pair, "".join(pair)} <= vocab.keys()]
+    return json.dumps(document)
 
 
 def _no_template(source: str, variables: object) -> NoReturn:

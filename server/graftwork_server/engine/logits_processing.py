@@ -111,7 +111,8 @@ def process_logits(logits: torch.Tensor, sequences: SequenceOf[Sequence], masks:
     rows: list[int] = []
     ids: list[int] = []
     for row, processing, sequence in asking:
-        forbidden = processing.forbidden(sequence.tokens, sequence.generated)
+        # A tokenizer may have tokens that the model has no logit for: they do not come anyway.
+        forbidden = [id for id in processing.forbidden(sequence.tokens, sequence.generated) if id < logits.shape[1]]
         rows += [row] * len(forbidden)
         ids += forbidden
     if ids:

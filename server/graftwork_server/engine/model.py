@@ -314,8 +314,11 @@ def _trial_logprobs(engine_model: EngineModel, shapes: list[LayerShape], device:
 
 
 def _eos_token_ids(model: Any) -> list[int]:
-    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
+    """Those of generation_config.json, or else config.json, that the model has a row for: no other can come."""
+    text_config = model.config.get_text_config()
+    for config in (getattr(model, "generation_config", None), text_config):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
-            return [int(i) for i in ids] if isinstance(ids, list | tuple) else [int(ids)]
+            ids = ids if isinstance(ids, list | tuple) else [ids]
+            return [int(id) for id in ids if id < text_config.vocab_size]
     return []

@@ -28,16 +28,26 @@ def model_dir(source: str) -> str:
     What the cache has whole is taken as it is: a restart serves the same base, network or not. What it has not is
     fetched. Raises FailedPrecondition (MODEL_UNUSABLE), at once where the hub cannot be reached.
     """
+    if (local := local_dir(source)) is not None:
+        return local
+    try:
+        return _cached(source) or _fetched(source)
+    except HFValidationError:
+        raise _unusable(source, "it is neither a directory nor in the form of an id") from None
+
+
+def local_dir(source: str) -> str | None:
+    """`source` if it is a directory with a model's config.json, None if it can only be a hub id.
+
+    Raises FailedPrecondition (MODEL_UNUSABLE).
+    """
     if Path(source).is_dir():
         if not (Path(source) / "config.json").is_file():
             raise _unusable(source, "it has no config.json")
         return source
     if Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise _unusable(source, "it is not a directory")
-    try:
-        return _cached(source) or _fetched(source)
-    except HFValidationError:
-        raise _unusable(source, "it is neither a directory nor in the form of an id") from None
+    return None
 
 
 def _cached(repo_id: str) -> str | None:

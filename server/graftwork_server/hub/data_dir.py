@@ -21,10 +21,12 @@ from urllib.request import pathname2url
 
 from graftwork_server.errors import FailedPrecondition
 from graftwork_server.hub.durable import FULL, storage_error, sync
+from graftwork_server.hub.reserve import RESERVE
 
 MARK = "graftwork.json"
 LOCK = "lock"
 REGISTRY = "registry.db"
+_FILES = (LOCK, REGISTRY, f"{REGISTRY}-wal", f"{REGISTRY}-shm", RESERVE)
 FORMAT = 1
 _KIND = "graftwork data directory"
 _MARK_BYTES = 4096
@@ -49,7 +51,7 @@ def open_data_dir(root: Path) -> int:
         if not _is_marked(root):
             # Before anything else: a start that ends here, by a kill or a full disk, leaves a mark alone.
             _write_mark(root)
-        _check_folders(root)
+        _check_types(root)
         lock = _locked(root)
         try:
             _check_registry(root)
@@ -112,12 +114,14 @@ def _is_older_data_dir(root: Path) -> bool:
     return False
 
 
-def _check_folders(root: Path) -> None:
-    """Raises FailedPrecondition where one of our folders leads elsewhere: what it leads to is not ours."""
-    for name in (*_FOLDERS, _CACHE):
+def _check_types(root: Path) -> None:
+    """Raises FailedPrecondition where one of our folders or files leads elsewhere: what it leads to is not ours."""
+    kinds = dict.fromkeys((*_FOLDERS, _CACHE), (stat.S_IFDIR, "no folder"))
+    kinds |= dict.fromkeys(_FILES, (stat.S_IFREG, "no plain file"))
+    for name, (wanted, otherwise) in kinds.items():
         file_type = _file_type(root / name)
-        if file_type not in (0, stat.S_IFDIR):
-            what = "a symbolic link" if file_type == stat.S_IFLNK else "no folder"
+        if file_type not in (0, wanted):
+            what = "a symbolic link" if file_type == stat.S_IFLNK else otherwise
             accepted = (
                 f"remove {name!r}, or put the whole data directory where its files are to be; nothing was changed"
             )
@@ -177,7 +181,7 @@ def _make_private(root: Path) -> None:
     # SQLite would make it readable for all, and what it puts beside it like it.
     os.close(os.open(root / REGISTRY, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     _restrict([root, *(root / name for name in (*_FOLDERS, _CACHE))], 0o700)
-    files = [root / name for name in (REGISTRY, f"{REGISTRY}-wal", f"{REGISTRY}-shm", LOCK, MARK)]
+    files = [root / name for name in (*_FILES, MARK)]
     _restrict([*files, *(root / "datasets").iterdir()], 0o600)
 
 

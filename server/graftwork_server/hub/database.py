@@ -20,7 +20,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.orm import Session
 
 from graftwork_server.errors import FailedPrecondition, ResourceExhausted, Unavailable
-from graftwork_server.hub.reserve import RESERVE_BYTES, Reserve
+from graftwork_server.hub.reserve import RESERVE, RESERVE_BYTES, Reserve
 
 _BUSY_TIMEOUT_MS = 10_000
 _WRITES = "graftwork_writes"
@@ -62,7 +62,7 @@ class Database:
     @classmethod
     def at(cls, path: Path) -> Database:
         """The SQLite database in file `path`, created if need be."""
-        return cls(f"sqlite:///{path}", Reserve(path.with_name("reserve")))
+        return cls(f"sqlite:///{path}", Reserve(path.with_name(RESERVE)))
 
     def _open(self) -> None:
         try:

@@ -7,6 +7,8 @@ import os
 import threading
 from pathlib import Path
 
+RESERVE = "reserve"
+"""Name of the file, beside the registry."""
 RESERVE_BYTES = 4 << 20
 _LARGEST_SHARE = 8
 """At most an eighth of a small disk."""

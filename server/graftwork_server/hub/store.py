@@ -78,7 +78,8 @@ class Store:
     """
 
     def __init__(self, data_dir: str | Path) -> None:
-        self.root = Path(data_dir)
+        # A link to the directory is its user's own; from here on, none is followed.
+        self.root = Path(os.path.realpath(data_dir))
         self.staging = self.root / "staging"
         self.artifacts = self.root / "artifacts"
         self.datasets = self.root / "datasets"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import importlib.util
 import logging
 import os
@@ -23,7 +22,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from graftwork_plugins import BaseModelHandle, Strategy, TrainingConfig, TrainingRow
-from graftwork_server.errors import FailedPrecondition, InvalidArgument, body_of
+from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument, body_of
+from graftwork_server.hub.durable import FULL
 from graftwork_server.last_words import exit_when_a_thread_dies
 from graftwork_server.logs import set_up
 from graftwork_server.messages import (
@@ -81,8 +81,10 @@ def serve(command: StartTuning, send: Callable[[TunerEvent], None]) -> None:
     try:
         send(Finished(result=_run_job(command, send)))
     except Exception as error:
-        log.exception("the job %s failed", command.job.job_id)
-        send(Failed(error=body_of(_explained(error))))
+        explained = _explained(error)
+        expected = isinstance(explained, GraftworkServerError)  # no defect, so no traceback
+        log.error("the job %s ended: %s", command.job.job_id, explained, exc_info=None if expected else error)
+        send(Failed(error=body_of(explained)))
 
 
 def _run_job(command: StartTuning, send: Callable[[TunerEvent], None]) -> TuningResult:
@@ -206,7 +208,7 @@ def _explained(error: Exception) -> Exception:
             reason="OUT_OF_MEMORY",
         )
     # safetensors has its own exception and says the number in the text.
-    if getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error):
+    if any(getattr(error, "errno", None) == full or f"(os error {full})" in str(error) for full in FULL):
         return FailedPrecondition("the disk is full", reason="DISK_FULL")
     return error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from tests import toys
@@ -136,3 +137,39 @@ def test_the_limits_leave_room_for_large_grammars(info: ModelInfo, grammar: Gram
         matcher.consume_token(int(torch.multinomial(logits[0].softmax(0), 1, generator=chance)))
         if matcher.is_stopped():
             break
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "unigram"])
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(info: ModelInfo, tmp_path: Path, kind: str) -> None:
+    """[PAD] after the last row, pieces in the vocabulary, an end that nobody has: the rest of the mask is the same."""
+    source = Path(info.tokenizer_dir or "")
+    document = json.loads((source / "tokenizer.json").read_text())
+    if kind == "unigram":
+        document["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [[t, -1.0] for t in document["model"]["vocab"]]}
+    vocab = document["model"]["vocab"]
+    size = len(vocab)
+    if kind == "unigram":
+        vocab += [["ab", -1.0], ["abb", -1.0]]
+    else:
+        vocab |= {"ab": size, "abb": size + 1}
+        document["model"]["merges"] += [["a", "b"], ["ab", "b"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "pad_token": "[PAD]"}')
+    changes = {"tokenizer_dir": str(tmp_path), "vocab_size": size, "eos_token_ids": [2, size + 40]}
+    smaller = msgspec.structs.replace(info, **changes)
+    text = TextProcessor.from_dir(tmp_path)
+    assert text.greatest_id >= size + 2
+    matcher = Grammars(smaller).matcher(Grammar("regex", "(ab)*"), None)
+    logits = torch.zeros(1, size)
+    Masks().apply(logits, [0], [matcher])
+    a, end = text.token_id("a"), text.token_id("</s>")
+    assert logits[0].isfinite().nonzero()[:, 0].tolist() == sorted([a, end])
+
+
+def test_an_end_that_the_model_has_no_row_for_is_none(tmp_path: Path) -> None:
+    """Nothing downstream meets it: neither the sampler, nor the ends that a version keeps."""
+    directory = toys.make_text_model(tmp_path / "model")
+    (directory / "generation_config.json").write_text('{"eos_token_id": [128009, 2, 3]}')
+    base = load_base(str(directory), torch.device("cpu"), torch.float32, tmp_path)
+    assert base.info.eos_token_ids == [2, 3]
+    assert TextProcessor.from_dir(base.info.tokenizer_dir or "").end_tokens() == [2, 3]

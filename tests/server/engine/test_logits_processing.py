@@ -139,6 +139,20 @@ def test_where_nothing_is_allowed_there_is_no_token() -> None:
         assert sample(logits, [stuck, free]) == [None, int(some_logits(4).argmax())]
 
 
+def test_tokens_that_the_model_has_no_logit_for_are_passed_over() -> None:
+    """A tokenizer may have more tokens than the embedding has rows."""
+    logits = some_logits(5)[None]
+    for beyond, within in (([[VOCAB], [8, VOCAB + 1]], [[7]]), ([[PROMPT[-1], VOCAB]], [])):
+        mine, expected = logits.clone(), logits.clone()
+        assert process_logits(mine, [sequence([], bad_words=beyond + within)])
+        for (token,) in within:
+            expected[0, token] = float("-inf")
+        assert torch.equal(mine, expected)
+    ending = sequence([], min_tokens=2, stop_token_ids=[3, VOCAB + 7])
+    assert process_logits(logits, [ending])
+    assert logits[0, 3] == float("-inf")
+
+
 CUTS: list[tuple[dict[str, Any], list[Any]]] = [
     ({"min_p": 0.1}, [MinPLogitsWarper(0.1)]),
     ({"min_p": 1.0}, [MinPLogitsWarper(1.0)]),

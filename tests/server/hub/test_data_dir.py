@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -115,6 +116,39 @@ def test_one_of_our_folders_that_is_a_link_is_refused(tmp_path: Path, folder: st
     assert repr(folder) in message
     assert "symbolic link" in message
     assert picture(tmp_path / "theirs") == before
+
+
+@pytest.mark.parametrize("name", ["registry.db", "registry.db-wal", "registry.db-shm", "lock", "reserve"])
+def test_one_of_our_files_that_is_a_link_is_refused(tmp_path: Path, name: str) -> None:
+    Hub(tmp_path / "data").close()
+    (tmp_path / "theirs").write_text("years of work")
+    (tmp_path / "data" / name).unlink(missing_ok=True)
+    (tmp_path / "data" / name).symlink_to(tmp_path / "theirs")
+    message = refused(tmp_path / "data")
+    assert repr(name) in message
+    assert "symbolic link" in message
+    assert (tmp_path / "theirs").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("target", ["empty", "missing", "used"])
+def test_a_link_to_a_directory_of_ours_is_followed_once(tmp_path: Path, target: str) -> None:
+    real, link = tmp_path / "disk" / "real", tmp_path / "data"
+    if target == "empty":
+        real.mkdir(parents=True)
+    if target == "used":
+        Hub(real).close()
+    link.symlink_to(real)
+    for _ in range(2):
+        Hub(link).close()
+    assert (real / MARK).is_file()
+    assert link.is_symlink()
+    with contextlib.closing(Hub(real)):
+        assert refused(link, "DATA_DIR_IN_USE")
+
+
+def test_a_link_in_a_circle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(tmp_path / "data")
+    refused(tmp_path / "data")
 
 
 def test_links_in_our_folders_are_not_followed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests.server.hub.test_registry import new, publish
 from graftwork_server.errors import NotFound, ResourceExhausted
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import StateChanged, TuningSpec
-from graftwork_server.types import JobState, TuningEstimate
+from graftwork_server.types import DatasetFormat, JobState, TuningEstimate
 
 DISK_BYTES = 16 << 20
 ESTIMATE = TuningEstimate(trained_parameters=1, memory_bytes=1, artifact_bytes=1, total_steps=1)
@@ -54,6 +54,7 @@ def full_hub(disk: Path) -> Hub:
     for n in range(20):
         publish(hub, f"a{n}", f"[{n}]")
     hub.registry.set_pinned(hub.registry.get_version("a3"), True)
+    hub.datasets.add("d", display_name="", format=DatasetFormat.TEXT, row_count=1, size_bytes=0)
     job(hub, "waiting")
     fill(disk)
     with pytest.raises(ResourceExhausted) as caught:  # noqa: PT012 - the log has some room left, nobody knows how much

@@ -196,3 +196,8 @@ def test_a_block_that_ends_in_a_line_break_has_its_end(tmp_path: Path) -> None:
     theirs: Any = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(FOUR, return_assistant_tokens_mask=True)
     assert (taught.ids, taught.mask) == (theirs["input_ids"], theirs["assistant_masks"])
     assert taught.ended
+
+
+def test_blocks_in_a_comment_are_none(tmp_path: Path) -> None:
+    comment = "{#- not marked with {% generation %}\n  and {% endgeneration %} -#}"
+    assert learned(make(tmp_path, comment + CHATML), FOUR) == ["dog<|im_end|>", "lazy<|im_end|>"]

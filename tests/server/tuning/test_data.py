@@ -126,8 +126,8 @@ def test_a_bad_line_is_told_with_number_and_reason(line: bytes, reason: str) -> 
 def test_a_line_of_another_form_names_both() -> None:
     report = check_dataset(jsonl([3, PAIR, TEXT, PAIR]), None, 0)
     assert [error.line for error in report.errors] == [1, 3]
-    assert "form TEXT" in report.errors[1].reason
-    assert "by line 2, is PROMPT_COMPLETION" in report.errors[1].reason
+    assert "form text" in report.errors[1].reason
+    assert "by line 2, is prompt_completion" in report.errors[1].reason
     assert report.format == DatasetFormat.PROMPT_COMPLETION
 
 
@@ -167,8 +167,11 @@ def test_a_field_too_many_is_one_error() -> None:
     report = check_dataset(jsonl(rows), None, 0)
     (error,) = report.errors
     assert (error.line, report.error_count, report.row_count, report.valid) == (1, 1, 1, False)
-    assert error.reason.startswith('unknown field "id" (1,000 rows, from line 1 on), "source" (line 1001); a PROMPT_')
+    assert error.reason.startswith(
+        'unknown field "id" (1,000 rows, from line 1 on), "source" (line 1001); a row of the '
+    )
     assert error.reason.endswith("leave the others out")
+    assert "form prompt_completion has" in error.reason
     message = {"role": "assistant", "content": "x", "weight": 1}
     report = check_dataset(jsonl([{"messages": [message, message]}] * 20), None, 0)
     assert [error.reason[:58] for error in report.errors] == [

@@ -193,15 +193,26 @@ def test_what_is_raised_while_training_is_explained(
     "raised",
     [
         OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
         safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        safetensors.SafetensorError(
+            f"Error while serializing: I/O error: Disk quota exceeded (os error {errno.EDQUOT})"
+        ),
     ],
+    ids=str,
 )
-def test_a_full_disk_is_explained(harness: TunerHarness, monkeypatch: pytest.MonkeyPatch, raised: Exception) -> None:
+def test_a_full_disk_is_explained(
+    harness: TunerHarness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, raised: Exception
+) -> None:
+    """And no defect: the log says it without a traceback."""
+
     def save_file(*arguments: Any, **named: Any) -> None:
         raise raised
 
     monkeypatch.setattr(safetensors.torch, "save_file", save_file)
     assert failure(harness, max_steps=1).error.reason == "DISK_FULL"
+    assert "the disk is full" in caplog.text
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_rows_without_loss_are_left_out_and_noted(harness: TunerHarness, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-from typing import TextIO, cast
 
 INTERRUPTED = 130
 
@@ -21,5 +20,5 @@ def main() -> None:
 
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character of the answer must not end the answer.
-        cast("TextIO", stream).reconfigure(errors="replace")  # type: ignore[attr-defined]
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     app(prog_name="graftwork")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from graftwork import requests
 from graftwork.cli import output
 from graftwork.cli.confirm import Yes, confirm
 from graftwork.cli.options import AdapterRef, Address, AsJson, subgroup
@@ -38,11 +39,14 @@ def create(
 ) -> None:
     """Upload a folder and publish it as an adapter."""
     with session(ctx, address, as_json) as client:
+        before = _newest(client, adapter_id) if new_version else None
         with upload_bar(adapter_id, as_json) as on_progress:
             adapter = client.adapters.create(
                 adapter_id, directory, strategy=strategy, new_version=new_version, load=load, on_progress=on_progress
             )
-        _show(adapter, as_json, f"published {adapter.adapter_id}@{adapter.version}")
+        name = f"{adapter.adapter_id}@{adapter.version}"
+        same = adapter.version == before
+        _show(adapter, as_json, f"nothing new: {name} has the same files" if same else f"published {name}")
 
 
 @app.command("list")
@@ -130,6 +134,8 @@ def delete(
     """Delete an adapter with all its versions, or ID@VERSION alone. Asks first on a terminal."""
     adapter_id, at, _ = adapter.partition("@")
     with session(ctx, address, as_json) as client:
+        requests.delete(adapter)  # a name that cannot be deleted, or is not there, is told before the question
+        client.adapters.get(adapter)
         confirm(f"delete {adapter}?" if at else f"delete adapter {adapter} with all its versions?", yes)
         count = client.adapters.delete(adapter)
         if as_json:
@@ -140,11 +146,16 @@ def delete(
             print(f"deleted {adapter} ({count} version{'' if count == 1 else 's'})")
 
 
-def _left(client: Client, adapter_id: str) -> str:
+def _newest(client: Client, adapter_id: str) -> int | None:
     try:
-        return f"{adapter_id} means version {client.adapters.get(adapter_id).version} now"
+        return client.adapters.get(adapter_id).version
     except NotFoundError:
-        return f"it was the last version of {adapter_id}"
+        return None
+
+
+def _left(client: Client, adapter_id: str) -> str:
+    newest = _newest(client, adapter_id)
+    return f"it was the last version of {adapter_id}" if newest is None else f"{adapter_id} means version {newest} now"
 
 
 def _state(adapter: Adapter) -> tuple[Any, ...]:

@@ -55,6 +55,8 @@ def chat(
 def _converse(ask: Ask, opening: list[Message], as_json: bool) -> None:
     interactive = sys.stdin.isatty()
     history = list(opening)
+    if interactive and not as_json:
+        print("(/reset forgets the conversation, /exit or Ctrl-D ends it)", file=sys.stderr)
     for line in _lines(interactive, as_json):
         if line == "/exit":
             return

@@ -84,6 +84,7 @@ def delete(
 ) -> None:
     """Delete a stored data set. Asks first on a terminal."""
     with session(ctx, address, as_json) as client:
+        client.datasets.get(dataset)  # a mistyped id is told before the question
         confirm(f"delete data set {dataset}?", yes)
         client.datasets.delete(dataset)
         if as_json:

@@ -16,7 +16,7 @@ _SHOWN = ("python", "torch", "transformers", "peft", "grpcio")
 
 
 def status(ctx: typer.Context, as_json: AsJson = False, address: Address = None) -> None:
-    """Show the base model, limits, what is loaded, what waits and runs, and versions."""
+    """Show what the server serves and does. Base model, limits, what is loaded, what waits and runs, versions."""
     with session(ctx, address, as_json) as client:
         server = client.server.get()
         if as_json:
@@ -48,7 +48,8 @@ def _print(server: ServerInfo, address: str) -> None:
             ("jobs", f"{server.job_count:,} not ended, at most {limits.max_concurrent_jobs} at once"),
             (
                 "uploads",
-                f"adapter {output.size(limits.max_upload_bytes)}, data {output.size(limits.max_dataset_bytes)}",
+                f"at most {output.size(limits.max_upload_bytes)} an adapter, "
+                f"{output.size(limits.max_dataset_bytes)} a data set",
             ),
             ("runs on", ", ".join(f"{name} {server.versions[name]}" for name in _SHOWN if name in server.versions)),
         )

@@ -147,6 +147,7 @@ def cancel(ctx: typer.Context, job: JobId, as_json: AsJson = False, address: Add
 def delete(ctx: typer.Context, job: JobId, yes: Yes = False, as_json: AsJson = False, address: Address = None) -> None:
     """Delete a job that has ended, with its events. The version that it published stays. Asks first on a terminal."""
     with session(ctx, address, as_json) as client:
+        client.tuning.get(job)  # a mistyped id is told before the question
         confirm(f"delete job {job} and its events?", yes)
         client.tuning.delete(job)
         if as_json:

@@ -91,6 +91,11 @@ def format_of(example: Example) -> DatasetFormat:
             return DatasetFormat.TEXT
 
 
+def _shown(form: DatasetFormat) -> str:
+    """The form as clients and the README write it."""
+    return form.lower()
+
+
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
     """Lines of a binary file, in bounded memory: of a line over MAX_LINE_BYTES only the beginning is yielded, one byte
     too long, so that it is refused as what it is."""
@@ -127,8 +132,8 @@ def read_examples(lines: Iterable[bytes]) -> Iterator[tuple[int, Example | LineP
                 file_form = (form, number)
             elif form != file_form[0]:
                 raise LineProblem(
-                    f"the row has the form {form} {FORMS[form]}, but the file's form, by line {file_form[1]}, is "
-                    f"{file_form[0]} {FORMS[file_form[0]]}; a file has one form"
+                    f"the row has the form {_shown(form)} {FORMS[form]}, but the file's form, by line {file_form[1]}, "
+                    f"is {_shown(file_form[0])} {FORMS[file_form[0]]}; a file has one form"
                 )
         except LineProblem as problem:
             yield number, problem
@@ -143,7 +148,7 @@ def parse_line(line: bytes) -> Example:
     accepted = _FIELDS[form]
     example = _example(row, form)
     if extra := [key for key in row if key not in accepted]:
-        raise ExtraFields(_each_quoted(extra), f"a {form} row has {FORMS[form]}")
+        raise ExtraFields(_each_quoted(extra), f"a row of the form {_shown(form)} has {FORMS[form]}")
     if isinstance(example, Chat) and (extra := _extra_of_messages(row["messages"])):
         raise ExtraFields([f"{name} of messages" for name in _each_quoted(extra)], 'a message has "role" and "content"')
     return example
