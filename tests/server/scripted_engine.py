@@ -1,7 +1,7 @@
 """An engine without a model: speaks the real protocol over the real socket and does what the prompt tells it.
 
 A sequence yields its prompt's last token + 1, + 2, ... (below the vocabulary's size). The first prompt token may be one
-of the commands below. `--settings` has under "model" the path of a JSON file with options: see OPTIONS.
+of the commands below. `--settings` has under "model" a directory whose config.json has options: see OPTIONS.
 Every message that arrives is written to options["log"], one JSON line each, so that tests can see a Cancel.
 """
 
@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--settings", required=True)
     arguments = parser.parse_args()
     path = json.loads(arguments.settings).get("model")
-    options = OPTIONS | {"source": path} | (json.loads(Path(path).read_text()) if path else {})
+    options = OPTIONS | {"source": path} | (json.loads((Path(path) / "config.json").read_text()) if path else {})
     if options["exit_on_start"] is not None:
         sys.exit(options["exit_on_start"])
     sock = socket.socket(fileno=arguments.fd)

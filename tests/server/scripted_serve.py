@@ -1,4 +1,4 @@
-"""`graftwork serve` with the scripted engine in place of the real one: `--model` names its options file."""
+"""`graftwork serve` with the scripted engine in place of the real one: `--model` names the directory of its options."""
 
 import sys
 from pathlib import Path

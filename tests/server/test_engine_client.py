@@ -56,8 +56,9 @@ def options(tmp_path):
     """Writes the script's options; returns the settings for an EngineClient. Call it again to change them."""
 
     def write(**values) -> dict:
-        path = tmp_path / "options.json"
-        path.write_text(json.dumps({"log": str(tmp_path / "log"), **values}))
+        path = tmp_path / "scripted"
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text(json.dumps({"log": str(tmp_path / "log"), **values}))
         return {"model": str(path)}
 
     return write

@@ -30,8 +30,9 @@ def serve(tmp_path):
     processes = []
 
     def start(*flags, data_dir="data", options=None):
-        path = tmp_path / f"options-{len(processes)}.json"
-        path.write_text(json.dumps({"step_ms": 20, **(options or {})}))
+        path = tmp_path / f"scripted-{len(processes)}"
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps({"step_ms": 20, **(options or {})}))
         command = [sys.executable, str(PROGRAM), "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path / data_dir)]
         process = subprocess.Popen(
             [*command, "--model", str(path), *flags],
@@ -52,7 +53,7 @@ def serve(tmp_path):
 
 def address_of(process) -> str:
     line = process.stdout.readline()
-    assert line.startswith("graftwork: serving base 'options-0.json'"), line + process.stderr.read()
+    assert line.startswith("graftwork: serving base 'scripted-0'"), line + process.stderr.read()
     assert "(1.2K parameters, float32 on cpu) on 127.0.0.1:" in line
     return line.split()[-1]
 
@@ -131,7 +132,7 @@ def test_it_says_what_it_does_while_it_starts_and_each_wrong_setting_once(serve)
     process = serve()
     lines = [process.stderr.readline(), process.stderr.readline()]
     assert "starting: opening the data directory" in lines[0]
-    assert "starting: the engine for base 'options-0.json' (it imports torch first), to serve on 127.0.0.1:" in lines[1]
+    assert "starting: the engine for base 'scripted-0' (it imports torch first), to serve on 127.0.0.1:" in lines[1]
     process = serve("--max-queue", "0", "--nonsense", "--kv-memory-bytes", "2G")
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (2, "")

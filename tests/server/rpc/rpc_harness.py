@@ -26,10 +26,11 @@ from graftwork_server.front import Front
 
 async def start_server(folder: Path, tokenizer_dir: Path, options=None, **settings) -> SimpleNamespace:
     """A server with its data in `folder`, stubs for its services, and what its engine heard."""
-    path, log = folder / "options.json", folder / "log"
+    path, log = folder / "scripted", folder / "log"
+    path.mkdir(exist_ok=True)
     log.touch()
     defaults = {"tokenizer_dir": str(tokenizer_dir), "log": str(log), "step_ms": 0.2}
-    path.write_text(json.dumps(defaults | (options or {})))
+    (path / "config.json").write_text(json.dumps(defaults | (options or {})))
     config = ServerConfig(model=str(path), data_dir=str(folder / "data"), **settings)
     front = Front(config, engine_command=(sys.executable, script.__file__))
     try:

@@ -22,7 +22,7 @@ async def test_it_says_what_is_served(make_server):
     assert {"python", "torch", "transformers", "grpcio"} <= set(found.versions)
     assert found.engine_ready
     base = found.base_model
-    assert (base.display_name, base.dtype, base.device) == ("options.json", "float32", "cpu")
+    assert (base.display_name, base.dtype, base.device) == ("scripted", "float32", "cpu")
     assert (base.context_tokens, base.vocab_size, base.generates, base.has_tokenizer) == (128, 300, True, True)
     assert (found.limits.max_queue, found.limits.max_upload_bytes) == (7, 1 << 20)
     assert (found.sequence_count, found.adapter_count, found.job_count) == (0, 0, 0)
