@@ -43,7 +43,7 @@ async def test_the_end_of_sequence_token_counts_but_is_no_text(shared):
 
 @pytest.mark.parametrize("first", [ord("_"), script.FLOOD])
 async def test_a_stop_text_ends_it_the_same_way_however_tokens_arrive(server, first):
-    messages = [m async for m in server.generation.Generate(of_ids(first, 97, max_tokens=20, stop=["def", "zz"]))]
+    messages = [m async for m in server.generation.Generate(of_ids(first, 97, max_tokens=120, stop=["def", "zz"]))]
     assert "".join(m.text for m in messages) == "bc"
     assert [id for m in messages for id in m.token_ids] == list(b"bcdef")
     assert messages[-1].finish_reason == pb.FINISH_REASON_STOP
