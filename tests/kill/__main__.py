@@ -36,6 +36,8 @@ PROMPT = [1, 20, 45, 77]
 MOST_ADAPTERS = 24
 """All files are read after each kill."""
 KILL_SECONDS = 120.0
+GIVEN_UP = ("the engine ended 3 times under this job", "3 times without a step in between")
+"""What a job says that makes no progress from one kill to the next."""
 POINT_SECONDS = 30.0
 """Longest wait for a failpoint or for a tuner."""
 AFTER_SECONDS = 1.0
@@ -54,6 +56,8 @@ class Load:
         self.unsure: set[str] = set()
         """Adapters for which a call was broken off: both outcomes are right."""
         self.jobs: list[str] = []
+        self.given_up: set[str] = set()
+        """Jobs under which engine or tuner were killed too often."""
 
     def run(self, client: Client) -> None:
         """Goes on until stop() or the server's end."""
@@ -116,7 +120,9 @@ def check(server: Server, load: Load) -> list[str]:
                 load.published[name] = listed[name].digest
             load.unsure.discard(name)
         for number, job in enumerate(jobs):
-            if job.state in ("failed", "cancelled"):
+            if job.state == "failed" and any(words in job.info.error for words in GIVEN_UP):
+                load.given_up.add(job.id)  # we killed under it three times in a row, and its record says so
+            elif job.state in ("failed", "cancelled"):
                 wrong.append(f"job {job.id} is {job.state}: {job.info.error}")
             if job.state == "succeeded":
                 wrong += _check_job(job, f"job{number}", listed)
@@ -276,6 +282,7 @@ def main() -> int:
         "by_target_and_point": dict(sorted(counts.items())),
         "adapters_created": sum(load.created for load in loads),
         "jobs": sum(len(load.jobs) for load in loads),
+        "jobs_given_up": sum(len(load.given_up) for load in loads),
         "violations": violations,
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": {"graftwork": __version__, "python": platform.python_version()},
