@@ -56,7 +56,7 @@ def test_a_kv_cache_that_holds_nothing_useful_is_refused(model_dir: Path, tmp_pa
 
 def test_a_hub_id_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
-        serve_command("--model", "graftwork-toys/none", "--data-dir", str(tmp_path / "data")),
+        serve_command("--model", "graftwork-toys/none", "--data-dir", str(tmp_path / "data"), "--log-level", "warning"),
         capture_output=True,
         text=True,
         timeout=START_SECONDS,
