@@ -42,6 +42,7 @@ from graftwork_server.helper import (
     request_decoder,
 )
 from graftwork_server.messages import encode_frame, receive_frame
+from graftwork_server.priority import step_back
 from graftwork_server.text import TextProcessor
 from graftwork_server.tuning.data import check_dataset, read_lines
 
@@ -56,7 +57,6 @@ METHODS = frozenset(
     {"encode", "encode_pair", "encode_plain", "encode_following", "encode_chat", "render_chat", "end_tokens"}
 )
 _KEPT = 8
-_NICENESS = 10
 _PR_SET_PDEATHSIG = 1
 _TRIAL = "The fox: 1, 2.\n\n\u00e9\u4e16\U0001f98a"
 
@@ -220,10 +220,7 @@ def main(
 ) -> None:
     """Answers requests until the socket is closed."""
     _end_with_front(int(front_pid))
-    os.nice(_NICENESS)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the front ends its helpers
+    step_back(oom_score=1000)
     with socket.socket(fileno=int(descriptor)) as front:
         strangers = _Strangers(int(vocab_size), base_dir, source_dir)
         front.sendall(encode_frame(Ready()))

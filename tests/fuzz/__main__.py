@@ -67,6 +67,7 @@ def figures(findings: Findings) -> dict[str, Any]:
         by_method[method][status] = count
     return {
         "calls": findings.calls,
+        "made_by_client": findings.made_by_client,
         "failures": findings.failures,
         "front_start_mib": findings.front_bytes >> 20,
         "front_peak_mib": findings.front_peak_bytes >> 20,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -19,8 +20,10 @@ from tokenizers import AddedToken, Tokenizer
 
 from graftwork_server.adapter_text import AdapterTexts
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument, ResourceExhausted
+from graftwork_server.helper import MODULE
 from graftwork_server.helper_pool import QUEUE_PER_MARKED_KEY, HelperPool
 from graftwork_server.isolated_text import LARGE_TEXT_CHARACTERS, IsolatedTexts
+from graftwork_server.priority import NICENESS
 from graftwork_server.text import IncrementalDetokenizer, TextProcessor
 
 MEBIBYTE = 1 << 20
@@ -41,16 +44,17 @@ async def texts(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     pool = HelperPool("adapters' texts", [str(VOCABULARY), str(base_dir)], count=2)
     yield IsolatedTexts(AdapterTexts(TextProcessor.from_dir(base_dir), str(base_dir), VOCABULARY), pool)
     await asyncio.to_thread(pool.close)
-    assert helpers() == []
+    assert helpers(base_dir) == []
 
 
-def helpers() -> list[psutil.Process]:
-    """The helper processes of this test."""
-    return [
-        child
-        for child in psutil.Process().children()
-        if child.status() != psutil.STATUS_ZOMBIE and "graftwork_server.helper_main" in child.cmdline()
-    ]
+def helpers(base_dir: Path) -> list[psutil.Process]:
+    """This module's helper processes, told apart by their base: other modules' servers may have some."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE and {MODULE, str(base_dir)} <= set(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def brings(folder: Path, template: str | None = None, document: dict[str, Any] | None = None) -> Path:
@@ -124,8 +128,11 @@ async def test_a_tokenizer_of_its_own_says_here_what_it_says_there(
 async def test_what_says_the_same_is_the_base(texts: IsolatedTexts, base_dir: Path, tmp_path: Path) -> None:
     assert await texts.of("nothing", tmp_path) is texts.base
     brings(tmp_path, document=json.loads((base_dir / "tokenizer.json").read_text()))
-    assert helpers() == [], "equal bytes are compared here"
+    assert helpers(base_dir) == [], "equal bytes are compared here"
     own = await texts.of("formatted", tmp_path)
+    helper = helpers(base_dir)[0]
+    assert helper.nice() == NICENESS
+    assert os.getsid(helper.pid) == helper.pid, "niceness counts within a session only"
     assert own is not None
     assert texts.base is not None
     assert await texts.run(own, 0, lambda text: text.encode("the fox")) == texts.base.encode("the fox")
@@ -217,7 +224,7 @@ async def end(tasks: list[asyncio.Task[Any]]) -> None:
 
 
 async def test_a_looping_template_holds_one_helper(
-    texts: IsolatedTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    texts: IsolatedTexts, base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten clients of it at once: others go on while the first of the ten still runs."""
     looping = brings(tmp_path / "looping", hostile.LOOPING)
@@ -226,7 +233,7 @@ async def test_a_looping_template_holds_one_helper(
     clients = [asyncio.create_task(chat(texts, looping)) for _ in range(10)]
     for number in range(20):
         assert await chat(texts, brings(tmp_path / f"good{number % 3}", hostile.HARMLESS))
-        assert len(helpers()) <= 2
+        assert len(helpers(base_dir)) <= 2
     assert not any(client.done() for client in clients)
     await end(clients)
 
@@ -260,7 +267,9 @@ async def test_many_offenders_leave_a_helper_to_others(
     await end(again)
 
 
-async def test_a_helper_that_is_killed_fails_its_request_and_no_other(texts: IsolatedTexts, tmp_path: Path) -> None:
+async def test_a_helper_that_is_killed_fails_its_request_and_no_other(
+    texts: IsolatedTexts, base_dir: Path, tmp_path: Path
+) -> None:
     looping, good = (
         brings(tmp_path / "looping", hostile.LOOPING),
         brings(tmp_path / "good", hostile.HARMLESS),
@@ -269,7 +278,7 @@ async def test_a_helper_that_is_killed_fails_its_request_and_no_other(texts: Iso
     await texts.of(str(looping), looping)
     running = asyncio.create_task(chat(texts, looping))
     await asyncio.sleep(0.5)
-    for helper in helpers():
+    for helper in helpers(base_dir):
         helper.send_signal(signal.SIGKILL)
     with pytest.raises(GraftworkServerError) as caught:
         await running
@@ -278,12 +287,12 @@ async def test_a_helper_that_is_killed_fails_its_request_and_no_other(texts: Iso
 
 
 async def test_helpers_that_are_not_used_are_ended(
-    texts: IsolatedTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    texts: IsolatedTexts, base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("graftwork_server.helper_pool.IDLE_SECONDS", 0.2)
     good = brings(tmp_path / "good", hostile.HARMLESS)
     expected = await chat(texts, good)
-    await until(lambda: not helpers())
+    await until(lambda: not helpers(base_dir))
     assert await chat(texts, good) == expected
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from graftwork_server.errors import Internal, from_body
 from graftwork_server.messages import Hello, StartFailed, engine_decoder, read_frame
+from graftwork_server.priority import yielding
 
 ENGINE_COMMAND = (sys.executable, "-m", "graftwork_server.engine_main")
 LEAST_EXIT_SECONDS = 2.0
@@ -81,6 +82,7 @@ class EngineProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=2,
                 start_new_session=True,
+                env=yielding(os.environ),
                 pass_fds=[theirs.fileno()],
             )
         except OSError as error:

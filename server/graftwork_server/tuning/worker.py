@@ -37,6 +37,7 @@ from graftwork_server.messages import (
     receive_frame,
 )
 from graftwork_server.plugin_host import PluginHost, guard, is_out_of_memory, parse_config
+from graftwork_server.priority import step_back
 from graftwork_server.text import TextProcessor
 from graftwork_server.tuning.data import how_to_fit, no_end, read_lines, tokenize_rows
 from graftwork_server.tuning.data.rows import learned_ends, loss_tokens
@@ -51,8 +52,7 @@ if TYPE_CHECKING:
 RESULT_FILE = "result.json"
 """In job_dir, beside a whole artifact: a tuner that is started again need not train again."""
 
-_NICENESS = 10
-_OOM_SCORE = "500"
+_OOM_SCORE = 500
 
 log = logging.getLogger("graftwork.tuner")
 
@@ -68,7 +68,7 @@ def main() -> None:
     exit_when_a_thread_dies()
     command = command_decoder.decode(receive_frame(connection))
     threading.Thread(target=_exit_with_engine, args=(connection,), name="watchdog", daemon=True).start()
-    _step_back()
+    step_back(_OOM_SCORE)
 
     def send(event: TunerEvent) -> None:
         connection.sendall(encode_frame(event))
@@ -211,13 +211,6 @@ def _explained(error: Exception) -> Exception:
     if any(getattr(error, "errno", None) == full or f"(os error {full})" in str(error) for full in FULL):
         return FailedPrecondition("the disk is full", reason="DISK_FULL")
     return error
-
-
-def _step_back() -> None:
-    """Serving comes first: for the scheduler, and when the kernel kills a process for its memory."""
-    os.nice(_NICENESS)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
 
 
 def _exit_with_engine(connection: socket.socket) -> None:
