@@ -29,6 +29,10 @@ Attack = Callable[[Client, int], None]
 """Sends one request, which may be refused; the number is new each time, so that no answer is remembered."""
 
 
+class Refused(Exception):
+    """What was sent is not valid, says the answer."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """Two clients' ways: `hostile` must cost others less than twice what `ordinary` does."""
@@ -165,7 +169,7 @@ def _upload(folders: list[Path]) -> Attack:
     def send(client: Client, number: int) -> None:
         client.adapters.create(f"upload-{number}", folders[number % len(folders)])
         try:
-            client.tokenize(f"upload-{number}", "hello there")
+            client.tokenize("hello there", model=f"upload-{number}")
         finally:
             client.adapters.delete(f"upload-{number}")
 
@@ -175,6 +179,6 @@ def _upload(folders: list[Path]) -> Attack:
 def _validate(rows: Callable[[int], bytes]) -> Attack:
     def send(client: Client, number: int) -> None:
         if not client.datasets.validate(rows(number)).valid:
-            raise ValueError("refused")
+            raise Refused
 
     return send

@@ -18,18 +18,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks.hostile import CHAT, PROMPT, TEMPLATE, Attack, Files, Kind, kinds
+from benchmarks.hostile import CHAT, PROMPT, TEMPLATE, Attack, Files, Kind, Refused, kinds
 from benchmarks.hot_load import small_adapter
 from benchmarks.machine import describe_machine
 from benchmarks.options import parser_of, store
 from benchmarks.report import neighbours_circumstances, neighbours_table, percentile
-from benchmarks.server_process import ServerProcess
+from benchmarks.server_process import ServerProcess, end_on_sigterm
 from benchmarks.shapes import make_adapters, make_model
 from graftwork import Client, GraftworkError
 
@@ -51,19 +52,18 @@ def clients(address: str, count: int, attack: Attack) -> Iterator[list[bool]]:
                 try:
                     attack(client, next(NUMBERS))
                     answered.append(True)
-                except (GraftworkError, ValueError):
+                except (GraftworkError, Refused):
                     answered.append(False)
 
-    threads = [threading.Thread(target=send) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    try:
-        time.sleep(0.5)
-        yield answered
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()
+    with ThreadPoolExecutor(max(count, 1)) as threads:
+        running = [threads.submit(send) for _ in range(count)]
+        try:
+            time.sleep(0.5)
+            yield answered
+        finally:
+            done.set()
+        for client in running:
+            client.result()
 
 
 @contextmanager
@@ -171,6 +171,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints and stores."""
+    end_on_sigterm()
     parser = parser_of(__doc__, rounds=3)
     parser.add_argument("--clients", type=int, default=4, help="clients that send without pause")
     parser.add_argument("--kinds", default="", help="names of kinds with commas between; all by default")

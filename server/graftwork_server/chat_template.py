@@ -130,6 +130,8 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **context,
             )
+        except MemoryError:
+            raise  # whoever bounds it says so
         except Exception as error:  # A template is a program: on messages it was not written for, it may fail anyhow.
             detail = str(error) or type(error).__name__
             raise InvalidArgument(

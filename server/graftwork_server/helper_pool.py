@@ -4,6 +4,8 @@ What strangers' files compute waits here and nowhere else: callers wait as corou
 helpers are the pool's own. A key (an adapter, a client) holds as many helpers as its callers say, mostly one. A free
 helper goes to the key that used least of their time lately. A key whose request went over a limit is marked for a
 while: all that are marked share half of the helpers and can hardly queue, so the other half is there for all others.
+Keys that are not known to be quick leave one helper to those that are, and take others first: files that loop, however
+many and each for its first time, neither hold up those that work nor end the helper that has read them.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ HALF_LIFE_SECONDS = 60.0
 """After which half of the time that a key used is forgotten."""
 IDLE_SECONDS = 120.0
 """Helpers that nobody used for so long are ended."""
+QUICK_SECONDS = 0.5
+"""A key is known as quick as long as its requests end within this."""
 RETRY_AFTER_MS = 1000
 _MOST_HELPERS = 8
 
@@ -41,8 +45,8 @@ log = logging.getLogger("graftwork.helpers")
 
 
 def helper_count() -> int:
-    """As many as cores, at most 8; at least 2, so that one that takes long is not all."""
-    return min(max(len(os.sched_getaffinity(0)), 2), _MOST_HELPERS)
+    """As many as cores, at most 8; at least 3: one for keys that are marked, one for new ones, one for quick ones."""
+    return min(max(len(os.sched_getaffinity(0)), 3), _MOST_HELPERS)
 
 
 @dataclass
@@ -53,7 +57,12 @@ class _Place:
     at_once: int
     slow: bool
     blame: bool
+    tells: bool
     helper: asyncio.Future[Helper]
+    begun: float = 0.0
+    """When its helper was there and began with it."""
+    may_hold: bool = False
+    """Set when it gets a helper: it is slow, or its key is not known to be quick."""
 
 
 @dataclass
@@ -66,6 +75,8 @@ class _Key:
     used_at: float = 0.0
     marks: int = 0
     marked_until: float = 0.0
+    is_quick: bool = False
+    """The request that ended last took no longer than QUICK_SECONDS."""
 
     def used(self, now: float) -> float:
         """Seconds of helpers' time, those longer ago counting less."""
@@ -95,7 +106,7 @@ class HelperPool:
         self._keys: dict[str, _Key] = {}
         self._active: dict[str, _Key] = {}
         """Those that wait or run."""
-        self._numbers = self._slow_running = 0
+        self._numbers = self._holding = 0
         self._sweeping: asyncio.TimerHandle | None = None
 
     async def run(
@@ -108,18 +119,20 @@ class HelperPool:
         slow: bool = False,
         blame: bool = True,
         ends_with_caller: bool = False,
+        tells: bool = True,
     ) -> T:
         """The result of `work`, which may ask its helper for `seconds` in all. `at_once`: helpers that `key` may hold.
 
         `slow`: it may take minutes, so one helper is left to what is not. `blame`: `key` is marked if this goes over a
-        limit; not where many share a key, as those who come from one host do. A caller that is cancelled does not wait
+        limit; not where many share a key, as those who come from one host do. `tells`: its end tells whether others of
+        `key` are quick; reading files does not, if what is in them runs later. A caller that is cancelled does not wait
         for the end; the helper works on, unless it `ends_with_caller`.
         Raises ResourceExhausted (QUEUE_FULL), and HelperStopped if the helper gave no answer.
         """
         loop = asyncio.get_running_loop()
         entry = self._admit(key)
         self._numbers += 1
-        place = _Place(self._numbers, at_once, slow, blame, loop.create_future())
+        place = _Place(self._numbers, at_once, slow, blame, tells, loop.create_future())
         entry.waiting.append(place)
         self._hand_out()
         try:
@@ -132,7 +145,7 @@ class HelperPool:
                 self._give_back(key, place, place.helper.result())
             raise
         begun = time.monotonic()
-        running = loop.run_in_executor(self._threads, partial(_work_with, helper, work, seconds))
+        running = loop.run_in_executor(self._threads, partial(_work_with, helper, place, work, seconds))
         running.add_done_callback(partial(self._ended, key, place, helper, begun))
         try:
             return await asyncio.shield(running)
@@ -182,12 +195,20 @@ class HelperPool:
             if place.helper.cancelled():
                 continue
             entry.running += 1
-            self._slow_running += place.slow
-            # One that has read the key's files, else the one used last: the others may end.
-            helper = next((one for one in reversed(self._idle) if key in one.served), self._idle[-1])
+            place.may_hold = place.slow or not entry.is_quick
+            self._holding += place.may_hold
+            helper = self._chosen(key, place)
             self._idle.remove(helper)
             helper.served.add(key)
             place.helper.set_result(helper)
+
+    def _chosen(self, key: str, place: _Place) -> Helper:
+        """Of the free helpers the last for what may hold it, whoever has its files: it may end it. For others one that
+        has read the key's files, else the first, so that those behind it may end when they are not needed."""
+        free = [helper for helper in self._all if helper in self._idle]
+        if place.may_hold:
+            return free[-1]
+        return next((helper for helper in free if key in helper.served), free[0])
 
     def _next(self) -> str | None:
         """The key that is next: of those that are not marked if there are any, the one that used least."""
@@ -197,7 +218,7 @@ class HelperPool:
         for key, entry in self._active.items():
             if not entry.waiting or entry.running >= entry.waiting[0].at_once:
                 continue
-            if entry.waiting[0].slow and self._slow_running >= self.count - 1:
+            if (entry.waiting[0].slow or not entry.is_quick) and self._holding >= self.count - 1:
                 continue
             marked = entry.is_marked(now)
             if marked and marked_running >= self.count // 2:
@@ -212,6 +233,9 @@ class HelperPool:
         entry = self._keys[key]
         entry.used_seconds, entry.used_at = entry.used(now) + now - begun, now
         error = None if done.cancelled() else done.exception()
+        if place.tells:
+            ended_well = not isinstance(error, HelperStopped)
+            entry.is_quick = ended_well and time.monotonic() - place.begun <= QUICK_SECONDS
         if isinstance(error, HelperStopped) and error.why != "killed":
             log.warning("%s: a request was ended, it took too much %s", self._what, error.why)
             if place.blame:
@@ -229,7 +253,7 @@ class HelperPool:
     def _give_back(self, key: str, place: _Place, helper: Helper) -> None:
         entry = self._keys[key]
         entry.running -= 1
-        self._slow_running -= place.slow
+        self._holding -= place.may_hold
         self._idle.append(helper)
         self._hand_out()
         self._forget_if_unused(key)
@@ -259,6 +283,7 @@ class HelperPool:
         self._hand_out()
 
 
-def _work_with(helper: Helper, work: Callable[[Helper], T], seconds: float) -> T:
+def _work_with(helper: Helper, place: _Place, work: Callable[[Helper], T], seconds: float) -> T:
     helper.limit(seconds)
+    place.begun = time.monotonic()
     return work(helper)

@@ -162,7 +162,9 @@ class IsolatedTexts:
         seconds = SECONDS + self._files.base_bytes / FILE_BYTES_PER_SECOND
         request = ReadTexts(str(folder))
         try:
-            facts = await self._pool.run(key, lambda helper: helper.ask(request), seconds=seconds, blame=blame)
+            facts = await self._pool.run(
+                key, lambda helper: helper.ask(request), seconds=seconds, blame=blame, tells=False
+            )
         except HelperStopped as stopped:
             what, field = "reading the adapter's tokenizer files", "tokenizer.json"
             raise stopped_error(stopped, what, reason="TOKENIZER_INVALID", field=field, seconds=seconds) from None

@@ -61,6 +61,7 @@ class Runs:
 
     def __init__(self, pool: HelperPool) -> None:
         self._pool = pool
+        self.helpers = pool._all
         self.begun: list[str] = []
         self.works: dict[str, Work] = {}
         self.tasks: dict[str, asyncio.Task[str]] = {}
@@ -78,6 +79,14 @@ class Runs:
         self._ended += 1
         await self._settle()
 
+    async def know(self, *keys: str) -> None:
+        """Something of each ends well."""
+        for key in keys:
+            await self.start(key, f"{key}-first")
+            await self.end(f"{key}-first")
+        self.begun.clear()
+        self._ended = 0
+
     async def go_away(self, name: str) -> None:
         self.tasks[name].cancel()
         await asyncio.wait([self.tasks[name]])
@@ -92,9 +101,10 @@ class Runs:
 
 
 @pytest_asyncio.fixture
-async def runs(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Runs]:
+async def runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Runs]:
+    """With two helpers, or as many as the test's parameter says."""
     monkeypatch.setattr(helper_pool, "Helper", StandIn)
-    pool = HelperPool("things", [], count=2)
+    pool = HelperPool("things", [], count=getattr(request, "param", 2))
     made = Runs(pool)
     yield made
     for task in made.tasks.values():
@@ -104,6 +114,7 @@ async def runs(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Runs]:
 
 
 async def test_a_key_has_one_helper_and_others_have_the_rest(runs: Runs) -> None:
+    await runs.know("a", "b")
     for name in ("a1", "a2", "a3"):
         await runs.start("a", name)
     await runs.start("b", "b1")
@@ -116,6 +127,7 @@ async def test_a_key_has_one_helper_and_others_have_the_rest(runs: Runs) -> None
 
 
 async def test_who_used_least_is_next(runs: Runs) -> None:
+    await runs.know("busy", "other", "third", "new")
     await runs.start("busy", "busy1")
     await runs.start("other", "other1")
     await asyncio.sleep(0.1)
@@ -129,11 +141,47 @@ async def test_who_used_least_is_next(runs: Runs) -> None:
 
 
 async def test_what_is_slow_leaves_a_helper(runs: Runs) -> None:
+    await runs.know("a", "b", "c")
     for name in ("a1", "a2"):
         await runs.start("a", name, at_once=2, slow=True)
     await runs.start("b", "b1", slow=True)
     await runs.start("c", "c1")
     assert runs.begun == ["a1", "c1"]
+
+
+async def test_keys_of_which_nothing_is_known_leave_a_helper(runs: Runs) -> None:
+    """Three files that loop, each for its first time, and one that has worked before."""
+    await runs.know("good")
+    for key in ("a", "b", "c"):
+        await runs.start(key, f"{key}1")
+    await runs.start("good", "good1")
+    assert runs.begun == ["a1", "good1"]
+    await runs.end("a1", HelperStopped("time"))
+    await runs.end("good1")
+    await runs.start("good", "good2")
+    assert runs.begun == ["a1", "good1", "b1", "good2"], "the second helper is left, not lent"
+
+
+@pytest.mark.parametrize("runs", [3], indirect=True)
+async def test_a_new_key_waits_for_none_that_is_marked(runs: Runs) -> None:
+    await runs.start("bad", "bad1")
+    await runs.end("bad1", HelperStopped("time"))
+    for key in ("bad", "new", "newer"):
+        await runs.start(key, f"{key}2")
+    assert runs.begun == ["bad1", "bad2", "new2"]
+
+
+async def test_what_may_hold_a_helper_takes_the_last(runs: Runs) -> None:
+    await runs.know("good")
+    good = next(helper for helper in runs.helpers if "good" in helper.served)
+    assert good is runs.helpers[-1], "it was new"
+    await runs.start("good", "good1")
+    await runs.start("bad", "bad1")
+    assert "bad" in runs.helpers[0].served, "the last is taken"
+    await runs.end("good1")
+    await runs.end("bad1", HelperStopped("time"))
+    await runs.start("bad", "bad2")
+    assert "bad" in runs.helpers[-1].served
 
 
 async def test_a_queue_is_bounded_by_key_and_in_all(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +198,7 @@ async def test_a_queue_is_bounded_by_key_and_in_all(runs: Runs, monkeypatch: pyt
         assert (caught.value.reason, caught.value.metadata["retry_after_ms"]) == ("QUEUE_FULL", "1000")
 
 
+@pytest.mark.parametrize("runs", [3], indirect=True)
 async def test_who_went_over_a_limit_is_marked_unless_many_share_the_key(runs: Runs) -> None:
     for name in ("a", "b"):
         await runs.start(name, f"{name}1")
@@ -160,7 +209,7 @@ async def test_who_went_over_a_limit_is_marked_unless_many_share_the_key(runs: R
     await runs.end("killed1", HelperStopped("killed"))
     await runs.start("a", "a2")
     await runs.start("b", "b2")
-    assert runs.begun[-1] == "a2", "both are marked, and share one of two helpers"
+    assert runs.begun[-1] == "a2", "both are marked, and share one of three helpers"
     await runs.start("host", "host2")
     assert runs.begun[-1] == "host2"
     await runs.start("killed", "killed2")
