@@ -80,10 +80,10 @@ class Files:
         """A tokenizer whose model has other parameters."""
         return self.make(name, tokenizer={"model": self._tokenizer["model"] | changes})
 
-    def with_token(self, name: str, content: str) -> Path:
-        """A tokenizer whose first added token has another text."""
+    def with_token(self, name: str, **changes: Any) -> Path:
+        """A tokenizer whose first added token has other properties."""
         added = [dict(token) for token in self._tokenizer["added_tokens"]]
-        added[0]["content"] = content
+        added[0] |= changes
         return self.make(name, tokenizer={"added_tokens": added})
 
 
@@ -97,9 +97,9 @@ def kinds(files: Files, client: Client, clients: int) -> list[Kind]:
         files.with_post_processor("pieces", 3000, 3000),
         files.with_post_processor("more-pieces", 30000, 20000),
         files.with_model("prefix", continuing_subword_prefix="##"),
-        files.with_token("long-token", "a" * 100_000),
+        files.with_token("long-token", content="a" * 100_000),
     ]
-    plain = [files.make("plain", tokenizer={}), files.with_token("other-token", "<other>")]
+    plain = [files.make("plain", tokenizer={}), files.with_token("other-token", lstrip=True)]
     patterns = ["(?R)", r"(([a-z_.0-9]*)*)*!", r"(.*)*(.*)*(.*)*x", "(a|b|[c-z.]{0,9}){500}"]
     bad = [files.make(f"pattern-{index}", targets=pattern) for index, pattern in enumerate(patterns)]
     good = [files.make("pattern", targets=r".*\.(q_proj|nothing)")]

@@ -4,6 +4,7 @@ unloading under a stream, and tokens that come several in a message."""
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,6 +56,13 @@ async def finishing_order(server: Server, requests: list[tuple[str, str, int]]) 
 async def test_a_higher_priority_begins_first(narrow: Server) -> None:
     requests = [("low", "base", -5), ("usual", "base", 0), ("high", "base", 90), ("highest", "base", 100)]
     assert await finishing_order(narrow, requests) == ["highest", "high", "usual", "low"]
+
+
+def test_threads_of_the_engine_sleep_soon_while_they_wait(narrow: Server) -> None:
+    """Beside a process of others that keeps a core busy, a spinning thread holds up the one it waits for."""
+    engine = narrow.engine()
+    assert engine is not None
+    assert engine.environ()["GOMP_SPINCOUNT"] == os.environ.get("GOMP_SPINCOUNT", "1000")
 
 
 async def test_one_adapters_queue_does_not_hold_up_another(narrow: Server) -> None:
