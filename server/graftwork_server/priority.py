@@ -7,20 +7,19 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-NICENESS = 10
 _SPINS = 1000
 _SPINS_VARIABLE = "GOMP_SPINCOUNT"
 
 
-def step_back(oom_score: int) -> None:
+def step_back(niceness: int, oom_score: int) -> None:
     """Lowers this process's claim on processors, and offers it when the kernel kills for memory (0 to 1000, first).
 
     Where Linux groups processes by session (sched(7), autogroup), niceness counts within a session only: a session's
     leader lowers the claim of all of it.
     """
-    os.nice(NICENESS)
+    os.nice(niceness)
     leads = os.getsid(0) == os.getpid()
-    for file, value in {"autogroup": NICENESS if leads else None, "oom_score_adj": oom_score}.items():
+    for file, value in {"autogroup": niceness if leads else None, "oom_score_adj": oom_score}.items():
         with contextlib.suppress(OSError):
             if value is not None:
                 Path("/proc/self", file).write_text(str(value))

@@ -21,9 +21,9 @@ from tokenizers import AddedToken, Tokenizer
 from graftwork_server.adapter_text import AdapterTexts
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument, ResourceExhausted
 from graftwork_server.helper import MODULE
+from graftwork_server.helper_main import NICENESS
 from graftwork_server.helper_pool import QUEUE_PER_MARKED_KEY, HelperPool
 from graftwork_server.isolated_text import LARGE_TEXT_CHARACTERS, IsolatedTexts
-from graftwork_server.priority import NICENESS
 from graftwork_server.text import IncrementalDetokenizer, TextProcessor
 
 MEBIBYTE = 1 << 20

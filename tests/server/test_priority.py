@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from graftwork_server.priority import NICENESS, yielding
+from graftwork_server.priority import yielding
 
 REPORT = """
 import json, os
@@ -18,7 +18,7 @@ from graftwork_server.priority import step_back
 group = Path("/proc/self/autogroup")
 read = lambda: group.read_text().split() if group.exists() else None
 before = read()
-step_back(300)
+step_back(7, 300)
 score = Path("/proc/self/oom_score_adj").read_text().strip()
 print(json.dumps([os.nice(0), score, before, read()]))
 """
@@ -33,16 +33,16 @@ def stepped_back(*, leads: bool) -> list[Any]:
 
 def test_a_process_and_its_session_step_back() -> None:
     niceness, score, before, after = stepped_back(leads=True)
-    assert (niceness, score) == (NICENESS, "300")
+    assert (niceness, score) == (7, "300")
     if before is None:
         pytest.skip("this kernel has no groups of sessions")
     assert before[-1] == "0"
-    assert after[-1] == str(NICENESS)
+    assert after[-1] == "7"
 
 
 def test_a_process_leaves_the_session_of_others_alone() -> None:
     niceness, _, before, after = stepped_back(leads=False)
-    assert niceness == NICENESS
+    assert niceness == 7
     assert before == after
 
 

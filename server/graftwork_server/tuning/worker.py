@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 RESULT_FILE = "result.json"
 """In job_dir, beside a whole artifact: a tuner that is started again need not train again."""
 
+_NICENESS = 10
 _OOM_SCORE = 500
 
 log = logging.getLogger("graftwork.tuner")
@@ -68,7 +69,7 @@ def main() -> None:
     exit_when_a_thread_dies()
     command = command_decoder.decode(receive_frame(connection))
     threading.Thread(target=_exit_with_engine, args=(connection,), name="watchdog", daemon=True).start()
-    step_back(_OOM_SCORE)
+    step_back(_NICENESS, _OOM_SCORE)
 
     def send(event: TunerEvent) -> None:
         connection.sendall(encode_frame(event))
