@@ -264,6 +264,26 @@ async def test_a_stream_needs_no_second_await(server: ScriptedServer, aclient: g
     assert (await stream.result()).text == "ab"
 
 
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        ({"role": "user", "contents": "hi"}, r"messages\[0\] has 'contents'; a message has role, content"),
+        ({"role": "user"}, r'messages\[0\] has no "content"'),
+        ({"content": "hi"}, r'messages\[0\] has no "role"'),
+    ],
+)
+def test_a_message_that_says_nothing_is_refused(client: graftwork.Client, message: Any, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        client.chat("base", [message])
+
+
+def test_a_message_of_calls_needs_no_content(server: ScriptedServer, client: graftwork.Client) -> None:
+    """As other APIs write them, with what is null or empty left in."""
+    server.on("Chat", [as_chat(last("c", 2))])
+    calls = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    client.chat("base", [{"role": "assistant", "tool_calls": calls, "refusal": None, "annotations": []}])
+
+
 def test_content_is_a_list_of_text_parts(server: ScriptedServer, client: graftwork.Client) -> None:
     server.on("Chat", [as_chat(last("c", 2))])
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
