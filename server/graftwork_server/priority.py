@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 _SPINS = 1000
 _SPINS_VARIABLE = "GOMP_SPINCOUNT"
+_ATTEMPTS = 5
 
 
 def step_back(niceness: int, oom_score: int) -> None:
@@ -18,11 +20,21 @@ def step_back(niceness: int, oom_score: int) -> None:
     leader lowers the claim of all of it.
     """
     os.nice(niceness)
-    leads = os.getsid(0) == os.getpid()
-    for file, value in {"autogroup": niceness if leads else None, "oom_score_adj": oom_score}.items():
-        with contextlib.suppress(OSError):
-            if value is not None:
+    if os.getsid(0) == os.getpid():
+        _write("autogroup", niceness)
+    _write("oom_score_adj", oom_score)
+
+
+def _write(file: str, value: int) -> None:
+    """Tells the kernel about this process, where it can be told."""
+    with contextlib.suppress(OSError):
+        for _ in range(_ATTEMPTS):
+            try:
                 Path("/proc/self", file).write_text(str(value))
+            except BlockingIOError:  # it takes one change of an autogroup in 100 ms, of all that are not privileged
+                time.sleep(0.1)
+            else:
+                return
 
 
 def yielding(environment: Mapping[str, str]) -> dict[str, str]:
