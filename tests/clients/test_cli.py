@@ -411,14 +411,14 @@ def test_tune_follow_as_json(run: Any, tuning: list[str]) -> None:
 
 
 def test_a_failed_job_exits_with_5(server: ScriptedServer, run: Any, tuning: list[str]) -> None:
-    failed = job(t.TUNING_JOB_STATE_FAILED, error="loss is NaN")
+    failed = job(t.TUNING_JOB_STATE_FAILED, error="loss is NaN", error_reason="LOSS_NOT_FINITE")
     server.on("GetTuningJob", t.GetTuningJobResponse(job=failed))
     server.on("WatchTuningJob", [event(1, state=t.TUNING_JOB_STATE_FAILED)])
     assert run(*tuning, "--follow", code=5).stderr == "error: tuning job j1 failed: loss is NaN\n"
     result = run("tune", "watch", "j1", "--json", code=5)
     assert objects(result)[-1]["state"] == "failed"
     assert json.loads(result.stderr)["error"]["code"] == "JOB_FAILED"
-    assert "loss is NaN" in run("tune", "show", "j1").stdout
+    assert "loss is NaN [LOSS_NOT_FINITE]" in run("tune", "show", "j1").stdout
 
 
 def test_tune_list_watch_cancel(server: ScriptedServer, run: Any, tuning: list[str]) -> None:

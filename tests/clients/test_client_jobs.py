@@ -94,10 +94,11 @@ def test_events_start_where_they_are_asked_to(server: ScriptedServer, client: gr
 def test_wait_raises_unless_it_succeeded(
     server: ScriptedServer, client: graftwork.Client, state: t.TuningJobState.ValueType, name: str
 ) -> None:
-    server.on("GetTuningJob", got(job(state, error="loss is NaN")))
+    server.on("GetTuningJob", got(job(state, error="loss is NaN", error_reason="LOSS_NOT_FINITE")))
     with pytest.raises(graftwork.JobFailedError, match=f"j1 {name}: loss is NaN") as caught:
         client.tuning.get("j1").wait()
     assert caught.value.job.state == name
+    assert caught.value.job.error_reason == "LOSS_NOT_FINITE"
 
 
 async def test_wait_raises_for_the_async_client(server: ScriptedServer, aclient: graftwork.AsyncClient) -> None:

@@ -36,8 +36,8 @@ PROMPT = [1, 20, 45, 77]
 MOST_ADAPTERS = 24
 """All files are read after each kill."""
 KILL_SECONDS = 120.0
-GIVEN_UP = ("the engine ended 3 times under this job", "3 times without a step in between")
-"""What a job says that makes no progress from one kill to the next."""
+GIVEN_UP = ("ENGINE_LOST_REPEATEDLY", "TUNER_DIED")
+"""Why a job fails that makes no progress from one kill to the next."""
 POINT_SECONDS = 30.0
 """Longest wait for a failpoint or for a tuner."""
 AFTER_SECONDS = 1.0
@@ -120,7 +120,7 @@ def check(server: Server, load: Load) -> list[str]:
                 load.published[name] = listed[name].digest
             load.unsure.discard(name)
         for number, job in enumerate(jobs):
-            if job.state == "failed" and any(words in job.info.error for words in GIVEN_UP):
+            if job.info.error_reason in GIVEN_UP:
                 load.given_up.add(job.id)  # we killed under it three times in a row, and its record says so
             elif job.state in ("failed", "cancelled"):
                 wrong.append(f"job {job.id} is {job.state}: {job.info.error}")
@@ -224,9 +224,11 @@ def one(load: Load, servers: Servers, target: str, point: str, delay: float) -> 
         if target == "front":
             wrong += servers.end()
         else:
-            victim = server.engine() if target == "engine" else server.tuner()
+            victim = server.tuner() if target == "tuner" else None
             if victim is None:
-                target = f"no {target}, since none ran,"
+                target, victim = "engine", server.engine()
+            if victim is None:
+                target = "no engine, since none ran,"
             else:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     victim.kill()

@@ -378,6 +378,7 @@ def job(message: tuning_pb2.TuningJob) -> types.TuningJobInfo:
             )
             for choice in message.choices
         ),
+        error_reason=message.error_reason,
     )
 
 

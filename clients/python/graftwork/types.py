@@ -415,6 +415,8 @@ class TuningJobInfo:
     follows_version: int = 0
     choices: tuple[SettingChoice, ...] = ()
     """Settings that the request set or the server chose; others are the strategy's defaults."""
+    error_reason: str = ""
+    """The kind of error, such as OUT_OF_MEMORY, once it failed."""
 
     @property
     def done(self) -> bool:

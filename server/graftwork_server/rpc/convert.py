@@ -167,6 +167,7 @@ def job_message(job: JobRecord) -> tuning_pb2.TuningJob:
         ),
         state=state_value(job.state),
         error=job.error.message if job.error else "",
+        error_reason=job.error.reason if job.error else "",
         estimate=_estimate_message(job.estimate),
         validation_loss=job.validation_loss,
         follows_version=job.follows,

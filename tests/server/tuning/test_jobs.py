@@ -44,6 +44,7 @@ from graftwork_server.hub import store as store_module
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.records import JobEventRecord, JobRecord, StateChanged, TuningSpec
 from graftwork_server.messages import Checkpointed, Failed, Finished, JobSpec, Note, Progress, TunerEvent
+from graftwork_server.rpc.convert import job_message
 from graftwork_server.tuning import job_run
 from graftwork_server.tuning.jobs import JobManager
 from graftwork_server.types import JobState
@@ -306,6 +307,8 @@ async def test_a_failed_tuner_fails_its_job(tmp_path: Path) -> None:
         assert job.state is JobState.FAILED
         assert job.error is not None
         assert (job.error.reason, job.error.message) == ("LOSS_NOT_FINITE", "the loss is NaN at step 1")
+        said = job_message(job)
+        assert (said.error_reason, said.error) == ("LOSS_NOT_FINITE", "the loss is NaN at step 1")
         assert job.progress is not None
         assert math.isnan(job.progress.loss)
         assert notes(await events_of(manager, job.job_id)) == ["the loss is NaN at step 1"]

@@ -212,7 +212,7 @@ def _show(job: TuningJobInfo, as_json: bool) -> None:
         ("created", job.create_time),
     ]
     if job.error:
-        pairs.append(("error", job.error))
+        pairs.append(("error", f"{job.error} [{job.error_reason}]" if job.error_reason else job.error))
     if job.progress is not None and not job.done:
         pairs.append(("step", f"{job.progress.step}/{job.progress.total_steps}"))
         pairs.append(("loss", f"{job.progress.loss:.4f}"))

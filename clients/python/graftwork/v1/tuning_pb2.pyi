@@ -786,6 +786,7 @@ class TuningJob(_message.Message):
     VALIDATION_LOSS_FIELD_NUMBER: _builtins.int
     FOLLOWS_VERSION_FIELD_NUMBER: _builtins.int
     CHOICES_FIELD_NUMBER: _builtins.int
+    ERROR_REASON_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Output only. Resource name: "tuningJobs/{job_id}"."""
     job_id: _builtins.str
@@ -800,6 +801,8 @@ class TuningJob(_message.Message):
     """Output only. The version that the adapter's name serves before the job's is published: known when the job is created, and
     again when it has ended. 0: none.
     """
+    error_reason: _builtins.str
+    """Output only. Set on FAILED: the kind of error, such as OUT_OF_MEMORY, for programs."""
     @_builtins.property
     def spec(self) -> Global___TuningJobSpec:
         """What was asked for, with the strategy's defaults filled in."""
@@ -851,10 +854,11 @@ class TuningJob(_message.Message):
         validation_loss: _builtins.float | None = ...,
         follows_version: _builtins.int = ...,
         choices: _abc.Iterable[Global___SettingChoice] | None = ...,
+        error_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "create_time", b"create_time", "end_time", b"end_time", "estimate", b"estimate", "progress", b"progress", "result", b"result", "spec", b"spec", "start_time", b"start_time", "validation_loss", b"validation_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "choices", b"choices", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "estimate", b"estimate", "follows_version", b"follows_version", "job_id", b"job_id", "name", b"name", "progress", b"progress", "result", b"result", "spec", b"spec", "start_time", b"start_time", "state", b"state", "validation_loss", b"validation_loss"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss", "choices", b"choices", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "error_reason", b"error_reason", "estimate", b"estimate", "follows_version", b"follows_version", "job_id", b"job_id", "name", b"name", "progress", b"progress", "result", b"result", "spec", b"spec", "start_time", b"start_time", "state", b"state", "validation_loss", b"validation_loss"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__validation_loss: _TypeAlias = _typing.Literal["validation_loss"]  # noqa: Y015
     _WhichOneofArgType__validation_loss: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss"]  # noqa: Y015
