@@ -32,7 +32,7 @@ from graftwork_server.priority import yielding
 PROMPT = list(range(100, 164))
 LIBRARY_SPINS = "300000"
 SPINS = {"libgomp's own": LIBRARY_SPINS, "the server's": yielding({})["GOMP_SPINCOUNT"]}
-STEP_BACK = "from graftwork_server.priority import step_back; step_back(5, 1000)"
+STEP_BACK = "from graftwork_server.priority import step_back; step_back(10, 1000)"
 LOADS = {"alone": None, "beside a busy process": "", "beside one that steps back": STEP_BACK}
 TOKENS = {"alone": 200, "beside a busy process": 20, "beside one that steps back": 20}
 
