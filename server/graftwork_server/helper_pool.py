@@ -145,7 +145,7 @@ class HelperPool:
                 self._give_back(key, place, place.helper.result())
             raise
         begun = time.monotonic()
-        running = loop.run_in_executor(self._threads, partial(_work_with, helper, place, work, seconds))
+        running = loop.run_in_executor(self._threads, partial(_work_with, helper, key, place, work, seconds))
         running.add_done_callback(partial(self._ended, key, place, helper, begun))
         try:
             return await asyncio.shield(running)
@@ -199,7 +199,6 @@ class HelperPool:
             self._holding += place.may_hold
             helper = self._chosen(key, place)
             self._idle.remove(helper)
-            helper.served.add(key)
             place.helper.set_result(helper)
 
     def _chosen(self, key: str, place: _Place) -> Helper:
@@ -283,7 +282,8 @@ class HelperPool:
         self._hand_out()
 
 
-def _work_with(helper: Helper, place: _Place, work: Callable[[Helper], T], seconds: float) -> T:
+def _work_with(helper: Helper, key: str, place: _Place, work: Callable[[Helper], T], seconds: float) -> T:
     helper.limit(seconds)
+    helper.served.add(key)  # now, as a process that was just started has served nobody
     place.begun = time.monotonic()
     return work(helper)
