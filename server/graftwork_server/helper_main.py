@@ -222,9 +222,6 @@ def main(
 ) -> None:
     """Answers requests until the socket is closed."""
     _end_with_front(int(front_pid))
-    # A session of its own, for step_back, and since Ctrl-C in a terminal is for the front, which ends its helpers. Not
-    # by Popen: the front stands still until the new process has got a processor.
-    os.setsid()
     step_back(NICENESS, oom_score=1000)
     with socket.socket(fileno=int(descriptor)) as front:
         strangers = _Strangers(int(vocab_size), base_dir, source_dir)
