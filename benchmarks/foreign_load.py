@@ -19,20 +19,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe_machine
-from benchmarks.options import parser_of, store
+from benchmarks.options import circumstances, parser_of, server_options, store
 from benchmarks.server_process import ServerProcess, end_on_sigterm
 from benchmarks.shapes import make_model
 from graftwork import Client
+from graftwork_server.helper_main import NICENESS
 from graftwork_server.priority import yielding
 
 PROMPT = list(range(100, 164))
 LIBRARY_SPINS = "300000"
 SPINS = {"libgomp's own": LIBRARY_SPINS, "the server's": yielding({})["GOMP_SPINCOUNT"]}
-STEP_BACK = "from graftwork_server.priority import step_back; step_back(10, 1000)"
+STEP_BACK = f"from graftwork_server.priority import step_back; step_back({NICENESS}, 1000)"
 LOADS = {"alone": None, "beside a busy process": "", "beside one that steps back": STEP_BACK}
 TOKENS = {"alone": 200, "beside a busy process": 20, "beside one that steps back": 20}
 
@@ -67,23 +66,19 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rounds: dict[tuple[str, str], list[float]] = {}
     for _, (name, spins) in itertools.product(range(arguments.rounds), SPINS.items()):
         os.environ["GOMP_SPINCOUNT"] = spins
-        with tempfile.TemporaryDirectory(prefix="graftwork-bench-") as data_dir:
-            options = ["--model", str(model_dir), "--data-dir", str(Path(data_dir, "data"))]
-            options += ["--dtype", arguments.dtype, "--threads", str(arguments.threads), "--log-level", "error"]
-            with ServerProcess(options) as server, Client(address=server.address) as client:
-                milliseconds_per_token(client, 20)
-                for load, code in LOADS.items():
-                    with busy(code):
-                        rounds.setdefault((load, name), []).append(milliseconds_per_token(client, TOKENS[load]))
-                    print(f"{load}, {name} waits: {rounds[load, name][-1]:.1f} ms a token", flush=True)
-                dtype = server.dtype
+        with (
+            tempfile.TemporaryDirectory(prefix="graftwork-bench-") as data_dir,
+            ServerProcess(server_options(arguments, model_dir, data_dir)) as server,
+            Client(address=server.address) as client,
+        ):
+            milliseconds_per_token(client, 20)
+            for load, code in LOADS.items():
+                with busy(code):
+                    rounds.setdefault((load, name), []).append(milliseconds_per_token(client, TOKENS[load]))
+                print(f"{load}, {name} waits: {rounds[load, name][-1]:.1f} ms a token", flush=True)
+            dtype = server.dtype
     return {
-        "benchmark": "foreign_load",
-        "machine": describe_machine(),
-        "shape": arguments.shape,
-        "dtype": dtype,
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
+        **circumstances("foreign_load", arguments, dtype),
         "results": [
             {
                 "load": load,

@@ -27,8 +27,7 @@ import psutil
 
 from benchmarks.hostile import CHAT, PROMPT, TEMPLATE, Attack, Files, Kind, Refused, kinds
 from benchmarks.hot_load import small_adapter
-from benchmarks.machine import describe_machine
-from benchmarks.options import parser_of, store
+from benchmarks.options import circumstances, parser_of, server_options, store
 from benchmarks.report import neighbours_circumstances, neighbours_table, percentile
 from benchmarks.server_process import ServerProcess, end_on_sigterm
 from benchmarks.shapes import make_adapters, make_model
@@ -133,8 +132,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         folder = Path(data_dir, "files")
         folder.mkdir()
         files = Files(small_adapter(large, folder / "small", 1), model_dir / "tokenizer.json", folder)
-        options = ["--model", str(model_dir), "--data-dir", str(Path(data_dir, "data")), "--dtype", arguments.dtype]
-        options += ["--threads", str(arguments.threads), "--log-level", "error"]
+        options = server_options(arguments, model_dir, Path(data_dir, "data"))
         with ServerProcess(options) as server, Client(address=server.address) as client:
             client.adapters.create("neighbour", files.make("neighbour", template=TEMPLATE))
             chosen = [
@@ -156,15 +154,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, rows in rounds.items()
     ]
     return {
-        "benchmark": "neighbours",
-        "machine": describe_machine(),
-        "shape": arguments.shape,
-        "dtype": dtype,
-        "threads": arguments.threads,
+        **circumstances("neighbours", arguments, dtype),
         "clients": arguments.clients,
         "prompt_tokens": len(PROMPT),
         "new_tokens": TOKENS,
-        "rounds": arguments.rounds,
         "results": results,
     }
 

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import describe_machine
+
 
 def parser_of(description: str | None, rounds: int) -> argparse.ArgumentParser:
     """Options for a benchmark that makes a model of a shape; `rounds` is the default."""
@@ -19,6 +21,24 @@ def parser_of(description: str | None, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, default=Path(".bench"))
     parser.add_argument("--output", type=Path)
     return parser
+
+
+def server_options(arguments: argparse.Namespace, model_dir: Path, data_dir: str | Path) -> list[str]:
+    """What a server is started with, by those options."""
+    options = ["--model", str(model_dir), "--data-dir", str(data_dir), "--dtype", arguments.dtype]
+    return [*options, "--threads", str(arguments.threads), "--log-level", "error"]
+
+
+def circumstances(benchmark: str, arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """What every result begins with; `dtype` is the one that the server chose."""
+    return {
+        "benchmark": benchmark,
+        "machine": describe_machine(),
+        "shape": arguments.shape,
+        "dtype": dtype,
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+    }
 
 
 def store(measured: dict[str, Any], output: Path | None) -> None:

@@ -22,8 +22,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from benchmarks.machine import describe_machine
-from benchmarks.options import parser_of, store
+from benchmarks.options import circumstances, parser_of, server_options, store
 from benchmarks.report import overload_circumstances, overload_table, percentile
 from benchmarks.server_process import ServerProcess, end_on_sigterm
 from benchmarks.shapes import make_model
@@ -123,22 +122,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """One server, all rounds."""
     model_dir = make_model(arguments.shape, arguments.work)
     with tempfile.TemporaryDirectory(prefix="graftwork-bench-") as data_dir:
-        options = ["--model", str(model_dir), "--data-dir", data_dir, "--dtype", arguments.dtype]
-        options += ["--threads", str(arguments.threads), "--max-queue", str(arguments.max_queue)]
-        with ServerProcess([*options, "--log-level", "error"]) as server:
+        options = [*server_options(arguments, model_dir, data_dir), "--max-queue", str(arguments.max_queue)]
+        with ServerProcess(options) as server:
             rounds = asyncio.run(compare(server.address, arguments))
             dtype = server.dtype
     return {
-        "benchmark": "overload",
-        "machine": describe_machine(),
-        "shape": arguments.shape,
-        "dtype": dtype,
-        "threads": arguments.threads,
+        **circumstances("overload", arguments, dtype),
         "max_queue": arguments.max_queue,
         "prompt_tokens": len(PROMPT),
         "new_tokens": NEW_TOKENS,
         "seconds": arguments.seconds,
-        "rounds": arguments.rounds,
         "results": [
             {"case": name, **{key: statistics.median(row[key] for row in rows) for key in rows[0]}, "rounds": rows}
             for name, rows in rounds.items()

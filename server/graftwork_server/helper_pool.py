@@ -62,7 +62,7 @@ class _Place:
     begun: float = 0.0
     """When its helper was there and began with it."""
     may_hold: bool = False
-    """Set when it gets a helper: it is slow, or its key is not known to be quick."""
+    """What its key's may_hold said when it got a helper."""
 
 
 @dataclass
@@ -85,6 +85,10 @@ class _Key:
     def is_marked(self, now: float) -> bool:
         """Whether one of its requests went over a limit not long ago."""
         return now < self.marked_until
+
+    def may_hold(self, place: _Place) -> bool:
+        """Whether `place` may keep its helper for long: it is slow, or the key is not known to be quick."""
+        return place.slow or not self.is_quick
 
     def is_over(self, now: float) -> bool:
         """Whether nothing is worth remembering any more."""
@@ -195,7 +199,7 @@ class HelperPool:
             if place.helper.cancelled():
                 continue
             entry.running += 1
-            place.may_hold = place.slow or not entry.is_quick
+            place.may_hold = entry.may_hold(place)
             self._holding += place.may_hold
             helper = self._chosen(key, place)
             self._idle.remove(helper)
@@ -217,7 +221,7 @@ class HelperPool:
         for key, entry in self._active.items():
             if not entry.waiting or entry.running >= entry.waiting[0].at_once:
                 continue
-            if (entry.waiting[0].slow or not entry.is_quick) and self._holding >= self.count - 1:
+            if entry.may_hold(entry.waiting[0]) and self._holding >= self.count - 1:
                 continue
             marked = entry.is_marked(now)
             if marked and marked_running >= self.count // 2:
@@ -234,7 +238,7 @@ class HelperPool:
         error = None if done.cancelled() else done.exception()
         if place.tells:
             ended_well = not isinstance(error, HelperStopped)
-            entry.is_quick = ended_well and time.monotonic() - place.begun <= QUICK_SECONDS
+            entry.is_quick = ended_well and now - place.begun <= QUICK_SECONDS
         if isinstance(error, HelperStopped) and error.why != "killed":
             log.warning("%s: a request was ended, it took too much %s", self._what, error.why)
             if place.blame:
@@ -268,7 +272,6 @@ class HelperPool:
         self._sweeping = None
         for key in [key for key, entry in self._keys.items() if key not in self._active and entry.is_over(now)]:
             del self._keys[key]
-        # Those used last stand last.
         unused = [helper for helper in self._idle if helper.idle_seconds > IDLE_SECONDS]
         for helper in unused:
             self._idle.remove(helper)
@@ -278,7 +281,7 @@ class HelperPool:
             self._sweeping = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._sweep)
 
     def _swept(self, helper: Helper, done: asyncio.Future[None]) -> None:
-        self._idle.insert(0, helper)
+        self._idle.append(helper)
         self._hand_out()
 
 

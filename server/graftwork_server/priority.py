@@ -42,7 +42,7 @@ def yielding(environment: Mapping[str, str]) -> dict[str, str]:
 
     GNU's OpenMP lets them spin 300,000 times. While a process of others has one of the cores, that is for nothing: a
     thread holds the core that the one it waits for needs, in each of the hundreds of waits of a step
-    (benchmarks/foreign_load.py). A spin of some 20 microseconds covers a wait among threads that all run.
+    (benchmarks/foreign_load.py). A thousand times cover a wait among threads that all run.
     """
     if "OMP_WAIT_POLICY" in environment:
         return dict(environment)

@@ -16,11 +16,11 @@ import psutil
 import pytest
 import pytest_asyncio
 from tests import hostile, toys
+from tests.processes import helpers
 from tokenizers import AddedToken, Tokenizer
 
 from graftwork_server.adapter_text import AdapterTexts
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument, ResourceExhausted
-from graftwork_server.helper import MODULE
 from graftwork_server.helper_main import NICENESS
 from graftwork_server.helper_pool import QUEUE_PER_MARKED_KEY, HelperPool
 from graftwork_server.isolated_text import LARGE_TEXT_CHARACTERS, IsolatedTexts
@@ -45,16 +45,6 @@ async def texts(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     yield IsolatedTexts(AdapterTexts(TextProcessor.from_dir(base_dir), str(base_dir), VOCABULARY), pool)
     await asyncio.to_thread(pool.close)
     assert helpers(base_dir) == []
-
-
-def helpers(base_dir: Path) -> list[psutil.Process]:
-    """This module's helper processes, told apart by their base: other modules' servers may have some."""
-    found = []
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if child.status() != psutil.STATUS_ZOMBIE and {MODULE, str(base_dir)} <= set(child.cmdline()):
-                found.append(child)
-    return found
 
 
 def brings(folder: Path, template: str | None = None, document: dict[str, Any] | None = None) -> Path:

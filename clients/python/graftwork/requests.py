@@ -299,10 +299,10 @@ def _message(message: Mapping[str, Any] | types.Message, called: str) -> generat
     if "role" not in message:
         raise ValueError(f'{called} has no "role"; it is "system", "user", "assistant" or another of the template\'s')
     fields = ("role", "content", "tool_call_id", "name")
-    unknown = [name for name, value in message.items() if value and name not in (*fields, "tool_calls")]
-    if unknown:
-        accepted = ", ".join((*fields, "tool_calls"))
-        raise ValueError(f"{called} has {unknown[0]!r}; a message has {accepted}")
+    known = (*fields, "tool_calls")
+    for name, value in message.items():
+        if value and name not in known:
+            raise ValueError(f"{called} has {name!r}; a message has {', '.join(known)}")
     if "content" not in message and not message.get("tool_calls"):
         raise ValueError(f'{called} has no "content"; give the text, which may be ""')
     values = {name: message.get(name) or "" for name in fields}

@@ -164,7 +164,9 @@ class GenerationService(GenerationServiceServicer):
     async def _held(self, model: str) -> AsyncIterator[tuple[Resolved, TextProcessor | None]]:
         """Who answers, kept from being removed while the block runs, and whose tokens it speaks."""
         resolved = await self._resolver.resolve(model)
-        note(model=resolved.model, **({"version": resolved.version} if resolved.version else {}))
+        note(model=resolved.model)
+        if resolved.version:
+            note(version=resolved.version)
         async with self._leases.hold(resolved):
             yield resolved, await text_of(self._texts, resolved)
 

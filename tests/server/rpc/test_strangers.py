@@ -9,6 +9,7 @@ import signal
 import psutil
 import pytest
 from tests import hostile
+from tests.processes import helpers
 from tests.server.rpc.rpc_harness import until
 from tests.server.rpc.test_adapter_service import create, files_of, get
 from tests.server.rpc.test_tuning_service import ROWS, upload, validate
@@ -19,15 +20,6 @@ from graftwork_server import helper_pool, isolated_text
 from graftwork_server.tuning import dataset_check
 
 MEBIBYTE = 1 << 20
-
-
-def helpers() -> list[psutil.Process]:
-    """The helper processes there are, the shared server's among them."""
-    return [
-        child
-        for child in psutil.Process().children()
-        if child.status() != psutil.STATUS_ZOMBIE and "graftwork_server.helper_main" in child.cmdline()
-    ]
 
 
 def chat(server, model, content="a"):
