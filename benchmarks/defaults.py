@@ -28,7 +28,7 @@ from benchmarks.server_process import ServerProcess, end_on_sigterm
 from benchmarks.tuning_tasks import TASKS, Row, answer_of, make_rows
 from graftwork import Client
 
-MODEL_DIR = Path(graftwork_server.__file__).parent / "base_model"
+MODEL_DIR = Path(graftwork_server.__file__).parent / "demo_model"
 RATES = {"lora": (3e-4, 1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 3e-4, 1e-3)}
 EPOCHS = (3, 8, 24)
 TRAIN_ROWS, HELD_OUT_ROWS = 100, 60

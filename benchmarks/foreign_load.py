@@ -4,7 +4,7 @@
 
 One real server with as many threads as cores, and a stream of one request: alone, beside a busy process of the same
 priority, and beside one that steps back as the server's own helper processes do. With 300,000 spins a wait, which is
-libgomp's default, and with those that the server sets (graftwork_server/priority.py). Medians over alternating rounds.
+libgomp's default, and with those that the server sets (graftwork_server/process/priority.py). Medians over alternating rounds.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from benchmarks.server_process import ServerProcess, end_on_sigterm
 from benchmarks.shapes import make_model
 from graftwork import Client
 from graftwork_server.helper_main import NICENESS
-from graftwork_server.priority import yielding
+from graftwork_server.process.priority import yielding
 
 PROMPT = list(range(100, 164))
 LIBRARY_SPINS = "300000"
 SPINS = {"libgomp's own": LIBRARY_SPINS, "the server's": yielding({})["GOMP_SPINCOUNT"]}
-STEP_BACK = f"from graftwork_server.priority import step_back; step_back({NICENESS}, 1000)"
+STEP_BACK = f"from graftwork_server.process.priority import step_back; step_back({NICENESS}, 1000)"
 LOADS = {"alone": None, "beside a busy process": "", "beside one that steps back": STEP_BACK}
 TOKENS = {"alone": 200, "beside a busy process": 20, "beside one that steps back": 20}
 

@@ -18,7 +18,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
-NUMERIC = ("tests/server/engine", "tests/plugins", "tests/server/tuning", "tests/e2e/test_generation_features.py")
+NUMERIC = (
+    *(f"tests/server/{room}" for room in ("kernels", "base", "layers", "engine", "tuning")),
+    "tests/plugins",
+    "tests/e2e/test_generation_features.py",
+)
 _SECONDS = 3600
 """Longest time for one kind."""
 

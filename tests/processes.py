@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from graftwork_server.helper import MODULE
+from graftwork_server.text.strangers.helper import MODULE
 
 
 def helpers(base_dir: Path | None = None) -> list[psutil.Process]:

@@ -1,6 +1,6 @@
 """Train the small base language model that ships in the package, from scratch, and export it.
 
-    python tools/build_demo_model.py --work /tmp/demo_model --out server/graftwork_server/base_model
+    python tools/build_demo_model.py --work /tmp/demo_model --out server/graftwork_server/demo_model
 
 The defaults are what the shipped model used: about 40 minutes on two cores with bfloat16 instructions. The run is
 seeded and its length is a number of steps, so it gives the same model wherever the arithmetic is the same;

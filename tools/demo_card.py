@@ -1,6 +1,6 @@
 """Write the demo base model's card from what the run recorded and from what the exported model says.
 
-python tools/demo_card.py --model server/graftwork_server/base_model --machine "a 2-core x86-64 virtual machine"
+python tools/demo_card.py --model server/graftwork_server/demo_model --machine "a 2-core x86-64 virtual machine"
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-MODEL_DIR = Path(str(files("graftwork_server"))) / "base_model"
+MODEL_DIR = Path(str(files("graftwork_server"))) / "demo_model"
 """The small model on board, an ordinary Hugging Face model directory."""
 
 

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftwork_server.errors import FailedPrecondition, body_of
-from graftwork_server.last_words import exit_when_a_thread_dies
 from graftwork_server.logs import set_up
-from graftwork_server.messages import StartFailed, encode_frame
+from graftwork_server.process.last_words import exit_when_a_thread_dies
+from graftwork_server.wire.engine import StartFailed
+from graftwork_server.wire.frames import encode_frame
 
 if TYPE_CHECKING:
-    from graftwork_server.engine.model import BaseModel
+    from graftwork_server.engine.models.base import BaseModel
     from graftwork_server.engine.worker import EngineWorker
 
 log = logging.getLogger("graftwork.engine")
@@ -87,20 +88,20 @@ def _configure(settings: dict[str, Any]) -> None:
 def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
     import torch
 
-    from graftwork_server.engine.describe import base_info
-    from graftwork_server.engine.encoder import load_model
+    from graftwork_server.base.describe import base_info
+    from graftwork_server.base.files import model_dir
     from graftwork_server.engine.engine import EngineLimits
-    from graftwork_server.engine.model import choose_device, choose_dtype
-    from graftwork_server.engine.model_files import model_dir
+    from graftwork_server.engine.models.base import choose_device, choose_dtype
+    from graftwork_server.engine.models.load import load_model
     from graftwork_server.engine.outbox import default_messages_per_second
     from graftwork_server.engine.worker import EngineWorker
-    from graftwork_server.plugin_host import PluginHost
+    from graftwork_server.tuning.plugin_host import PluginHost
 
     threads = int(settings.get("threads") or 0) or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     device = choose_device(str(settings.get("device", "auto")))
     dtype = choose_dtype(str(settings.get("dtype", "auto")), device)
-    source = settings.get("model") or str(Path(__file__).parent / "base_model")
+    source = settings.get("model") or str(Path(__file__).parent / "demo_model")
     log.info("starting: reading %s, %s on %s, %d threads", source, str(dtype).removeprefix("torch."), device, threads)
     base = load_model(
         model_dir(str(source)),

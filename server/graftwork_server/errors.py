@@ -11,7 +11,7 @@
      +-- Cancelled
      +-- Internal                   a defect of ours
 
-Each maps to the gRPC status code of the same name (rpc/interceptors.py). `reason` is an UPPER_SNAKE_CASE constant
+Each maps to the gRPC status code of the same name (front/rpc/interceptors.py). `reason` is an UPPER_SNAKE_CASE constant
 that programs can match; `message` says what was wrong and what would be accepted, and names no path of the server.
 
 Messages, fields and metadata quote what clients sent. An ErrorBody, which is in every error, makes them printable and

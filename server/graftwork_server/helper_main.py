@@ -1,4 +1,4 @@
-"""A helper process: reads strangers' tokenizers, templates and data sets within limits. See helper.py.
+"""A helper process: reads strangers' tokenizers, templates and data sets within limits. See text/strangers/helper.py.
 
 python -m graftwork_server.helper_main FD FRONT_PID VOCAB_SIZE [BASE_DIR SOURCE_DIR]
 """
@@ -20,8 +20,6 @@ from typing import Any
 
 import msgspec
 
-from graftwork_server.adapter_text import AdapterTexts
-from graftwork_server.chat_template import ChatTemplate, Message
 from graftwork_server.errors import (
     ErrorBody,
     FailedPrecondition,
@@ -29,7 +27,11 @@ from graftwork_server.errors import (
     Internal,
     InvalidArgument,
 )
-from graftwork_server.helper import (
+from graftwork_server.process.priority import step_back
+from graftwork_server.text import TextProcessor
+from graftwork_server.text.chat_template import ChatTemplate, Message
+from graftwork_server.text.strangers.adapter_text import AdapterTexts
+from graftwork_server.text.strangers.helper import (
     CallText,
     CheckDataset,
     Limit,
@@ -41,10 +43,8 @@ from graftwork_server.helper import (
     Value,
     request_decoder,
 )
-from graftwork_server.messages import encode_frame, receive_frame
-from graftwork_server.priority import step_back
-from graftwork_server.text import TextProcessor
 from graftwork_server.tuning.data import check_dataset, read_lines
+from graftwork_server.wire.frames import encode_frame, receive_frame
 
 MEMORY_BYTES = 512 << 20
 """Address space that one request may take beyond what the process has, and beyond MEMORY_PER_FILE_BYTE."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from graftwork_server.errors import FailedPrecondition
+
 BASE = "base"
 """The name under which the base model itself answers."""
 
@@ -48,7 +50,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """False for an encoder: it answers Classify and Embed alone."""
     hidden_size: int = 0
     default_pooling: str = "last"
-    """Of Embed: one of engine/pooling.py, or several joined by "+"."""
+    """Of Embed: one of POOLINGS of base/sentence_files.py, or several joined by "+"."""
     undone_pooling: str = ""
     """What the model's files ask of Embed and it does not do: it then asks the client to name a pooling."""
 
@@ -167,3 +169,13 @@ class TuningResult(msgspec.Struct, frozen=True, kw_only=True):
     """Optimizer steps after which the weights were as they are published; 0: not known, by an older version."""
     end_token_ids: list[int] = []
     """Tokens that end the rows it learned; none where no row has such an end."""
+
+
+def require_generation(model: ModelInfo, what: str) -> None:
+    """Raises FailedPrecondition (BASE_IS_ENCODER) unless the base generates; `what` was asked for: "Generate"."""
+    if not model.generates:
+        raise FailedPrecondition(
+            f"the base model is {model.architecture}, an encoder, which {what} cannot use; Classify (with a base or "
+            "adapter that has a head), Embed and Tokenize can",
+            reason="BASE_IS_ENCODER",
+        )

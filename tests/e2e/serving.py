@@ -92,7 +92,7 @@ class Server:
     def tuner(self) -> psutil.Process | None:
         """The tuner process, None if there is none now."""
         engine = self.engine()
-        return engine and _child(engine.pid, "graftwork_server.tuning.worker")
+        return engine and _child(engine.pid, "graftwork_server.tuner_main")
 
     def descendants(self) -> list[psutil.Process]:
         """Every process that this server has started and that still runs."""

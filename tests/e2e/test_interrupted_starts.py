@@ -40,7 +40,7 @@ def ours(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["importlib.metadata", "asyncio", "sqlalchemy", "grpc", "graftwork_server.front", "graftwork_server.config"],
+    ["importlib.metadata", "asyncio", "sqlalchemy", "grpc", "graftwork_server.front.front", "graftwork_server.config"],
 )
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_server_told_to_end_while_it_imports(module: str, number: int, code: int, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from tests.fuzz.hostile import NUMBERS, TEXTS, mutated_bytes, mutated_json
 
-from graftwork_server.rpc.server import SERVICES
+from graftwork_server.front.rpc.server import SERVICES
 
 Field = descriptor.FieldDescriptor
 STANDARD = (health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR)

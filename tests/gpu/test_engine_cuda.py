@@ -12,14 +12,14 @@ import torch
 from tests import toys
 from tests.server.engine.harness import Harness, Reference, assert_greedy_matches, deltas_of
 
-from graftwork_server.engine.model import load_base
+from graftwork_server.engine.models.causal import load_base
 
 pytestmark = pytest.mark.gpu
 
 MAPPER = """
 import msgspec, sys, torch
-from graftwork_server.engine.weights import map_base_model
-from graftwork_server.messages import SharedWeightsInfo
+from graftwork_server.base.weights import map_base_model
+from graftwork_server.wire.tuning import SharedWeightsInfo
 info = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=SharedWeightsInfo)
 model = map_base_model(info)
 print(float(sum(p.double().abs().sum() for p in model.parameters())))

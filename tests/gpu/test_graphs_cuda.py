@@ -12,9 +12,10 @@ import torch
 from tests import toys
 from tests.server.engine.harness import Harness, Reference, assert_greedy_matches, deltas_of
 
+from graftwork_server.engine.adapters.bind import bind
 from graftwork_server.engine.decode_graphs import Captured
-from graftwork_server.engine.loading import bind
-from graftwork_server.engine.model import BaseModel, load_base
+from graftwork_server.engine.models.base import BaseModel
+from graftwork_server.engine.models.causal import load_base
 from graftwork_server.types import AdapterRef
 
 pytestmark = pytest.mark.gpu

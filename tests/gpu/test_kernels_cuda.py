@@ -1,16 +1,16 @@
-"""The Triton kernels on a GPU, at the sizes of real models. Small sizes: tests/server/engine/test_triton_lora.py and
+"""The Triton kernels on a GPU, at the sizes of real models. Small sizes: tests/server/kernels/test_triton_lora.py and
 test_block_cache.py, which run on a GPU too where there is one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tests.server.engine.test_block_cache import check_step
-from tests.server.engine.test_triton_lora import Shape, Span, check, make_block
-from tests.server.engine.triton_device import DEVICE, kernels_for
+from tests.server.kernels.test_triton_lora import Shape, Span, check, make_block
+from tests.server.kernels.triton_device import DEVICE, kernels_for
+from tests.server.layers.test_block_cache import check_step
 
-from graftwork_server.engine.block_cache import BlockKVCache, torch_varlen, usable_varlen
-from graftwork_server.engine.kv_cache import LayerShape
+from graftwork_server.layers.attention.block_kv_cache import BlockKVCache, torch_varlen, usable_varlen
+from graftwork_server.layers.attention.kv_cache import LayerShape
 
 pytestmark = pytest.mark.gpu
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from tests import toys
+from tests.server.base.test_quantization import KINDS, assert_within_bounds, reference_logits
+from tests.server.engine.adapters.test_peft_features import load
 from tests.server.engine.harness import Harness
-from tests.server.engine.test_peft_features import load
-from tests.server.engine.test_quantization import KINDS, assert_within_bounds, reference_logits
 
-from graftwork_server.engine.model import load_base
+from graftwork_server.engine.models.causal import load_base
 
 pytestmark = pytest.mark.gpu
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from graftwork_plugins.builtin.full import FullTuning
-from graftwork_plugins.builtin.ia3 import Ia3
-from graftwork_plugins.builtin.lora import Lora
-from graftwork_plugins.builtin.qlora import Qlora
+from graftwork_plugins.builtin.strategies.full import FullTuning
+from graftwork_plugins.builtin.strategies.ia3 import Ia3
+from graftwork_plugins.builtin.strategies.lora import Lora
+from graftwork_plugins.builtin.strategies.qlora import Qlora
 from graftwork_plugins.testing import StrategyBattery
 
 

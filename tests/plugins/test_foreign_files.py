@@ -20,10 +20,10 @@ from tests import toys
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from graftwork_plugins import Artifact, ArtifactError, BaseInfo, Strategy
-from graftwork_plugins.builtin.full import FullTuning
-from graftwork_plugins.builtin.ia3 import Ia3
-from graftwork_plugins.builtin.lora import Lora
-from graftwork_plugins.builtin.prefix import PrefixStrategy
+from graftwork_plugins.builtin.strategies.full import FullTuning
+from graftwork_plugins.builtin.strategies.ia3 import Ia3
+from graftwork_plugins.builtin.strategies.lora import Lora
+from graftwork_plugins.builtin.strategies.prefix import PrefixStrategy
 from graftwork_plugins.testing import apply_deltas, base_handle
 
 Tensors = dict[str, torch.Tensor]

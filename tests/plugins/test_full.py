@@ -14,12 +14,13 @@ from tests.bounds import assert_near
 from transformers import AutoModelForCausalLM
 
 from graftwork_plugins import Artifact, ArtifactError, FullWeights
-from graftwork_plugins.builtin.full import FullConfig, FullTuning, graftwork_identify_artifact
+from graftwork_plugins.builtin.strategies.full import FullConfig, FullTuning, graftwork_identify_artifact
 from graftwork_plugins.testing import base_handle, make_rows, train_steps, write_artifact
-from graftwork_server.engine.describe import base_info
-from graftwork_server.engine.loading import bind
-from graftwork_server.engine.model import load_base, resident_model
-from graftwork_server.engine.weights import map_base_model
+from graftwork_server.base.describe import base_info
+from graftwork_server.base.weights import map_base_model
+from graftwork_server.engine.adapters.bind import bind
+from graftwork_server.engine.models.base import resident_model
+from graftwork_server.engine.models.causal import load_base
 
 
 def loaded(path: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:

@@ -16,7 +16,7 @@ from tests.bounds import assert_near
 from transformers import AutoModelForCausalLM
 
 from graftwork_plugins import Artifact, ArtifactError, BaseInfo, ConfigError
-from graftwork_plugins.builtin.ia3 import Ia3, Ia3Config, graftwork_identify_artifact
+from graftwork_plugins.builtin.strategies.ia3 import Ia3, Ia3Config, graftwork_identify_artifact
 from graftwork_plugins.testing import apply_deltas, base_handle, make_rows, train_steps, write_artifact
 
 K0 = "base_model.model.model.layers.0.self_attn.q_proj.ia3_l"

@@ -20,7 +20,7 @@ from tests.bounds import assert_near
 from transformers import AutoModelForCausalLM
 
 from graftwork_plugins import Artifact, ArtifactError, BaseInfo, ConfigError, DatasetInfo, DeviceInfo, LowRank
-from graftwork_plugins.builtin.lora import Lora, LoraConfig, graftwork_identify_artifact
+from graftwork_plugins.builtin.strategies.lora import Lora, LoraConfig, graftwork_identify_artifact
 from graftwork_plugins.testing import apply_deltas, base_handle, make_rows, train_steps, write_artifact
 
 ARCHITECTURES = ("llama", "gpt2", "phi3")

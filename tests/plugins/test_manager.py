@@ -35,7 +35,7 @@ GOOD = """
         return [Mine()]
 """
 
-BUILTIN = EntryPoint("lora", "graftwork_plugins.builtin.lora", GROUP)
+BUILTIN = EntryPoint("lora", "graftwork_plugins.builtin.strategies.lora", GROUP)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_a_broken_plugin_is_listed_and_costs_only_itself(plugin: Write, case: st
 
 
 def test_an_entry_point_that_names_nothing_is_listed() -> None:
-    manager = PluginManager.load([EntryPoint("lost", "graftwork_plugins.builtin.lora:nothing", GROUP)])
+    manager = PluginManager.load([EntryPoint("lost", "graftwork_plugins.builtin.strategies.lora:nothing", GROUP)])
     assert "AttributeError" in manager.failures[0].error
 
 

@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from graftwork_plugins.builtin.patterns import PatternError, PatternMatcher
+from graftwork_plugins.peft_format.patterns import PatternError, PatternMatcher
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.11.mlp.up_proj", "lm_head", "q_proj", "a{e<=1}", "x\n"]
 

@@ -13,7 +13,7 @@ from tests import toys
 from transformers import AutoModelForCausalLM
 
 from graftwork_plugins import Artifact, ArtifactError, BaseInfo, TrainingConfig
-from graftwork_plugins.builtin.prefix import PrefixStrategy, graftwork_identify_artifact
+from graftwork_plugins.builtin.strategies.prefix import PrefixStrategy, graftwork_identify_artifact
 from graftwork_plugins.testing import base_handle
 
 

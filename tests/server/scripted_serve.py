@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from graftwork_server import serve as program
-from graftwork_server.front import Front
+from graftwork_server.front import serve as program
+from graftwork_server.front.front import Front
 
 
 class ScriptedFront(Front):

@@ -12,11 +12,11 @@ from google.rpc import error_details_pb2
 
 from graftwork_server import logs
 from graftwork_server.errors import ErrorBody, InvalidArgument, Violation, body_of, from_body
-from graftwork_server.messages import Note
+from graftwork_server.front.rpc.interceptors import to_status
 from graftwork_server.printable import printable
-from graftwork_server.rpc.interceptors import to_status
 from graftwork_server.tuning.data import DatasetReport
 from graftwork_server.tuning.data.report import LineError
+from graftwork_server.wire.tuning import Note
 
 HOSTILE = [
     "\ud800",

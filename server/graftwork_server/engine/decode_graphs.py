@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graftwork_server.engine.attention.paged import AttentionPlan
-from graftwork_server.engine.block_cache import AnyKVCache, BlockKVCache, DecodingRows
-from graftwork_server.engine.kv_cache import BLOCK_TOKENS
-from graftwork_server.engine.model import EngineModel
-from graftwork_server.engine.routing import Routing
-from graftwork_server.engine.sequence import ScheduledChunk
+from graftwork_server.engine.scheduling.sequence import ScheduledChunk
+from graftwork_server.layers.attention.block_kv_cache import AnyKVCache, BlockKVCache, DecodingRows
+from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS
+from graftwork_server.layers.attention.paged import AttentionPlan
+from graftwork_server.layers.model import EngineModel
+from graftwork_server.layers.routing import Routing
 
 if TYPE_CHECKING:
-    from graftwork_server.engine.triton_kernels.kernels import TritonKernels
+    from graftwork_server.kernels.triton.kernels import TritonKernels
 
 log = logging.getLogger("graftwork.engine")
 

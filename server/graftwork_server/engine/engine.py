@@ -8,25 +8,27 @@ from dataclasses import dataclass
 import torch
 from llguidance import LLMatcher
 
-from graftwork_server.engine.adapter_pool import AdapterPool
-from graftwork_server.engine.admission import Admission
-from graftwork_server.engine.block_cache import kv_cache_for
+from graftwork_server.engine.adapters.bind_head import no_head, only_head
+from graftwork_server.engine.adapters.loaded import LoadedAdapter
+from graftwork_server.engine.adapters.pool import AdapterPool
+from graftwork_server.engine.cache.block_pool import BlockPool
 from graftwork_server.engine.decode_graphs import decode_steps_for
-from graftwork_server.engine.encoder import EncoderModel, EncoderRunner
-from graftwork_server.engine.grammars import Masks, too_complex
-from graftwork_server.engine.heads import no_head, only_head
-from graftwork_server.engine.kv_cache import BLOCK_TOKENS, BlockPool
-from graftwork_server.engine.model import BaseModel
-from graftwork_server.engine.pooling import answers
+from graftwork_server.engine.encoder_runner import EncoderRunner
+from graftwork_server.engine.models.base import BaseModel
 from graftwork_server.engine.runner import ChunkLogits, Runner
-from graftwork_server.engine.sampling import sample, token_logprobs
-from graftwork_server.engine.scheduler import Scheduler
-from graftwork_server.engine.sequence import Sequence
-from graftwork_server.engine.slots import LoadedAdapter
-from graftwork_server.engine.whole_scheduler import WholeScheduler
+from graftwork_server.engine.sampling.grammars import Masks, too_complex
+from graftwork_server.engine.sampling.pooling import answers
+from graftwork_server.engine.sampling.sampler import sample, token_logprobs
+from graftwork_server.engine.scheduling.admission import Admission
+from graftwork_server.engine.scheduling.scheduler import Scheduler
+from graftwork_server.engine.scheduling.sequence import Sequence
+from graftwork_server.engine.scheduling.whole_scheduler import WholeScheduler
 from graftwork_server.errors import ErrorBody
-from graftwork_server.messages import Generate, SequenceOutput, TokenLogprobs
+from graftwork_server.layers.attention.block_kv_cache import kv_cache_for
+from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS
+from graftwork_server.layers.encoder import EncoderModel
 from graftwork_server.types import AdapterRef
+from graftwork_server.wire.engine import Generate, SequenceOutput, TokenLogprobs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from graftwork_server.last_words import exit_after
+from graftwork_server.process.last_words import exit_after
 
 
 class HelperThreads:

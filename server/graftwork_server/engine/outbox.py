@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from graftwork_server.engine.output_stream import merge
 from graftwork_server.errors import InvalidArgument
-from graftwork_server.messages import SequenceOutput, StepOutputs, encode_frame, instead_of
+from graftwork_server.wire.engine import SequenceOutput, StepOutputs, instead_of, merge
+from graftwork_server.wire.frames import encode_frame
 
 log = logging.getLogger("graftwork.engine")
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from graftwork_server.engine.attention.paged import Chunk, plan_attention
-from graftwork_server.engine.block_cache import AnyKVCache
 from graftwork_server.engine.decode_graphs import DecodeSteps
-from graftwork_server.engine.kv_cache import BLOCK_TOKENS, rows_of
-from graftwork_server.engine.model import EngineModel
-from graftwork_server.engine.pooling import collect, head_for, trunk_states
-from graftwork_server.engine.routing import Routing, RowSpan
-from graftwork_server.engine.sequence import ScheduledChunk
+from graftwork_server.engine.sampling.pooling import collect, head_for, trunk_states
+from graftwork_server.engine.scheduling.sequence import ScheduledChunk
+from graftwork_server.layers.attention.block_kv_cache import AnyKVCache
+from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS, rows_of
+from graftwork_server.layers.attention.paged import Chunk, plan_attention
+from graftwork_server.layers.model import EngineModel
+from graftwork_server.layers.routing import Routing, RowSpan
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,14 @@ def packing_order(chunk: ScheduledChunk) -> tuple[int, int, int]:
 def spans_of(chunks: SequenceOf[ScheduledChunk], counts: SequenceOf[int]) -> list[RowSpan]:
     """Rows of each adapter when every chunk has `counts` rows; neighbours of one adapter become one span."""
     spans: list[RowSpan] = []
-    row = 0
+    last, row = None, 0
     for chunk, count in zip(chunks, counts, strict=True):
         adapter = chunk.sequence.adapter
         if adapter is not None and count:
-            if spans and spans[-1].adapter is adapter and spans[-1].end == row:
-                spans[-1] = RowSpan(adapter, spans[-1].start, row + count)
-            else:
-                spans.append(RowSpan(adapter, row, row + count))
+            start = row
+            if adapter is last and spans[-1].end == row:
+                start = spans.pop().start
+            spans.append(RowSpan(start, row + count, adapter.block, adapter.slot, adapter.changes))
+            last = adapter
         row += count
     return spans

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from graftwork_server.errors import ErrorBody, FailedPrecondition, body_of
-from graftwork_server.messages import (
+from graftwork_server.types import ModelInfo
+from graftwork_server.wire.frames import encode_frame, receive_frame
+from graftwork_server.wire.tuning import (
     Failed,
     Finished,
     JobEvent,
@@ -21,11 +23,8 @@ from graftwork_server.messages import (
     Progress,
     SharedWeightsInfo,
     StartTuning,
-    encode_frame,
-    receive_frame,
     tuner_decoder,
 )
-from graftwork_server.types import ModelInfo
 
 log = logging.getLogger("graftwork.tuners")
 
@@ -110,7 +109,7 @@ class Tuners:
         if self._weights.fd is not None:
             inherited.append(self._weights.fd)
         process = subprocess.Popen(
-            [sys.executable, "-m", "graftwork_server.tuning.worker", "--fd", str(theirs.fileno())],
+            [sys.executable, "-m", "graftwork_server.tuner_main", "--fd", str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             stdout=2,
             pass_fds=inherited,

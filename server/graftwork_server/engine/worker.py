@@ -24,18 +24,40 @@ import msgspec
 from llguidance import LLMatcher
 
 from graftwork_plugins import BaseInfo, Delta, DeviceInfo
-from graftwork_server import messages as m
+from graftwork_server.engine.adapters.bind import bind
+from graftwork_server.engine.adapters.loaded import LoadedAdapter, PreparedAdapter
+from graftwork_server.engine.adapters.loader import Loads
 from graftwork_server.engine.engine import Engine, EngineLimits
-from graftwork_server.engine.grammars import Grammars
 from graftwork_server.engine.helper_threads import HelperThreads, compute_alone, compute_behind
-from graftwork_server.engine.loading import bind
-from graftwork_server.engine.loads import Loads
-from graftwork_server.engine.model import BaseModel
+from graftwork_server.engine.models.base import BaseModel
 from graftwork_server.engine.outbox import Outbox
-from graftwork_server.engine.slots import LoadedAdapter, PreparedAdapter
+from graftwork_server.engine.sampling.grammars import Grammars
 from graftwork_server.engine.tuners import Tuners
 from graftwork_server.errors import ErrorBody, FailedPrecondition, GraftworkServerError, Unavailable, body_of
 from graftwork_server.types import AdapterRef, ArtifactInfo, StrategyInfo
+from graftwork_server.wire.engine import (
+    Cancel,
+    FrontMessage,
+    Generate,
+    Grammar,
+    Hello,
+    Inspect,
+    InspectReply,
+    Load,
+    LoadedChanged,
+    LoadReply,
+    Pin,
+    Pinned,
+    Reply,
+    Result,
+    SequenceOutput,
+    Shutdown,
+    Unload,
+    Unloaded,
+    front_decoder,
+)
+from graftwork_server.wire.frames import receive_frame
+from graftwork_server.wire.tuning import PreparedJob, PrepareJob, Started, StartJob, StopJob, Stopped
 
 log = logging.getLogger("graftwork.engine")
 
@@ -58,7 +80,7 @@ class Strategies(Protocol):
         base: BaseInfo,
         device: DeviceInfo,
         held_out_rows: int = 0,
-    ) -> m.PreparedJob: ...
+    ) -> PreparedJob: ...
 
 
 class EngineWorker:
@@ -82,8 +104,8 @@ class EngineWorker:
         self._strategies = strategies
         self._connection = connection
         self._threads = threads
-        self._inbox: queue.SimpleQueue[m.FrontMessage | Callable[[], None] | None] = queue.SimpleQueue()
-        self._outbox = Outbox(connection, messages_per_second, lambda id: self._inbox.put(m.Cancel(id=id)))
+        self._inbox: queue.SimpleQueue[FrontMessage | Callable[[], None] | None] = queue.SimpleQueue()
+        self._outbox = Outbox(connection, messages_per_second, lambda id: self._inbox.put(Cancel(id=id)))
         self._stop = threading.Event()
         self._loads = Loads(self._prepare_adapter, self.engine.adapters)
         self._answers = HelperThreads(1, "answer", compute_alone)
@@ -129,7 +151,7 @@ class EngineWorker:
         threading.Thread(target=self._read, name="read", daemon=True).start()
         writer = threading.Thread(target=self._write, name="write", daemon=True)
         writer.start()
-        self._outbox.send(m.Hello(pid=os.getpid(), model=self.model_info(), strategies=self._strategies.infos()))
+        self._outbox.send(Hello(pid=os.getpid(), model=self.model_info(), strategies=self._strategies.infos()))
         try:
             self._loop()
         finally:
@@ -182,14 +204,14 @@ class EngineWorker:
         self._tell_loaded()
         for adapter in [adapter for adapter in self._unloading if adapter.gone]:
             for call_id in self._unloading.pop(adapter):
-                self._reply(call_id, m.Unloaded(was_loaded=True))
+                self._reply(call_id, Unloaded(was_loaded=True))
 
     def _tell_loaded(self) -> None:
         """Before any answer that depends on it: whoever asked finds the list as the answer says."""
         pool = self.engine.adapters
         if pool.generation != self._reported:
             self._reported = pool.generation
-            self._outbox.send(m.LoadedChanged(digests=pool.digests()))
+            self._outbox.send(LoadedChanged(digests=pool.digests()))
 
     # ------------------------------------------------------------------------------------------ messages
 
@@ -204,47 +226,47 @@ class EngineWorker:
         except queue.Empty:
             return
 
-    def _handle(self, message: m.FrontMessage | Callable[[], None] | None) -> None:
+    def _handle(self, message: FrontMessage | Callable[[], None] | None) -> None:
         match message:
             case None:
                 self._stop.set()
-            case m.Generate():
+            case Generate():
                 if message.sampling.grammar is None:
                     self._add(message)
                 else:
                     self._compile(message, message.sampling.grammar)
-            case m.Cancel():
+            case Cancel():
                 self._compiling.discard(message.id)
                 self.engine.cancel(message.id)
                 self._outbox.forget(message.id)
-            case m.Load():
+            case Load():
                 self._load_call(message)
-            case m.Unload():
+            case Unload():
                 self._unload_call(message)
-            case m.Pin():
+            case Pin():
                 self.engine.adapters.pin(message.digests)
-                self._reply(message.call_id, m.Pinned())
-            case m.Inspect():
+                self._reply(message.call_id, Pinned())
+            case Inspect():
                 self._answer(message.call_id, lambda: self._inspect(message))
-            case m.PrepareJob():
+            case PrepareJob():
                 self._answer(message.call_id, lambda: self._prepare(message))
-            case m.StartJob():
-                self._answer(message.call_id, lambda: m.Started(pid=self._tuners.start(message.job)))
-            case m.StopJob():
-                self._answer(message.call_id, lambda: m.Stopped(was_running=self._tuners.stop(message.job_id)))
-            case m.Shutdown():
+            case StartJob():
+                self._answer(message.call_id, lambda: Started(pid=self._tuners.start(message.job)))
+            case StopJob():
+                self._answer(message.call_id, lambda: Stopped(was_running=self._tuners.stop(message.job_id)))
+            case Shutdown():
                 self._deadline = time.monotonic() + message.drain_ms / 1000
             case _:
                 message()
 
-    def _add(self, message: m.Generate, matcher: LLMatcher | None = None) -> None:
+    def _add(self, message: Generate, matcher: LLMatcher | None = None) -> None:
         refused = self.engine.add(message, matcher)
         if refused is not None:
             self._outbox.publish([refused])
         elif message.adapter is not None:
             self._load_ahead(message.adapter)
 
-    def _compile(self, message: m.Generate, grammar: m.Grammar) -> None:
+    def _compile(self, message: Generate, grammar: Grammar) -> None:
         """Compiles off the step loop; the sequence is queued when that is done, unless it was cancelled meanwhile."""
         self._compiling.add(message.id)
 
@@ -255,7 +277,7 @@ class EngineWorker:
             if error is None:
                 self._add(message, matcher)
             else:
-                self._outbox.publish([m.SequenceOutput(message.id, [], "error", error=error)])
+                self._outbox.publish([SequenceOutput(message.id, [], "error", error=error)])
 
         def work() -> None:
             matcher, error = None, None
@@ -268,7 +290,7 @@ class EngineWorker:
 
         self._compiler.submit(work)
 
-    def _answer(self, call_id: int, work: Callable[[], m.Result]) -> None:
+    def _answer(self, call_id: int, work: Callable[[], Result]) -> None:
         """Runs `work` off the step loop and replies with its result or error."""
 
         def run() -> None:
@@ -279,7 +301,7 @@ class EngineWorker:
 
         self._answers.submit(run)
 
-    def _inspect(self, message: m.Inspect) -> m.InspectReply:
+    def _inspect(self, message: Inspect) -> InspectReply:
         path = Path(message.path)
         strategy = message.strategy or self._strategies.identify(path)
         deltas = self._strategies.load_deltas(path, strategy, self._base_info)
@@ -290,9 +312,9 @@ class EngineWorker:
             rank=prepared.rank,
             modules_bound=prepared.modules_bound,
         )
-        return m.InspectReply(info=info)
+        return InspectReply(info=info)
 
-    def _prepare(self, message: m.PrepareJob) -> m.PreparedJob:
+    def _prepare(self, message: PrepareJob) -> PreparedJob:
         device = DeviceInfo(
             type="cuda" if self.engine.base.device.type == "cuda" else "cpu",
             total_memory_bytes=_total_memory(self.engine.base.device),
@@ -310,18 +332,18 @@ class EngineWorker:
 
     # ------------------------------------------------------------------------------------------ adapters
 
-    def _load_call(self, message: m.Load) -> None:
+    def _load_call(self, message: Load) -> None:
         report = self.engine.adapters.report(message.adapter.digest)
         if report is not None:
             self._tell_loaded()
             self._reply(
-                message.call_id, m.LoadReply(report=msgspec.structs.replace(report, load_ms=0.0, already_loaded=True))
+                message.call_id, LoadReply(report=msgspec.structs.replace(report, load_ms=0.0, already_loaded=True))
             )
             return
         self._ensure_loaded(message.adapter)
         self._loading[message.adapter.digest].append(message.call_id)
 
-    def _unload_call(self, message: m.Unload) -> None:
+    def _unload_call(self, message: Unload) -> None:
         if message.digest in self._loading:
             self._to_unload.setdefault(message.digest, []).append(message.call_id)
         else:
@@ -335,7 +357,7 @@ class EngineWorker:
         adapter = self.engine.adapters.unload(digest)
         if adapter is None:
             self._tell_loaded()
-            self._reply(call_id, m.Unloaded(was_loaded=False))
+            self._reply(call_id, Unloaded(was_loaded=False))
         else:
             self._unloading.setdefault(adapter, []).append(call_id)
 
@@ -371,7 +393,7 @@ class EngineWorker:
             self.engine.arrived(result)
             self._tell_loaded()
             for call_id in calls:
-                self._reply(call_id, m.LoadReply(report=result.report))
+                self._reply(call_id, LoadReply(report=result.report))
         elif calls:  # they came while it was loaded ahead of time, which found no room
             self._ensure_loaded(adapter)
             self._loading[adapter.digest] += calls
@@ -386,16 +408,16 @@ class EngineWorker:
 
     # ------------------------------------------------------------------------------------------ connection
 
-    def _reply(self, call_id: int, result: m.Result) -> None:
-        self._outbox.send(m.Reply(call_id=call_id, result=result))
+    def _reply(self, call_id: int, result: Result) -> None:
+        self._outbox.send(Reply(call_id=call_id, result=result))
 
     def _reply_error(self, call_id: int, error: ErrorBody) -> None:
-        self._outbox.send(m.Reply(call_id=call_id, error=error))
+        self._outbox.send(Reply(call_id=call_id, error=error))
 
     def _read(self) -> None:
         try:
             while True:
-                self._inbox.put(m.front_decoder.decode(m.receive_frame(self._connection)))
+                self._inbox.put(front_decoder.decode(receive_frame(self._connection)))
         except (EOFError, OSError):
             self._inbox.put(None)  # the front is gone, and with it everybody who could read an answer
 

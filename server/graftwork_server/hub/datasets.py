@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from sqlalchemy import select
 
 from graftwork_server.errors import FailedPrecondition, NotFound
-from graftwork_server.hub.database import Database, now
-from graftwork_server.hub.models import Dataset, Job
-from graftwork_server.hub.pages import check_page_size, page_after, page_token
+from graftwork_server.hub.database.connection import Database, now
+from graftwork_server.hub.database.pages import check_page_size, page_after, page_token
+from graftwork_server.hub.database.records import DatasetRecord
+from graftwork_server.hub.database.tables import Dataset, Job
+from graftwork_server.hub.files.store import Store
+from graftwork_server.hub.files.uploads import DatasetUpload
 from graftwork_server.hub.publishing import FINAL
-from graftwork_server.hub.records import DatasetRecord
-from graftwork_server.hub.store import Store
-from graftwork_server.hub.uploads import DatasetUpload
 from graftwork_server.types import DatasetFormat
 
 _POSITION = re.compile(r"([0-9]{1,17}):(.+)")

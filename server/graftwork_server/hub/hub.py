@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from graftwork_server.hub.data_dir import REGISTRY
-from graftwork_server.hub.database import Database
+from graftwork_server.hub.database.connection import Database
+from graftwork_server.hub.database.records import NewVersion, VersionRecord
 from graftwork_server.hub.datasets import Datasets
+from graftwork_server.hub.files.data_dir import REGISTRY
+from graftwork_server.hub.files.store import Store, digest_of, write_manifest
 from graftwork_server.hub.job_registry import JobRegistry
 from graftwork_server.hub.leases import Leases
-from graftwork_server.hub.records import NewVersion, VersionRecord
 from graftwork_server.hub.registry import Registry, RequestKey
 from graftwork_server.hub.resolver import Resolver
-from graftwork_server.hub.store import Store, digest_of, write_manifest
 from graftwork_server.types import ArtifactInfo
 
 

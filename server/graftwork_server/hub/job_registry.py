@@ -12,11 +12,9 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from graftwork_server.errors import ErrorBody, FailedPrecondition, NotFound
-from graftwork_server.hub.database import Database, now
-from graftwork_server.hub.models import Dataset, Job, JobEvent
-from graftwork_server.hub.pages import check_page_size, page_after, page_token
-from graftwork_server.hub.publishing import FINAL, check_target, insert_version, newest_version
-from graftwork_server.hub.records import (
+from graftwork_server.hub.database.connection import Database, now
+from graftwork_server.hub.database.pages import check_page_size, page_after, page_token
+from graftwork_server.hub.database.records import (
     JobEventRecord,
     JobHappening,
     JobRecord,
@@ -26,9 +24,11 @@ from graftwork_server.hub.records import (
     TuningSpec,
     VersionRecord,
 )
+from graftwork_server.hub.database.tables import Dataset, Job, JobEvent
+from graftwork_server.hub.publishing import FINAL, check_target, insert_version, newest_version
 from graftwork_server.hub.registry import RequestKey, recall, remember
-from graftwork_server.messages import Checkpointed, Evaluated, Note, Progress
 from graftwork_server.types import JobState, TuningEstimate, TuningProgress, TuningResult
+from graftwork_server.wire.tuning import Checkpointed, Evaluated, Note, Progress
 
 _POSITION = re.compile(r"[0-9]{1,18}")
 T = TypeVar("T")

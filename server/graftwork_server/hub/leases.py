@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 from graftwork_server.errors import NotFound
+from graftwork_server.hub.files.store import Store
 from graftwork_server.hub.registry import Registry
-from graftwork_server.hub.store import Store
-from graftwork_server.threads import FILES
+from graftwork_server.process.threads import FILES
 
 if TYPE_CHECKING:
     from graftwork_server.hub.resolver import Resolved

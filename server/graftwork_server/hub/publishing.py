@@ -9,9 +9,9 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from graftwork_server.errors import AlreadyExists
-from graftwork_server.hub.database import now
-from graftwork_server.hub.models import Adapter, DeletedAdapter, Job, Version
-from graftwork_server.hub.records import NewVersion, VersionRecord
+from graftwork_server.hub.database.connection import now
+from graftwork_server.hub.database.records import NewVersion, VersionRecord
+from graftwork_server.hub.database.tables import Adapter, DeletedAdapter, Job, Version
 from graftwork_server.types import JobState
 
 FINAL = [state.value for state in JobState if state.final]

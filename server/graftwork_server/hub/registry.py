@@ -14,11 +14,11 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from graftwork_server.errors import InvalidArgument, NotFound
-from graftwork_server.hub.database import Database, now
-from graftwork_server.hub.models import Adapter, DeletedAdapter, Request, Version
-from graftwork_server.hub.pages import check_page_size, page_after, page_token
+from graftwork_server.hub.database.connection import Database, now
+from graftwork_server.hub.database.pages import check_page_size, page_after, page_token
+from graftwork_server.hub.database.records import NewVersion, VersionRecord
+from graftwork_server.hub.database.tables import Adapter, DeletedAdapter, Request, Version
 from graftwork_server.hub.publishing import check_target, insert_version, newest_version, version_record
-from graftwork_server.hub.records import NewVersion, VersionRecord
 from graftwork_server.types import ADAPTER_ID, BASE
 
 VERSION_NUMBER = re.compile(r"[1-9][0-9]{0,8}")

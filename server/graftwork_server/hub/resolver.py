@@ -7,9 +7,9 @@ import asyncio
 import msgspec
 
 from graftwork_server.errors import FailedPrecondition, InvalidArgument
-from graftwork_server.hub.records import VersionRecord
+from graftwork_server.hub.database.records import VersionRecord
+from graftwork_server.hub.files.store import Store
 from graftwork_server.hub.registry import VERSION_NUMBER, Registry, check_adapter_id
-from graftwork_server.hub.store import Store
 from graftwork_server.types import BASE, LATEST, AdapterRef
 
 

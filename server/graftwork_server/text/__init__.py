@@ -1,7 +1,7 @@
 """Text to tokens and back, as the front and the tuner's data do it; the only tokenizer code of the server.
 
     files.py      what the files of a tokenizer say: named tokens, added tokens, chat templates
-    processor.py  TextProcessor: encode, decode, render
+    tokenizer.py  TextProcessor: encode, decode, render
     turns.py      what a model would have written in a rendered conversation
     stream.py     tokens to text as they come, stop texts
 
@@ -9,8 +9,8 @@ Works with the `tokenizers` library alone: importing transformers would take sec
 """
 
 from graftwork_server.text.files import ModelFacts, TokenizerFiles, write_base_tokenizer
-from graftwork_server.text.processor import CompileTemplate, TaughtConversation, TextProcessor
 from graftwork_server.text.stream import IncrementalDetokenizer, StopMatcher, TextPiece
+from graftwork_server.text.tokenizer import CompileTemplate, TaughtConversation, TextProcessor
 
 __all__ = [
     "CompileTemplate",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from graftwork_server.text.processor import TextProcessor
+from graftwork_server.text.tokenizer import TextProcessor
 
 _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 64

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from graftwork_server.chat_template import Message, Span, Template
 from graftwork_server.errors import InvalidArgument
+from graftwork_server.text.chat_template import Message, Span, Template
 
 _THINK_END = "</think>"
 

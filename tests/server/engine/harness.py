@@ -20,12 +20,13 @@ from tests.e2e.serving import eventually
 from transformers import AutoModelForCausalLM
 
 from graftwork_plugins import LowRank
+from graftwork_server.engine.adapters.bind import bind
+from graftwork_server.engine.adapters.loaded import LoadedAdapter, PreparedAdapter
 from graftwork_server.engine.engine import Engine, EngineLimits
-from graftwork_server.engine.loading import bind
-from graftwork_server.engine.model import BaseModel, load_base
-from graftwork_server.engine.slots import LoadedAdapter, PreparedAdapter
-from graftwork_server.messages import Generate, Pool, Sampling, SequenceOutput
+from graftwork_server.engine.models.base import BaseModel
+from graftwork_server.engine.models.causal import load_base
 from graftwork_server.types import AdapterRef
+from graftwork_server.wire.engine import Generate, Pool, Sampling, SequenceOutput
 
 CPU = torch.device("cpu")
 

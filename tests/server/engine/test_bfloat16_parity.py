@@ -17,13 +17,14 @@ import pytest
 import torch
 from peft import PeftModel
 from tests import toys
+from tests.server.engine.adapters.test_peft_features import load
 from tests.server.engine.harness import CPU, Harness
-from tests.server.engine.test_fused_layers import MODELS
-from tests.server.engine.test_peft_features import load
+from tests.server.layers.test_fused_layers import MODELS
 from transformers import AutoModelForCausalLM
 
-from graftwork_server.engine.loading import bind
-from graftwork_server.engine.model import BaseModel, load_base
+from graftwork_server.engine.adapters.bind import bind
+from graftwork_server.engine.models.base import BaseModel
+from graftwork_server.engine.models.causal import load_base
 
 FUSED = {"llama": "llama with biases", "mistral": "mistral", "qwen3": "qwen3"}
 """Architectures to models of test_fused_layers, whose heads have sizes that the kernels take."""

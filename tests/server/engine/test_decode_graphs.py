@@ -10,10 +10,9 @@ import pytest
 import torch
 from tests import toys
 from tests.server.engine.harness import Harness, Reference, assert_greedy_matches, deltas_of
-from tests.server.engine.triton_device import DEVICE, kernels_for
+from tests.server.kernels.triton_device import DEVICE, kernels_for
 
 from graftwork_plugins import Prefix, Scale
-from graftwork_server.engine.block_cache import BlockKVCache, DecodingRows
 from graftwork_server.engine.decode_graphs import (
     DecodeSteps,
     StaticBatch,
@@ -21,11 +20,13 @@ from graftwork_server.engine.decode_graphs import (
     is_replayable,
     row_counts,
 )
-from graftwork_server.engine.model import BaseModel, load_base
-from graftwork_server.engine.routing import Routing
-from graftwork_server.engine.sequence import ScheduledChunk, Sequence
-from graftwork_server.messages import Generate, Sampling
+from graftwork_server.engine.models.base import BaseModel
+from graftwork_server.engine.models.causal import load_base
+from graftwork_server.engine.scheduling.sequence import ScheduledChunk, Sequence
+from graftwork_server.layers.attention.block_kv_cache import BlockKVCache, DecodingRows
+from graftwork_server.layers.routing import Routing
 from graftwork_server.types import AdapterRef
+from graftwork_server.wire.engine import Generate, Sampling
 
 
 def load(directory: Path) -> BaseModel:

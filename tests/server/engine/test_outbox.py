@@ -12,7 +12,8 @@ import pytest
 from graftwork_server.engine import outbox as outbox_module
 from graftwork_server.engine.outbox import Outbox, default_messages_per_second
 from graftwork_server.errors import InvalidArgument
-from graftwork_server.messages import (
+from graftwork_server.types import ArtifactInfo
+from graftwork_server.wire.engine import (
     EngineMessage,
     HeadInfo,
     Inspect,
@@ -23,11 +24,9 @@ from graftwork_server.messages import (
     SequenceOutput,
     StepOutputs,
     TokenLogprobs,
-    encode_frame,
     engine_decoder,
-    receive_frame,
 )
-from graftwork_server.types import ArtifactInfo
+from graftwork_server.wire.frames import encode_frame, receive_frame
 
 NEVER = 1e-9
 """Messages per second: what is held back does not come by itself while a test runs."""

@@ -16,10 +16,11 @@ from tests import toys
 from tests.server.engine.harness import Harness, Reference, assert_greedy_matches, deltas_of
 
 from graftwork_plugins import Artifact, FullWeights, LowRank
-from graftwork_plugins.builtin.prefix import PrefixStrategy
-from graftwork_server.engine.describe import base_info
-from graftwork_server.engine.kv_cache import BLOCK_TOKENS, BlockPool, block_key, root_key
-from graftwork_server.engine.model import BaseModel
+from graftwork_plugins.builtin.strategies.prefix import PrefixStrategy
+from graftwork_server.base.describe import base_info
+from graftwork_server.engine.cache.block_pool import BlockPool, block_key, root_key
+from graftwork_server.engine.models.base import BaseModel
+from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS
 
 PROMPT = torch.randint(3, toys.VOCAB, (53,), generator=torch.Generator().manual_seed(3)).tolist()
 """Three full blocks and five tokens."""

@@ -14,7 +14,8 @@ from tests.server.scripted_engine import OPTIONS, model_info
 
 from graftwork_server.engine.tuners import Tuners
 from graftwork_server.errors import InvalidArgument
-from graftwork_server.messages import Failed, JobEvent, JobSpec, Note, SharedWeightsInfo, encode_frame
+from graftwork_server.wire.frames import encode_frame
+from graftwork_server.wire.tuning import Failed, JobEvent, JobSpec, Note, SharedWeightsInfo
 
 GARBAGE = b"\0\0\0\1\xc1"
 

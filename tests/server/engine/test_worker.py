@@ -13,10 +13,10 @@ import pytest
 import pytest_asyncio
 from tests import toys
 
-from graftwork_server.engine.client import EngineClient
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument
-from graftwork_server.messages import EngineMessage, Reply, Sampling
+from graftwork_server.front.engine_client import EngineClient
 from graftwork_server.types import AdapterRef
+from graftwork_server.wire.engine import EngineMessage, Reply, Sampling
 
 GREEDY = Sampling(max_tokens=8, ignore_eos=True)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError
-from graftwork_server.hub.data_dir import MARK
+from graftwork_server.hub.files.data_dir import MARK
 from graftwork_server.hub.hub import Hub
 from graftwork_server.types import DatasetFormat
 

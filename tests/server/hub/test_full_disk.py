@@ -11,8 +11,8 @@ import pytest
 from tests.server.hub.test_registry import new, publish
 
 from graftwork_server.errors import NotFound, ResourceExhausted
+from graftwork_server.hub.database.records import StateChanged, TuningSpec
 from graftwork_server.hub.hub import Hub
-from graftwork_server.hub.records import StateChanged, TuningSpec
 from graftwork_server.types import DatasetFormat, JobState, TuningEstimate
 
 DISK_BYTES = 16 << 20

@@ -16,15 +16,15 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, text
 
-from graftwork_server.hub import database as database_module
-from graftwork_server.hub.database import Database
+from graftwork_server.hub.database.connection import Database
+from graftwork_server.hub.database import connection as database_module
+from graftwork_server.hub.database.records import StateChanged
+from graftwork_server.hub.database.tables import Base
 from graftwork_server.hub.datasets import Datasets
 from graftwork_server.hub.job_registry import JobRegistry
-from graftwork_server.hub.models import Base
-from graftwork_server.hub.records import StateChanged
 from graftwork_server.hub.registry import Registry, RequestKey
-from graftwork_server.messages import Checkpointed, Evaluated, Note, Progress
 from graftwork_server.types import DatasetFormat, JobState, TuningProgress
+from graftwork_server.wire.tuning import Checkpointed, Evaluated, Note, Progress
 
 TIME = datetime.datetime(2026, 3, 4, 5, 6, 7, 89, datetime.UTC)
 MICROSECONDS = 1_772_600_767_000_089

@@ -14,10 +14,10 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine
 
 from graftwork_server.errors import AlreadyExists, FailedPrecondition, GraftworkServerError, InvalidArgument, NotFound
+from graftwork_server.hub.database.pages import page_token
+from graftwork_server.hub.database.records import NewVersion, VersionRecord
+from graftwork_server.hub.database.tables import Base
 from graftwork_server.hub.hub import Hub
-from graftwork_server.hub.models import Base
-from graftwork_server.hub.pages import page_token
-from graftwork_server.hub.records import NewVersion, VersionRecord
 from graftwork_server.hub.registry import request_key
 from graftwork_server.hub.resolver import Resolved
 from graftwork_server.types import ArtifactInfo, DatasetFormat

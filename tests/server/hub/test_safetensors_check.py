@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from graftwork_server.errors import InvalidArgument
-from graftwork_server.hub.safetensors_check import check_safetensors
+from graftwork_server.hub.files.safetensors_check import check_safetensors
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument
-from graftwork_server.hub import store as store_module
+from graftwork_server.hub.files import store as store_module
+from graftwork_server.hub.files.store import Store, check_file_name, digest_of, write_manifest
+from graftwork_server.hub.files.uploads import ArtifactUpload, DatasetUpload, UploadFile
 from graftwork_server.hub.hub import Hub
-from graftwork_server.hub.store import Store, check_file_name, digest_of, write_manifest
-from graftwork_server.hub.uploads import ArtifactUpload, DatasetUpload, UploadFile
 
 SAFETENSORS = struct.pack("<Q", 2) + b"{}"
 HOSTILE_NAMES = [
@@ -197,7 +197,7 @@ def test_garbage_goes_at_start(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 def test_a_second_server_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from graftwork_server.hub.store import Store\n"
+        "import sys, time; from graftwork_server.hub.files.store import Store\n"
         "store = Store(sys.argv[1]); print(1, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as other:

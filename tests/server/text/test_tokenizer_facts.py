@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.server.test_text import chat
+from tests.server.text.test_text import chat
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from graftwork_server.engine.tokenizer import resolved_tokenizer
+from graftwork_server.base.tokenizer import resolved_tokenizer
 from graftwork_server.errors import FailedPrecondition
 from graftwork_server.text import ModelFacts, TextProcessor
 from graftwork_server.text.class_tokens import CLASS_TOKENS

@@ -17,21 +17,11 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from graftwork_server.errors import GraftworkServerError, InvalidArgument, Unavailable
+from graftwork_server.hub.database.records import JobRecord, TuningSpec
+from graftwork_server.hub.files.uploads import DatasetUpload
 from graftwork_server.hub.hub import Hub
-from graftwork_server.hub.records import JobRecord, TuningSpec
-from graftwork_server.hub.uploads import DatasetUpload
-from graftwork_server.messages import (
-    Checkpointed,
-    Evaluated,
-    Finished,
-    JobEvent,
-    JobSpec,
-    PreparedJob,
-    Progress,
-    TunerEvent,
-)
 from graftwork_server.text import TextProcessor
-from graftwork_server.tuning.jobs import JobManager
+from graftwork_server.tuning.jobs.manager import JobManager
 from graftwork_server.types import (
     AdapterRef,
     ArtifactInfo,
@@ -43,6 +33,16 @@ from graftwork_server.types import (
     TuningEstimate,
     TuningProgress,
     TuningResult,
+)
+from graftwork_server.wire.tuning import (
+    Checkpointed,
+    Evaluated,
+    Finished,
+    JobEvent,
+    JobSpec,
+    PreparedJob,
+    Progress,
+    TunerEvent,
 )
 
 ROWS = [{"prompt": f"say {n}", "completion": str(n)} for n in range(10)]

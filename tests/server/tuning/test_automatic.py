@@ -10,10 +10,10 @@ from pydantic import Field
 
 from graftwork_plugins import BaseInfo, TrainingConfig
 from graftwork_plugins.automatic import Automatic, Choice
-from graftwork_plugins.builtin.full import FullConfig
-from graftwork_plugins.builtin.ia3 import Ia3Config
-from graftwork_plugins.builtin.lora import LoraConfig
-from graftwork_plugins.builtin.qlora import QloraConfig
+from graftwork_plugins.builtin.strategies.full import FullConfig
+from graftwork_plugins.builtin.strategies.ia3 import Ia3Config
+from graftwork_plugins.builtin.strategies.lora import LoraConfig
+from graftwork_plugins.builtin.strategies.qlora import QloraConfig
 from graftwork_server.tuning.automatic import automatic_settings, choose_held_out, given_settings
 from graftwork_server.tuning.schedule import held_out_count, total_steps
 

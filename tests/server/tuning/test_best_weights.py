@@ -14,10 +14,10 @@ import torch
 from tests.server.tuning.test_loop import make_run, one_thread  # noqa: F401 - a fixture
 
 from graftwork_plugins import IGNORED_LABEL, TrainingRow
-from graftwork_server.messages import Checkpointed, Evaluated, Note, Progress, TunerEvent
-from graftwork_server.tuning import loop
-from graftwork_server.tuning.checkpoint import Progressed
-from graftwork_server.tuning.loop import Measurement, Run, evaluate, train
+from graftwork_server.tuning.tuner import loop
+from graftwork_server.tuning.tuner.checkpoint import Progressed
+from graftwork_server.tuning.tuner.loop import Measurement, Run, evaluate, train
+from graftwork_server.wire.tuning import Checkpointed, Evaluated, Note, Progress, TunerEvent
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 30,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftwork_server.tuning.checkpoint import CheckpointMismatch, Checkpoints, Progressed
+from graftwork_server.tuning.tuner.checkpoint import CheckpointMismatch, Checkpoints, Progressed
 
 IDENTITY = {"base": "sha256:a", "strategy": "lora 1.0"}
 

@@ -1,4 +1,4 @@
-"""tuning/jobs.py and job_run.py with a real hub, a scripted engine and servers that are killed."""
+"""tuning/jobs/ with a real hub, a scripted engine and servers that are killed."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from graftwork_server.errors import (
     NotFound,
     Unavailable,
 )
-from graftwork_server.hub import store as store_module
+from graftwork_server.front.rpc.convert import job_message
+from graftwork_server.hub.database.records import JobEventRecord, JobRecord, StateChanged, TuningSpec
+from graftwork_server.hub.files import store as store_module
 from graftwork_server.hub.hub import Hub
-from graftwork_server.hub.records import JobEventRecord, JobRecord, StateChanged, TuningSpec
-from graftwork_server.messages import Checkpointed, Failed, Finished, JobSpec, Note, Progress, TunerEvent
-from graftwork_server.rpc.convert import job_message
-from graftwork_server.tuning import job_run
-from graftwork_server.tuning.jobs import JobManager
+from graftwork_server.tuning.jobs import run as job_run
+from graftwork_server.tuning.jobs.manager import JobManager
 from graftwork_server.types import JobState
+from graftwork_server.wire.tuning import Checkpointed, Failed, Finished, JobSpec, Note, Progress, TunerEvent
 
 Say = Callable[[TunerEvent], None]
 

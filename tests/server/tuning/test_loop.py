@@ -16,14 +16,9 @@ import torch
 from tests.bounds import FORWARD_TERMS, assert_near, rounding
 
 from graftwork_plugins import IGNORED_LABEL, TrainingConfig, TrainingRow
-from graftwork_plugins.builtin.lora import Lora, LoraConfig
+from graftwork_plugins.builtin.strategies.lora import Lora, LoraConfig
 from graftwork_plugins.testing import base_handle, make_model
-from graftwork_server.engine.attention import packed
-from graftwork_server.tuning import loop
-from graftwork_server.tuning.checkpoint import Checkpoints, Progressed
-from graftwork_server.tuning.gate import Gate
-from graftwork_server.tuning.loop import Run, evaluate
-from graftwork_server.tuning.reports import Reports
+from graftwork_server.kernels.attention import packed
 from graftwork_server.tuning.schedule import (
     held_out_count,
     learning_rate,
@@ -32,6 +27,11 @@ from graftwork_server.tuning.schedule import (
     split_rows,
     total_steps,
 )
+from graftwork_server.tuning.tuner import loop
+from graftwork_server.tuning.tuner.checkpoint import Checkpoints, Progressed
+from graftwork_server.tuning.tuner.gate import Gate
+from graftwork_server.tuning.tuner.loop import Run, evaluate
+from graftwork_server.tuning.tuner.reports import Reports
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import pytest
 _MIB = 2**20
 _CHILD = """
 import mmap, sys
-from graftwork_server.tuning.memory import peak_memory
+from graftwork_server.tuning.tuner.memory import peak_memory
 shared = mmap.mmap(int(sys.argv[1]), 0)
 assert sum(shared[::4096]) == 0
 print(peak_memory("cpu"))

@@ -12,12 +12,12 @@ from tests.server.tuning.tuner_harness import TunerHarness, losses
 from transformers import AutoModelForCausalLM
 
 from graftwork_plugins import DeviceInfo, UnsupportedBase
-from graftwork_plugins.builtin.qlora import Qlora, QloraConfig
-from graftwork_server.engine.describe import base_info
-from graftwork_server.engine.quantization import QuantizedLinear
+from graftwork_plugins.builtin.strategies.qlora import Qlora, QloraConfig
+from graftwork_server.base.describe import base_info
+from graftwork_server.base.quantization import QuantizedLinear
 from graftwork_server.errors import FailedPrecondition
-from graftwork_server.messages import Finished, PreparedJob
-from graftwork_server.plugin_host import PluginHost
+from graftwork_server.tuning.plugin_host import PluginHost
+from graftwork_server.wire.tuning import Finished, PreparedJob
 
 SETTINGS: dict[str, Any] = {"max_steps": 20, "batch_size": 16, "learning_rate": 0.01, "r": 8, "lora_alpha": 16}
 

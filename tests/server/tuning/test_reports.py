@@ -8,9 +8,9 @@ import pytest
 from tests.server.tuning.scripted import step
 from tests.server.tuning.test_loop import make_run
 
-from graftwork_server.messages import Checkpointed, Evaluated, Note, Progress, TunerEvent
-from graftwork_server.tuning.loop import train
-from graftwork_server.tuning.reports import Reports
+from graftwork_server.tuning.tuner.loop import train
+from graftwork_server.tuning.tuner.reports import Reports
+from graftwork_server.wire.tuning import Checkpointed, Evaluated, Note, Progress, TunerEvent
 
 
 def steps(events: list[TunerEvent]) -> list[int]:

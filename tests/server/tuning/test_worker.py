@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from tests.server.tuning.tuner_harness import TunerHarness, checkpointed, jsonl, losses
 from transformers import AutoModelForCausalLM
 
-from graftwork_plugins.builtin.lora import Lora
-from graftwork_server.messages import Evaluated, Failed, Finished, JobSpec, Note, Progress, TunerEvent
+from graftwork_plugins.builtin.strategies.lora import Lora
+from graftwork_server.wire.tuning import Evaluated, Failed, Finished, JobSpec, Note, Progress, TunerEvent
 
 
 @pytest.fixture(scope="module")

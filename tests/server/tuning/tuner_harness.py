@@ -17,9 +17,13 @@ from tests import toys
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import AutoModelForCausalLM
 
-from graftwork_server.engine.quantization import quantize_linears
-from graftwork_server.engine.weights import SharedWeights
-from graftwork_server.messages import (
+from graftwork_server.base.quantization import quantize_linears
+from graftwork_server.base.weights import SharedWeights
+from graftwork_server.text import TextProcessor
+from graftwork_server.tuner_main import serve
+from graftwork_server.types import ModelInfo
+from graftwork_server.wire.frames import encode_frame, receive_frame
+from graftwork_server.wire.tuning import (
     Checkpointed,
     Failed,
     Finished,
@@ -27,13 +31,8 @@ from graftwork_server.messages import (
     Progress,
     StartTuning,
     TunerEvent,
-    encode_frame,
-    receive_frame,
     tuner_decoder,
 )
-from graftwork_server.text import TextProcessor
-from graftwork_server.tuning.worker import serve
-from graftwork_server.types import ModelInfo
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -133,7 +132,7 @@ class TunerHarness:
         mine, theirs = socket.socketpair()
         weights = self.weights.info()
         process = subprocess.Popen(
-            [sys.executable, "-m", "graftwork_server.tuning.worker", "--fd", str(theirs.fileno())],
+            [sys.executable, "-m", "graftwork_server.tuner_main", "--fd", str(theirs.fileno())],
             pass_fds=[theirs.fileno(), self.gate, weights.fd or 0],
         )
         theirs.close()

@@ -1,0 +1,98 @@
+"""The resident base model, and whole checkpoints beside it that share its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from graftwork_server.base.describe import plain_name
+from graftwork_server.base.weights import SharedWeights, assign_tensors, empty_model, pack
+from graftwork_server.errors import FailedPrecondition
+from graftwork_server.layers.attention.kv_cache import LayerShape
+from graftwork_server.layers.fused_layers import AttentionSettings
+from graftwork_server.layers.head import BoundHead
+from graftwork_server.layers.model import EngineModel
+from graftwork_server.types import ModelInfo
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The resident base: ready to run, and what is to be known of it."""
+
+    engine_model: EngineModel
+    weights: SharedWeights
+    info: ModelInfo
+    layer_shapes: list[LayerShape]
+    attention_settings: list[AttentionSettings]
+    head: BoundHead | None = None
+    """Of a base that is a classifier."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.weights.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        dtype: torch.dtype = getattr(torch, self.info.dtype)
+        return dtype
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: cuda if there is one. Raises FailedPrecondition if cuda is asked for and missing."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise FailedPrecondition("--device cuda: torch sees no CUDA device; use cpu or auto", reason="DEVICE_MISSING")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the hardware multiplies it natively, else float32."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def tuned_model(base: BaseModel, tensors: dict[str, torch.Tensor]) -> tuple[EngineModel, int]:
+    """A model of the base's class over `tensors` and what it takes on the device in bytes; tensors equal to the base's
+    are the base's own. Names and shapes must be those of the base (checked by the caller); a tensor that the base ties
+    to another comes under its name only where the two differ."""
+    state = unwrapped_state(base)
+    chosen: dict[str, torch.Tensor] = {}
+    own: dict[str, torch.Tensor] = {}
+    for name, given in tensors.items():
+        resident = state[name]
+        tensor = given.to(base.device, resident.dtype)
+        if torch.equal(tensor, resident):
+            chosen[name] = resident
+        else:
+            own[name] = tensor
+    packed_tensors = pack(own, base.device) if own else {}
+    model = empty_model(base.engine_model.model.config)
+    assign_tensors(model, chosen | packed_tensors)
+    own_bytes = sum(tensor.nbytes for tensor in packed_tensors.values())
+    tuned = EngineModel(model.eval().requires_grad_(False).to(base.device), base.engine_model.kernels)
+    if base.engine_model.fused_layers:
+        tuned.fuse_layers(base.attention_settings)
+    return tuned, own_bytes
+
+
+def resident_model(base: BaseModel) -> torch.nn.Module:
+    """Another model over the base's own tensors, for a forward outside the step loop, on any thread: plain layers, and
+    attention over one row."""
+    model = empty_model(base.engine_model.model.config, base.info.quantization)
+    state = unwrapped_state(base)
+    assign_tensors(model, {entry.name: state[entry.name] for entry in base.weights.layout})
+    return model.eval().requires_grad_(False).to(base.device)
+
+
+def unwrapped_state(base: BaseModel) -> dict[str, torch.Tensor]:
+    """The base's tensors by their names in the plain transformers model."""
+    return {plain_name(name): tensor for name, tensor in base.engine_model.model.state_dict().items()}

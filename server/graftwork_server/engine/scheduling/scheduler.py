@@ -1,0 +1,145 @@
+"""What runs in the next step: decodes first, then prefills under a token budget, then whose turn it is to begin.
+
+A step costs what runs and what begins, not what waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+from graftwork_server.engine.cache.block_pool import BlockPool
+from graftwork_server.engine.scheduling.admission import Admission
+from graftwork_server.engine.scheduling.sequence import ScheduledChunk, Sequence
+from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS
+
+_PROMPT_LOGPROBS_CHUNK = 256
+"""Tokens per step of a sequence that needs logits at each of them: a chunk's logits are [tokens, vocabulary] floats."""
+
+
+class Scheduler:
+    """Running sequences, and the blocks and leases that they hold."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        blocks: BlockPool,
+        *,
+        max_sequences: int,
+        max_step_tokens: int,
+        prefix_cache: bool = True,
+        rope_borders: SequenceOf[int] = (),
+    ) -> None:
+        """prefix_cache: full blocks are found again by sequences that begin with the same tokens. rope_borders: of the
+        base; a sequence whose length passes one is computed anew."""
+        self.running: list[Sequence] = []
+        self._admission = admission
+        self._blocks = blocks
+        self._max_sequences = max_sequences
+        self._max_step_tokens = max_step_tokens
+        self._prefix_cache = prefix_cache
+        self._rope_borders = rope_borders
+
+    def schedule(self) -> list[ScheduledChunk]:
+        """The chunks of the next step; empty if nothing can run now. Their blocks are taken, and the full ones among
+        them are found by others from now on: a step writes all its keys and values before it reads any."""
+        chunks: list[ScheduledChunk] = []
+        for sequence in [running for running in self.running if running.passes_border(self._rope_borders)]:
+            self._preempt(sequence)
+        for sequence in list(self.running):
+            if len(sequence.tokens) - sequence.computed == 1 and self._ensure_blocks(sequence):
+                chunks.append(ScheduledChunk(sequence, sequence.computed, 1))
+        # A sequence that was scheduled first may have been preempted for one after it.
+        chunks = [chunk for chunk in chunks if chunk.sequence.block_table]
+        for chunk in chunks:
+            self._keep(chunk)
+        budget = self._max_step_tokens - len(chunks)
+        for sequence in self.running:
+            if len(sequence.tokens) - sequence.computed > 1 and budget > 0:
+                budget -= self._prefill(sequence, budget, chunks)
+        self._admit(budget, chunks)
+        for chunk in chunks:
+            if chunk.samples:
+                self._admission.sampled(chunk.sequence)
+        return chunks
+
+    def finish(self, sequence: Sequence) -> None:
+        """Takes a sequence out, wherever it is, and frees what it holds."""
+        if not self._admission.remove(sequence):
+            self.running.remove(sequence)
+        self._forget_computed(sequence)
+        self._admission.ended(sequence)
+
+    def _admit(self, budget: int, chunks: list[ScheduledChunk]) -> None:
+        """Moves sequences to running whose turn it is. If there are no blocks for one, nobody overtakes it."""
+        candidates = self._admission.candidates()
+        while len(self.running) < self._max_sequences and budget > 0:
+            sequence = next(candidates, None)
+            if sequence is None:
+                break
+            if not self._take_blocks(sequence):
+                self._free(sequence)
+                break
+            self._admission.begin(sequence)
+            self.running.append(sequence)
+            budget -= self._prefill(sequence, budget, chunks)
+        self._admission.ask_for_adapters()
+
+    # ------------------------------------------------------------------------------------------ blocks
+
+    def _take_blocks(self, sequence: Sequence) -> bool:
+        """Blocks for all its tokens, those that the cache has among them. The last token is always computed, and so are
+        all of a prompt that needs logits, or hidden states, everywhere."""
+        sequence.passes_border(self._rope_borders)  # with its adapter's virtual tokens, say
+        if self._prefix_cache and not sequence.wants_prompt_logprobs and sequence.request.pool is None:
+            full = (len(sequence.tokens) - 1) // BLOCK_TOKENS
+            keys = (sequence.block_key(index) for index in range(full))
+            sequence.kept_blocks = self._blocks.share(sequence.block_table, keys)
+            sequence.computed = sequence.kept_blocks * BLOCK_TOKENS
+        return self._blocks.extend(sequence.block_table, len(sequence.tokens))
+
+    def _keep(self, chunk: ScheduledChunk) -> None:
+        """Lets others find the blocks that the chunk makes full."""
+        sequence = chunk.sequence
+        if not self._prefix_cache or sequence.is_refused:  # which is never computed
+            return
+        full = (chunk.start + chunk.count) // BLOCK_TOKENS
+        for index in range(sequence.kept_blocks, full):
+            self._blocks.keep(sequence.block_table[index], sequence.block_key(index))
+        sequence.kept_blocks = full
+
+    def _prefill(self, sequence: Sequence, budget: int, chunks: list[ScheduledChunk]) -> int:
+        count = min(len(sequence.tokens) - sequence.computed, budget)
+        if sequence.wants_prompt_logprobs:
+            count = min(count, _PROMPT_LOGPROBS_CHUNK)
+        chunks.append(ScheduledChunk(sequence, sequence.computed, count))
+        self._keep(chunks[-1])
+        return count
+
+    def _ensure_blocks(self, sequence: Sequence) -> bool:
+        """Blocks for the sequence's newest token. While there are none, the newest of those with the lowest priority
+        are preempted. False if the sequence itself was."""
+        if not sequence.block_table:
+            return False
+        while not self._blocks.extend(sequence.block_table, len(sequence.tokens)):
+            victim = min(reversed(self.running), key=lambda running: running.priority)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Makes a running sequence wait, and be computed anew."""
+        self.running.remove(sequence)
+        self._free(sequence)
+        self._admission.preempt(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        """Gives blocks and lease back."""
+        self._forget_computed(sequence)
+        self._admission.release(sequence)
+
+    def _forget_computed(self, sequence: Sequence) -> None:
+        """Gives blocks back. What the cache has lost by then is computed again if the sequence runs later."""
+        self._blocks.release(sequence.block_table)
+        sequence.computed = sequence.kept_blocks = 0
+        sequence.prompt_logprobs.clear()
