@@ -8,10 +8,10 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
+from graftwork_server.engine.batch import packing_order, spans_of
 from graftwork_server.engine.models.base import BaseModel
-from graftwork_server.engine.runner import ChunkLogits, packing_order, spans_of
 from graftwork_server.engine.sampling.pooling import collect, head_for
-from graftwork_server.engine.scheduling.sequence import ScheduledChunk, Sequence
+from graftwork_server.engine.scheduling.sequence import ChunkLogits, ScheduledChunk, Sequence
 from graftwork_server.layers.encoder import EncoderModel
 from graftwork_server.layers.routing import Routing
 
@@ -40,7 +40,8 @@ class EncoderRunner:
             for chunk, part in zip(ordered, states.split(counts), strict=True):
                 collect(chunk.sequence, head_for(chunk.sequence, self._head), 0, part)
             self._run_before_heads(ordered)
-        return [ChunkLogits(chunk, torch.empty(0, 0)) for chunk in ordered]
+        nothing = torch.empty(0, 0)
+        return [ChunkLogits(chunk, nothing, torch.ones((), dtype=torch.bool)) for chunk in ordered]
 
     def discard(self, blocks: SequenceOf[int]) -> None:
         """Nothing is left of a sequence with values that are not finite: there are no blocks."""

@@ -1,31 +1,20 @@
-"""One forward over the chunks of a step: packing, routing, attention plan, logits."""
+"""The forwards of a step: one for each model that its chunks need."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 import torch
 
+from graftwork_server.engine.batch import Batch, PackedChunk, packing_order, spans_of
 from graftwork_server.engine.decode_graphs import DecodeSteps
 from graftwork_server.engine.sampling.pooling import collect, head_for, trunk_states
-from graftwork_server.engine.scheduling.sequence import ScheduledChunk
+from graftwork_server.engine.scheduling.sequence import ChunkLogits, ScheduledChunk
 from graftwork_server.layers.attention.block_kv_cache import AnyKVCache
 from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS, rows_of
-from graftwork_server.layers.attention.paged import Chunk, plan_attention
+from graftwork_server.layers.attention.paged import plan_attention
 from graftwork_server.layers.model import EngineModel
-from graftwork_server.layers.routing import Routing, RowSpan
-
-
-@dataclass(frozen=True)
-class ChunkLogits:
-    """Logits [rows, vocabulary] float32 of a chunk: of all its tokens if the prompt's log probabilities are wanted,
-    else of its last token; none of a chunk of virtual tokens alone."""
-
-    chunk: ScheduledChunk
-    logits: torch.Tensor
-    finite: bool = True
-    """None of them is NaN or infinite."""
+from graftwork_server.layers.routing import Routing
 
 
 class Runner:
@@ -55,8 +44,7 @@ class Runner:
                 if logits is None:
                     results.extend(self._forward(model, members))
                 else:
-                    logits = logits.float()
-                    results.extend(map(ChunkLogits, members, logits.split(1), _are_finite(logits)))
+                    results.extend(_by_chunk(members, logits.float(), [1] * len(members)))
         return results
 
     def discard(self, blocks: SequenceOf[int]) -> None:
@@ -66,55 +54,26 @@ class Runner:
             self._cache.clear(torch.tensor(rows, dtype=torch.int64, device=self._device))
 
     def _forward(self, model: EngineModel, chunks: list[ScheduledChunk]) -> list[ChunkLogits]:
-        input_ids: list[int] = []
-        positions: list[int] = []
-        keep: list[int] = []
-        kept_counts: list[int] = []
-        counts: list[int] = []
-        to_attend: list[Chunk] = []
-        starts: list[int] = []
-        lengths: list[int] = []
-        for chunk in chunks:
-            start, end = self._skip_virtual(chunk), chunk.start + chunk.count
-            row, count = len(input_ids), end - start
-            starts.append(start)
-            counts.append(count)
-            if count:
-                to_attend.append(Chunk(chunk.sequence.block_table, start, count))
-            input_ids.extend(chunk.sequence.tokens[start:end])
-            positions.extend(range(start, end))
-            lengths.extend([len(chunk.sequence.tokens)] * count)
-            if chunk.sequence.wants_prompt_logprobs:
-                kept = range(row, row + count)
-            else:
-                # A row of logits of each chunk, sampled or not, tells whether it was finite.
-                count = count if chunk.sequence.request.pool is None else 0
-                kept = range(row + max(count - 1, 0), row + count)
-            keep.extend(kept)
-            kept_counts.append(len(kept))
-        if not input_ids:
-            return [ChunkLogits(chunk, torch.empty(0, 0)) for chunk in chunks]
-        with trunk_states(model, any(chunk.sequence.request.pool is not None for chunk in chunks)) as states:
+        batch = Batch([PackedChunk(chunk, self._skip_virtual(chunk)) for chunk in chunks], self._device)
+        if batch.is_empty:
+            nothing = torch.empty(0, 0, device=self._device)
+            return [ChunkLogits(chunk, nothing, _is_finite(nothing)) for chunk in chunks]
+        with trunk_states(model, batch.pools) as states:
             logits = model.forward(
-                torch.tensor(input_ids, device=self._device),
-                torch.tensor(positions, device=self._device),
-                torch.tensor(keep, dtype=torch.int64, device=self._device),
-                plan_attention(self._cache, to_attend, self._device),
-                Routing(spans_of(chunks, counts), self._device, model.kernels, model.triton),
-                Routing(spans_of(chunks, kept_counts), self._device, model.kernels, model.triton),
-                torch.tensor(lengths, device=self._device) if model.rope_borders else None,
+                batch.input_ids(),
+                batch.position_ids(),
+                batch.kept(),
+                plan_attention(self._cache, batch.cache_chunks(), self._device),
+                Routing(spans_of(chunks, batch.rows), self._device, model.kernels, model.triton),
+                Routing(spans_of(chunks, batch.logit_rows), self._device, model.kernels, model.triton),
+                batch.lengths() if model.rope_borders else None,
             )
         for of_chunks in states:
-            for chunk, start, part in zip(chunks, starts, of_chunks.split(counts), strict=True):
-                if chunk.sequence.request.pool is not None and len(part):
-                    collect(chunk.sequence, head_for(chunk.sequence, None), start, part)
-        logits = logits.float()
-        finite = _are_finite(logits)
-        results, row = [], 0
-        for chunk, part in zip(chunks, logits.split(kept_counts), strict=True):
-            results.append(ChunkLogits(chunk, part, all(finite[row : row + len(part)])))
-            row += len(part)
-        return results
+            for packed, part in zip(batch.chunks, of_chunks.split(batch.rows), strict=True):
+                sequence = packed.chunk.sequence
+                if sequence.request.pool is not None and len(part):
+                    collect(sequence, head_for(sequence, None), packed.start, part)
+        return _by_chunk(chunks, logits.float(), batch.logit_rows)
 
     def _skip_virtual(self, chunk: ScheduledChunk) -> int:
         """Where the chunk's own tokens begin. Its virtual ones are not run: their keys and values are written."""
@@ -129,32 +88,22 @@ class Runner:
         return own
 
 
-def _are_finite(logits: torch.Tensor) -> list[bool]:
-    """Whether each row of logits [rows, vocabulary] is finite."""
-    # A sum costs a fraction of a look at each value; one that is finite had no other terms.
-    finite: list[bool] = torch.isfinite(logits.sum(-1)).tolist()
-    return finite if all(finite) else torch.isfinite(logits).all(-1).tolist()
+def _by_chunk(chunks: SequenceOf[ScheduledChunk], logits: torch.Tensor, rows: list[int]) -> list[ChunkLogits]:
+    """Logits [rows of all chunks, vocabulary] float32, cut into the chunks'."""
+    finite = _finite_rows(logits)
+    parts = zip(chunks, logits.split(rows), finite.split(rows), strict=True)
+    return [ChunkLogits(chunk, part, flags[0] if len(flags) == 1 else flags.all()) for chunk, part, flags in parts]
 
 
-def packing_order(chunk: ScheduledChunk) -> tuple[int, int, int]:
-    """Decodes before prefills, then by slot, so that the rows of neighbouring slots stand together."""
-    adapter = chunk.sequence.adapter
-    if adapter is None or adapter.block is None:
-        return (chunk.count > 1, 0, 0)
-    return (chunk.count > 1, id(adapter.block), adapter.slot)
+def _finite_rows(logits: torch.Tensor) -> torch.Tensor:
+    """Whether each row of logits [rows, vocabulary] is finite: [rows] bool."""
+    if logits.device.type == "cpu":
+        # A sum costs a fraction of a look at each value; one that is finite had no other terms.
+        finite = torch.isfinite(logits.sum(-1))
+        if finite.all():
+            return finite
+    return torch.isfinite(logits).all(-1)
 
 
-def spans_of(chunks: SequenceOf[ScheduledChunk], counts: SequenceOf[int]) -> list[RowSpan]:
-    """Rows of each adapter when every chunk has `counts` rows; neighbours of one adapter become one span."""
-    spans: list[RowSpan] = []
-    last, row = None, 0
-    for chunk, count in zip(chunks, counts, strict=True):
-        adapter = chunk.sequence.adapter
-        if adapter is not None and count:
-            start = row
-            if adapter is last and spans[-1].end == row:
-                start = spans.pop().start
-            spans.append(RowSpan(start, row + count, adapter.block, adapter.slot, adapter.changes))
-            last = adapter
-        row += count
-    return spans
+def _is_finite(logits: torch.Tensor) -> torch.Tensor:
+    return torch.isfinite(logits).all()

@@ -1,7 +1,7 @@
 """Linear layers of the base, wrapped in place: the base's output plus the deltas of the tokens' adapters.
 
 Layers that take the same input (q/k/v, gate/up) form one LinearGroup. The first of them that is called computes for
-all of them: one GEMM over their weights, which lie side by side (base/weights.py), and one shrink over all their LoRA-A.
+all of them: one GEMM over their weights, which lie side by side (base/weights.py), and one shrink over all LoRA-A.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import torch
 from graftwork_plugins import Head, LowRank, Replace, Scale
 from graftwork_server.engine.adapters.checks import check_values, rejected
 from graftwork_server.engine.models.base import BaseModel
-from graftwork_server.errors import ErrorBody
 from graftwork_server.layers.head import _ACTIVATIONS, BoundHead
 from graftwork_server.wire.engine import HeadInfo
 
@@ -82,25 +81,3 @@ def _tensor(base: BaseModel, what: str, tensor: torch.Tensor, shape: tuple[int, 
         raise rejected(f"head.{what}", f"the head's {what} is {list(tensor.shape)}; {list(shape)} is accepted")
     check_values(f"the head's {what}", tensor, f"head.{what}")
     return tensor.to(base.device, torch.float32).contiguous()
-
-
-def no_head(of_adapter: bool) -> ErrorBody:
-    """The answer to Classify where nothing can classify."""
-    who = "the adapter" if of_adapter else "the base model"
-    others = "" if of_adapter else ", or a base model whose checkpoint is an encoder's ForSequenceClassification"
-    return ErrorBody(
-        code="FAILED_PRECONDITION",
-        reason="HEAD_MISSING",
-        message=f"{who} has no classification head; Classify takes adapters that PEFT saved with task_type SEQ_CLS"
-        f"{others}",
-    )
-
-
-def only_head() -> ErrorBody:
-    """The answer to requests for tokens to an adapter that has a head in the place of the output layer."""
-    return ErrorBody(
-        code="FAILED_PRECONDITION",
-        reason="ADAPTER_CLASSIFIES",
-        message="the adapter has a classification head and generates no tokens; use Classify or Embed with it, or "
-        "generate with the base model or with an adapter of task_type CAUSAL_LM",
-    )

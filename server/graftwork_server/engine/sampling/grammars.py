@@ -17,6 +17,7 @@ import torch
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask, fill_next_token_bitmask_par
 
+from graftwork_server.engine.sampling.transfer import on_device, sent
 from graftwork_server.errors import ErrorBody, FailedPrecondition, InvalidArgument, Violation, from_body
 from graftwork_server.text import TextProcessor
 from graftwork_server.text.strangers.adapter_text import AdapterTexts
@@ -180,6 +181,6 @@ class Masks:
             if matcher.is_error():
                 bits[index] = 0
         allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little", count=vocabulary)
-        forbidden = torch.from_numpy(allowed == 0).to(logits.device)
-        at = torch.tensor(list(rows), device=logits.device)
+        forbidden = sent(torch.from_numpy(allowed == 0), logits.device)
+        at = on_device(list(rows), torch.int64, logits.device)
         logits[at] = logits[at].masked_fill(forbidden, float("-inf"))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from graftwork_server.engine.sampling.grammars import Masks
+from graftwork_server.engine.sampling.transfer import on_device, sent
 from graftwork_server.wire.engine import Sampling
 
 if TYPE_CHECKING:
@@ -122,7 +123,8 @@ def process_logits(logits: torch.Tensor, asking: SequenceOf[ProcessedRow], masks
         rows += [entry.row] * len(forbidden)
         ids += forbidden
     if ids:
-        logits[torch.tensor(rows, device=logits.device), torch.tensor(ids, device=logits.device)] = float("-inf")
+        at = on_device([rows, ids], torch.int64, logits.device)
+        logits[at[0], at[1]] = float("-inf")
     matching = [(entry.row, entry.processing.matcher) for entry in asking if entry.processing.matcher is not None]
     if matching and masks is not None:
         masks.apply(logits, [row for row, _ in matching], [matcher for _, matcher in matching])
@@ -134,8 +136,8 @@ def _add_bias(logits: torch.Tensor, asking: SequenceOf[ProcessedRow]) -> None:
         return
     ids = [token for entry in asking for token in entry.processing.bias_ids]
     bias = [value for entry in asking for value in entry.processing.bias]
-    device = logits.device
-    logits[torch.tensor(rows, device=device), torch.tensor(ids, device=device)] += torch.tensor(bias, device=device)
+    at = on_device([rows, ids], torch.int64, logits.device)
+    logits[at[0], at[1]] += on_device(bias, torch.float32, logits.device)
 
 
 def _penalise(logits: torch.Tensor, asking: SequenceOf[ProcessedRow]) -> None:
@@ -159,10 +161,10 @@ def _penalise(logits: torch.Tensor, asking: SequenceOf[ProcessedRow]) -> None:
         dtype=np.float32,
     )
     rows, repetition, presence, frequency = (
-        torch.from_numpy(np.repeat(column, lengths)).to(logits.device) for column in per_sequence.T
+        sent(torch.from_numpy(np.repeat(column, lengths)), logits.device) for column in per_sequence.T
     )
-    at = (rows.long(), torch.from_numpy(np.concatenate(ids)).to(logits.device))
-    count = torch.from_numpy(np.concatenate(counts)).to(logits.device)
+    at = (rows.long(), sent(torch.from_numpy(np.concatenate(ids)), logits.device))
+    count = sent(torch.from_numpy(np.concatenate(counts)), logits.device)
     values = logits[at]
     values = torch.where(values < 0, values * repetition, values / repetition)
     logits[at] = values - (presence * (count > 0) + frequency * count)

@@ -12,12 +12,14 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
+from graftwork_server.engine.sampling.transfer import Array
 from graftwork_server.engine.scheduling.sequence import Sequence
 from graftwork_server.layers.head import BoundHead
 from graftwork_server.layers.model import EngineModel
-from graftwork_server.wire.engine import Pool, Pooled, SequenceOutput
+from graftwork_server.wire.engine import Pool, Pooled
 
 
 @contextmanager
@@ -96,8 +98,8 @@ def _last(sequence: Sequence, head: BoundHead | None) -> int:
     return next((position for position in range(last, first, -1) if sequence.tokens[position] != pad), first)
 
 
-def answers(sequences: SequenceOf[Sequence], base_head: BoundHead | None) -> list[SequenceOutput | None]:
-    """The last output of each sequence, whose state is whole; None where values are not finite."""
+def vectors(sequences: SequenceOf[Sequence], base_head: BoundHead | None) -> list[torch.Tensor]:
+    """What each sequence, whose state is whole, asks for: a vector, or the logits of a head, float32."""
     values: dict[int, torch.Tensor] = {}
     by_head: dict[int, tuple[BoundHead, list[Sequence]]] = {}
     for sequence in sequences:
@@ -111,14 +113,15 @@ def answers(sequences: SequenceOf[Sequence], base_head: BoundHead | None) -> lis
     for head, members in by_head.values():
         logits = head.logits(torch.stack([sequence.state for sequence in members if sequence.state is not None]))
         values.update(zip([sequence.id for sequence in members], logits, strict=True))
-    outputs: list[SequenceOutput | None] = []
-    for sequence in sequences:
-        vector, head = values[sequence.id].cpu(), head_for(sequence, base_head)
-        named = sequence.request.pool is not None and sequence.request.pool.names_head
-        pooled = Pooled(vector.numpy().astype("<f4").tobytes(), head.info if head is not None and named else None)
-        finite = bool(torch.isfinite(vector).all())
-        outputs.append(SequenceOutput(sequence.id, [], "stop", pooled=pooled) if finite else None)
-    return outputs
+    return [values[sequence.id] for sequence in sequences]
+
+
+def pooled(sequence: Sequence, base_head: BoundHead | None, vector: Array) -> tuple[Pooled, bool]:
+    """A sequence's vector as an answer, and whether all its values are finite."""
+    head = head_for(sequence, base_head)
+    named = sequence.request.pool is not None and sequence.request.pool.names_head
+    answer = Pooled(vector.astype("<f4").tobytes(), head.info if head is not None and named else None)
+    return answer, bool(np.isfinite(vector).all())
 
 
 def _embedding(state: torch.Tensor, pool: Pool) -> torch.Tensor:

@@ -1,105 +1,153 @@
-"""Choosing the next token of each sequence from its logits."""
+"""From a step's logits and states to tokens, log probabilities and vectors on the host: one wait for the device."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as SequenceOf
 
 import torch
 
+from graftwork_server.engine.sampling.draw import draw
 from graftwork_server.engine.sampling.grammars import Masks
 from graftwork_server.engine.sampling.logits_processing import process_logits
-from graftwork_server.engine.scheduling.sequence import Sequence
-from graftwork_server.wire.engine import Sampling, TokenLogprobs
+from graftwork_server.engine.sampling.pooling import pooled, vectors
+from graftwork_server.engine.sampling.transfer import Array, Readback, on_device
+from graftwork_server.engine.scheduling.sequence import ChunkLogits, Sampled, ScheduledChunk, Sequence
+from graftwork_server.layers.head import BoundHead
+from graftwork_server.wire.engine import TokenLogprobs
 
-_FIRST_CANDIDATES = 1024
-"""Most likely tokens looked at before a nucleus is searched in the whole vocabulary."""
+
+class Sampler:
+    """Samples the next token of each sequence, and reads what else the sequences ask for."""
+
+    def __init__(self, base_head: BoundHead | None) -> None:
+        """base_head: of a base that is a classifier."""
+        self._base_head = base_head
+        self._masks = Masks()
+
+    def sample(self, results: SequenceOf[ChunkLogits]) -> list[Sampled]:
+        """Of each chunk, in order. A sequence draws one number from its own stream for each token, so what else is in
+        the batch changes nothing."""
+        readback = Readback()
+        finite = [readback.add(result.finite) for result in results]
+        scored = [_prompt_logprobs(result, readback) for result in results]
+        sampling = [index for index, result in enumerate(results) if result.chunk.samples_token]
+        tokens, allowed, logprobs = self._next_tokens([results[index] for index in sampling], readback)
+        ending = [index for index, result in enumerate(results) if result.chunk.pools]
+        states = [results[index].chunk.sequence for index in ending]
+        pooling = [readback.add(vector) for vector in vectors(states, self._base_head)]
+        values = readback.read()
+
+        sampled = [Sampled(result.chunk, bool(values[at])) for result, at in zip(results, finite, strict=True)]
+        for one, places in zip(sampled, scored, strict=True):
+            one.prompt_logprobs = _scored(one.chunk, values, places)
+        for row, index in enumerate(sampling):
+            one, top = sampled[index], results[index].chunk.sequence.request.sampling.logprobs
+            one.token = int(values[tokens][row]) if values[allowed][row] else None
+            if top is not None and one.token is not None:
+                one.logprobs = [_logprobs(values, logprobs, row, one.token, top)]
+        for index, at in zip(ending, pooling, strict=True):
+            one = sampled[index]
+            one.pooled, is_finite = pooled(one.chunk.sequence, self._base_head, values[at])
+            one.finite = one.finite and is_finite
+        return sampled
+
+    def _next_tokens(self, results: SequenceOf[ChunkLogits], readback: Readback) -> tuple[int, int, tuple[int, ...]]:
+        """Where the tokens, whether they are allowed, and their log probabilities will be found."""
+        if not results:
+            return 0, 0, ()
+        sequences = [result.chunk.sequence for result in results]
+        logits = torch.stack([result.logits[-1] for result in results])  # [sequences, vocabulary]
+        asked = [sequence.request.sampling.logprobs for sequence in sequences]
+        most = max((top for top in asked if top is not None), default=None)
+        # choose changes what it is given.
+        ids, allowed = choose(logits if most is None else logits.clone(), sequences, self._masks)
+        logprobs: tuple[int, ...] = ()
+        if most is not None:
+            logprobs = tuple(readback.add(tensor) for tensor in _token_logprobs(logits, ids, most))
+        return readback.add(ids), readback.add(allowed), logprobs
+
+
+def choose(
+    logits: torch.Tensor, sequences: SequenceOf[Sequence], masks: Masks | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next token of each sequence, [sequences] int64, and whether there is one that is allowed, [sequences] bool;
+    logits [sequences, vocabulary] float32, changed."""
+    processed = [row for index, sequence in enumerate(sequences) if (row := sequence.processed_row(index)) is not None]
+    process_logits(logits, processed, masks)
+    ids = _argmax(logits)
+    allowed = logits.gather(1, ids[:, None])[:, 0].isfinite() if processed else torch.ones_like(ids, dtype=torch.bool)
+    drawing = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.temperature > 0]
+    if drawing:
+        us = [sequences[row].random.random() for row in drawing]
+        drawn = draw(logits, drawing, [sequences[row].request.sampling for row in drawing], us)
+        ids[on_device(drawing, torch.int64, logits.device)] = drawn
+    return ids, allowed
+
+
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    """[rows] int64; of equal ones the first."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(-1))  # torch's own takes eight times as long
+    return logits.argmax(-1)
 
 
 def sample(logits: torch.Tensor, sequences: SequenceOf[Sequence], masks: Masks | None = None) -> list[int | None]:
-    """The next token of each sequence, None where none is allowed; logits [sequences, vocabulary] float32, changed.
-
-    A sequence draws one number from its own stream for each token, so what else is in the batch changes nothing.
-    """
-    processed = [row for index, sequence in enumerate(sequences) if (row := sequence.processed_row(index)) is not None]
-    process_logits(logits, processed, masks)
-    greedy = logits.argmax(-1).tolist()
-    possible = torch.isfinite(logits.amax(-1)).tolist() if processed else [True] * len(greedy)
-    tokens: list[int | None] = []
-    for token, can, row, sequence in zip(greedy, possible, logits, sequences, strict=True):
-        sampling = sequence.request.sampling
-        if not can:
-            tokens.append(None)
-        elif sampling.temperature == 0:
-            tokens.append(token)
-        else:
-            tokens.append(_draw(row, sampling, sequence.random.random()))
-    return tokens
+    """The next token of each sequence, None where none is allowed; logits [sequences, vocabulary] float32, changed."""
+    ids, allowed = choose(logits, sequences, masks)
+    return [token if can else None for token, can in zip(ids.tolist(), allowed.tolist(), strict=True)]
 
 
-def _draw(logits: torch.Tensor, sampling: Sampling, u: float) -> int:
-    """Inverse transform sampling with u in [0, 1) from logits [vocabulary], most likely tokens first where cut."""
-    # Shifted to a maximum of 0 first: dividing by a tiny temperature then gives -inf, never inf - inf.
-    scaled = (logits - logits.max()) / max(sampling.temperature, 1e-6)
-    if sampling.top_k == 0 and sampling.top_p >= 1 and sampling.min_p == 0 and sampling.typical_p >= 1:
-        cumulative = scaled.double().softmax(-1).cumsum(-1)
-        return _inverse(cumulative, u)
-    ids, probabilities = _most_likely(scaled, sampling)
-    if sampling.typical_p < 1:
-        kept = _typical(probabilities / probabilities.sum(), sampling.typical_p)
-        ids, probabilities = ids[kept], probabilities[kept]
-    return int(ids[_inverse(probabilities.cumsum(-1), u)])
+# ---------------------------------------------------------------------------------------------- log probabilities
 
 
-def _most_likely(scaled: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and probabilities that top_k, top_p and min_p leave, best first; scaled [vocabulary] has a maximum of 0."""
-    vocabulary = scaled.shape[-1]
-    limit = min(sampling.top_k or vocabulary, vocabulary)
-    cuts_tail = sampling.top_p < 1 or sampling.min_p > 0
-    candidates = min(limit, _FIRST_CANDIDATES) if cuts_tail and not sampling.top_k else limit
-    normaliser = scaled.double().logsumexp(-1)
-    # min_p is a share of the greatest probability, and that one's logit is 0 (arXiv:2407.01082).
-    least = math.log(sampling.min_p) if sampling.min_p else -math.inf
-    while True:
-        values, ids = scaled.topk(candidates)
-        probabilities = (values.double() - normaliser).exp()
-        if sampling.top_k:
-            probabilities /= probabilities.sum()
-        cumulative = probabilities.cumsum(-1)
-        if candidates == limit or cumulative[-1] >= sampling.top_p or values[-1] < least:
-            break
-        candidates = limit
-    kept = candidates
-    if sampling.top_p < 1:
-        # The nucleus is the smallest set of most likely tokens whose mass reaches top_p (arXiv:1904.09751).
-        kept = min(kept, int(torch.searchsorted(cumulative, sampling.top_p).item()) + 1)
-    if sampling.min_p:
-        kept = min(kept, int((values >= least).sum()))
-    return ids[:kept], probabilities[:kept]
+def _token_logprobs(logits: torch.Tensor, ids: torch.Tensor, top: int) -> tuple[torch.Tensor, ...]:
+    """Natural log probabilities of ids [tokens], and of the `top` most likely tokens with their ids [tokens, top];
+    logits [tokens, vocabulary]."""
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(1, ids[:, None])[:, 0]
+    if top == 0:
+        return (chosen,)
+    values, best = logprobs.topk(min(top, logits.shape[-1]), dim=-1)
+    return chosen, values, best
 
 
-def _typical(probabilities: torch.Tensor, mass: float) -> torch.Tensor:
-    """Positions of the tokens whose information is nearest to the entropy, up to `mass` (arXiv:2202.00666)."""
-    information = -probabilities.log()
-    entropy = (probabilities * information).nansum()
-    distance, order = (information - entropy).abs().sort(stable=True)
-    last = min(int((probabilities[order].cumsum(-1) < mass).sum()), len(order) - 1)
-    return order[distance <= distance[last]]
-
-
-def _inverse(cumulative: torch.Tensor, u: float) -> int:
-    position = int(torch.searchsorted(cumulative, u * float(cumulative[-1]), right=True).item())
-    return min(position, cumulative.shape[0] - 1)
+def _logprobs(values: SequenceOf[Array], at: SequenceOf[int], row: int, token: int, top: int) -> TokenLogprobs:
+    chosen = float(values[at[0]][row])
+    if top == 0:
+        return TokenLogprobs(token, chosen)
+    likely, ids = (values[index][row, :top].tolist() for index in at[1:])
+    return TokenLogprobs(token, chosen, [(int(id), value) for id, value in zip(ids, likely, strict=True)])
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: SequenceOf[int], top: int) -> list[TokenLogprobs]:
     """Natural log probabilities of `token_ids` and of the `top` most likely tokens; logits [tokens, vocabulary]."""
-    logprobs = logits.float().log_softmax(-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
-    if top == 0:
-        return [TokenLogprobs(token, value) for token, value in zip(token_ids, chosen, strict=True)]
-    values, ids = logprobs.topk(min(top, logits.shape[-1]), dim=-1)
-    return [
-        TokenLogprobs(token, value, list(zip(row_ids, row_values, strict=True)))
-        for token, value, row_ids, row_values in zip(token_ids, chosen, ids.tolist(), values.tolist(), strict=True)
-    ]
+    ids = torch.tensor(token_ids, device=logits.device)
+    values = [tensor.cpu().numpy() for tensor in _token_logprobs(logits, ids, top)]
+    return [_logprobs(values, range(len(values)), row, token, top) for row, token in enumerate(token_ids)]
+
+
+def _prompt_logprobs(result: ChunkLogits, readback: Readback) -> tuple[int, ...]:
+    """Where the log probabilities of a chunk's part of the prompt will be found."""
+    targets = _targets(result.chunk)
+    if not targets:
+        return ()
+    ids = on_device(targets, torch.int64, result.logits.device)
+    top = result.chunk.sequence.request.prompt_logprobs or 0
+    return tuple(readback.add(tensor) for tensor in _token_logprobs(result.logits[: len(targets)], ids, top))
+
+
+def _targets(chunk: ScheduledChunk) -> list[int]:
+    """The tokens that the rows of a chunk predict, if its sequence wants their log probabilities."""
+    sequence = chunk.sequence
+    start, end = max(chunk.start, sequence.virtual_tokens), chunk.start + chunk.count
+    return sequence.tokens[start + 1 : end + 1] if sequence.wants_prompt_logprobs and start < end else []
+
+
+def _scored(chunk: ScheduledChunk, values: SequenceOf[Array], at: SequenceOf[int]) -> list[TokenLogprobs]:
+    """Row i of a chunk predicts the token after it; the prompt's first token is predicted by nothing."""
+    sequence, first = chunk.sequence, chunk.sequence.virtual_tokens
+    entries = []
+    if sequence.wants_prompt_logprobs and chunk.start <= first < chunk.start + chunk.count:
+        entries.append(TokenLogprobs(sequence.tokens[first], None))
+    top = sequence.request.prompt_logprobs or 0
+    return entries + [_logprobs(values, at, row, token, top) for row, token in enumerate(_targets(chunk))]

@@ -1,23 +1,39 @@
-"""What runs in the next step: decodes first, then prefills under a token budget, then whose turn it is to begin.
+"""What runs in the next step, and who ends with it and why.
 
-A step costs what runs and what begins, not what waits.
+Decodes first, then prefills under a token budget, then whose turn it is to begin. A step costs what runs and what
+begins, not what waits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 from graftwork_server.engine.cache.block_pool import BlockPool
+from graftwork_server.engine.scheduling import ends
 from graftwork_server.engine.scheduling.admission import Admission
-from graftwork_server.engine.scheduling.sequence import ScheduledChunk, Sequence
+from graftwork_server.engine.scheduling.sequence import Sampled, ScheduledChunk, Sequence
+from graftwork_server.errors import ErrorBody
 from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS
+from graftwork_server.wire.engine import SequenceOutput
 
 _PROMPT_LOGPROBS_CHUNK = 256
 """Tokens per step of a sequence that needs logits at each of them: a chunk's logits are [tokens, vocabulary] floats."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """What the scheduler decided for one step."""
+
+    chunks: list[ScheduledChunk]
+    """To be run."""
+    refused: list[SequenceOutput]
+    """Last outputs of sequences whose adapter cannot answer them."""
+
+
 class Scheduler:
-    """Running sequences, and the blocks and leases that they hold."""
+    """The sequences, and the blocks and leases that those hold which run."""
 
     def __init__(
         self,
@@ -26,22 +42,64 @@ class Scheduler:
         *,
         max_sequences: int,
         max_step_tokens: int,
+        clear_blocks: Callable[[SequenceOf[int]], None],
+        eos_token_ids: Collection[int] = (),
         prefix_cache: bool = True,
         rope_borders: SequenceOf[int] = (),
     ) -> None:
-        """prefix_cache: full blocks are found again by sequences that begin with the same tokens. rope_borders: of the
+        """clear_blocks: makes the content of blocks harmless before they go to others. eos_token_ids: of the model.
+        prefix_cache: full blocks are found again by sequences that begin with the same tokens. rope_borders: of the
         base; a sequence whose length passes one is computed anew."""
+        self.sequences: dict[int, Sequence] = {}
+        """By request id, waiting or running."""
         self.running: list[Sequence] = []
+        self.eos_token_ids = frozenset(eos_token_ids)
         self._admission = admission
         self._blocks = blocks
         self._max_sequences = max_sequences
         self._max_step_tokens = max_step_tokens
+        self._clear_blocks = clear_blocks
         self._prefix_cache = prefix_cache
         self._rope_borders = rope_borders
 
-    def schedule(self) -> list[ScheduledChunk]:
-        """The chunks of the next step; empty if nothing can run now. Their blocks are taken, and the full ones among
-        them are found by others from now on: a step writes all its keys and values before it reads any."""
+    def add(self, sequence: Sequence) -> None:
+        """Queues a new sequence."""
+        self.sequences[sequence.id] = sequence
+        self._admission.add(sequence)
+
+    def cancel(self, sequence_id: int) -> None:
+        """Ends a sequence without an answer; unknown ids are ignored."""
+        sequence = self.sequences.pop(sequence_id, None)
+        if sequence is not None:
+            self.finish(sequence)
+
+    def fail(self, sequence: Sequence, error: ErrorBody) -> SequenceOutput:
+        """Ends a sequence with an error."""
+        return self._end(sequence, SequenceOutput(sequence.id, [], "error", error=error))
+
+    def schedule(self) -> Step:
+        """Decides the next step; it has no chunks if nothing can run now."""
+        chunks = self._chunks()
+        refused = [chunk.sequence for chunk in chunks if chunk.sequence.is_refused]
+        if refused:
+            chunks = [chunk for chunk in chunks if not chunk.sequence.is_refused]
+        return Step(chunks, [self.fail(sequence, ends.refused(sequence)) for sequence in refused])
+
+    def publish(self, sampled: SequenceOf[Sampled]) -> list[SequenceOutput]:
+        """Takes what a step made of its chunks; what the sequences send, and end with."""
+        outputs = (self._output(one) for one in sampled)
+        return [output for output in outputs if output is not None]
+
+    def finish(self, sequence: Sequence) -> None:
+        """Takes a sequence out, wherever it is, and frees what it holds."""
+        if not self._admission.remove(sequence):
+            self.running.remove(sequence)
+        self._forget_computed(sequence)
+        self._admission.ended(sequence)
+
+    def _chunks(self) -> list[ScheduledChunk]:
+        """Blocks of the chunks are taken, and the full ones among them are found by others from now on: a step writes
+        all its keys and values before it reads any."""
         chunks: list[ScheduledChunk] = []
         for sequence in [running for running in self.running if running.passes_border(self._rope_borders)]:
             self._preempt(sequence)
@@ -62,13 +120,6 @@ class Scheduler:
                 self._admission.sampled(chunk.sequence)
         return chunks
 
-    def finish(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and frees what it holds."""
-        if not self._admission.remove(sequence):
-            self.running.remove(sequence)
-        self._forget_computed(sequence)
-        self._admission.ended(sequence)
-
     def _admit(self, budget: int, chunks: list[ScheduledChunk]) -> None:
         """Moves sequences to running whose turn it is. If there are no blocks for one, nobody overtakes it."""
         candidates = self._admission.candidates()
@@ -83,6 +134,38 @@ class Scheduler:
             self.running.append(sequence)
             budget -= self._prefill(sequence, budget, chunks)
         self._admission.ask_for_adapters()
+
+    # ------------------------------------------------------------------------------------------ ends
+
+    def _output(self, sampled: Sampled) -> SequenceOutput | None:
+        """What a sequence sends after its chunk was run, if anything."""
+        sequence, chunk = sampled.chunk.sequence, sampled.chunk
+        if not sampled.finite:
+            # What it computed is found by nobody.
+            self._clear_blocks(self._blocks.forget(sequence.block_table))
+            return self.fail(sequence, ends.not_finite(sequence))
+        sequence.computed += chunk.count
+        sequence.prompt_logprobs += sampled.prompt_logprobs
+        if not chunk.samples:
+            return None
+        if chunk.pools:
+            return self._end(sequence, SequenceOutput(sequence.id, [], "stop", pooled=sampled.pooled))
+        scored = list(sequence.prompt_logprobs) if sequence.wants_prompt_logprobs else None
+        if not chunk.samples_token:
+            return self._end(sequence, SequenceOutput(sequence.id, [], "length", prompt_logprobs=scored))
+        if sampled.token is None or not sequence.accepts(sampled.token):
+            return self.fail(sequence, ends.nothing_allowed(sequence))
+        cached = (sequence.cached_tokens or 0) if sequence.generated == 0 else 0
+        sequence.tokens.append(sampled.token)
+        finish = ends.finish_reason(sequence, sampled.token, self.eos_token_ids)
+        token_ids, logprobs = [sampled.token], sampled.logprobs
+        output = SequenceOutput(sequence.id, token_ids, finish, logprobs, scored, cached_tokens=cached)
+        return self._end(sequence, output) if finish else output
+
+    def _end(self, sequence: Sequence, output: SequenceOutput) -> SequenceOutput:
+        del self.sequences[sequence.id]
+        self.finish(sequence)
+        return output
 
     # ------------------------------------------------------------------------------------------ blocks
 

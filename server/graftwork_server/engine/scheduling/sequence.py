@@ -15,7 +15,7 @@ from graftwork_server.engine.adapters.loaded import LoadedAdapter
 from graftwork_server.engine.cache.block_pool import block_key, root_key
 from graftwork_server.engine.sampling.logits_processing import LogitsProcessing, ProcessedRow
 from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS
-from graftwork_server.wire.engine import Generate, TokenLogprobs
+from graftwork_server.wire.engine import Generate, Pooled, TokenLogprobs
 
 if TYPE_CHECKING:
     import torch
@@ -184,3 +184,40 @@ class ScheduledChunk:
     def samples(self) -> bool:
         """It reaches the sequence's end, so the next token is sampled from it."""
         return self.start + self.count == len(self.sequence.tokens)
+
+    @property
+    def pools(self) -> bool:
+        """It reaches the end of a sequence that wants a vector."""
+        return self.samples and self.sequence.request.pool is not None
+
+    @property
+    def samples_token(self) -> bool:
+        """The sequence's next token is sampled from it."""
+        return self.samples and self.sequence.request.sampling.max_tokens > 0
+
+
+@dataclass(frozen=True)
+class ChunkLogits:
+    """Logits [rows, vocabulary] float32 of a chunk: of all its tokens if the prompt's log probabilities are wanted,
+    else of its last token; none of a chunk of virtual tokens alone."""
+
+    chunk: ScheduledChunk
+    logits: torch.Tensor
+    finite: torch.Tensor
+    """[] bool: none of them is NaN or infinite."""
+
+
+@dataclass
+class Sampled:
+    """What a step made of a chunk."""
+
+    chunk: ScheduledChunk
+    finite: bool = True
+    """None of its logits, or of its vector's values, is NaN or infinite."""
+    token: int | None = None
+    """The next token; None if none was sampled, or none is allowed."""
+    logprobs: list[TokenLogprobs] | None = None
+    """Of the token, if they were asked for."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the chunk's part of the prompt, if they were asked for."""
+    pooled: Pooled | None = None

@@ -6,23 +6,15 @@ runs in, so there are no blocks to hold and nobody to preempt.
 
 from __future__ import annotations
 
-from graftwork_server.engine.scheduling.admission import Admission
-from graftwork_server.engine.scheduling.sequence import ScheduledChunk, Sequence
+from graftwork_server.engine.scheduling.scheduler import Scheduler
+from graftwork_server.engine.scheduling.sequence import ScheduledChunk
 
 
-class WholeScheduler:
-    """Scheduler's counterpart, with the same methods."""
+class WholeScheduler(Scheduler):
+    """Schedules whole sequences. One of more than max_step_tokens runs alone."""
 
-    def __init__(self, admission: Admission, *, max_sequences: int, max_step_tokens: int) -> None:
-        """A sequence of more than max_step_tokens runs alone."""
-        self.running: list[Sequence] = []
-        self._admission = admission
-        self._max_sequences = max_sequences
-        self._max_step_tokens = max_step_tokens
-
-    def schedule(self) -> list[ScheduledChunk]:
-        """The sequences of the next step; empty if nothing can run now. Nobody overtakes one that is too long for what
-        is left of the step."""
+    def _chunks(self) -> list[ScheduledChunk]:
+        """Nobody overtakes one that is too long for what is left of the step."""
         chunks: list[ScheduledChunk] = []
         budget = self._max_step_tokens
         candidates = self._admission.candidates()
@@ -40,9 +32,3 @@ class WholeScheduler:
             budget -= count
         self._admission.ask_for_adapters()
         return chunks
-
-    def finish(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and gives its lease back."""
-        if not self._admission.remove(sequence):
-            self.running.remove(sequence)
-        self._admission.ended(sequence)

@@ -93,7 +93,7 @@ def test_logprobs_are_those_of_the_model_at_temperature_one() -> None:
 
 def test_eos_ends_unless_ignored(llama_dir: Path, llama: BaseModel) -> None:
     harness = Harness(llama_dir, llama)
-    harness.engine._eos = frozenset(range(3, 160))
+    harness.engine._scheduler.eos_token_ids = frozenset(range(3, 160))
     harness.add(1, [5, 6, 7], ignore_eos=False)
     harness.add(2, [5, 6, 7], ignore_eos=True)
     harness.run()

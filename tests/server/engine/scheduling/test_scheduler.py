@@ -116,7 +116,7 @@ def test_cancel_frees_blocks_and_lease(llama_dir: Path, llama: BaseModel, tmp_pa
     ref = harness.place("d", deltas_of(toys.make_adapter(llama_dir, tmp_path / "a")))
     harness.add(1, [5, 6, 7], ref, max_tokens=100)
     harness.step()
-    adapter = harness.engine._sequences[1].adapter
+    adapter = harness.engine._scheduler.sequences[1].adapter
     assert adapter is not None
     assert adapter.leases == 1
     harness.engine.cancel(1)
