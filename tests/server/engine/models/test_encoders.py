@@ -269,7 +269,7 @@ def test_other_kinds_of_adapters(tmp_path: Path, architecture: str, targets: lis
     def saved(task: str | None, config: Any, number: int) -> Path:
         kind = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModel
         model = get_peft_model(kind.from_pretrained(model_dir, dtype=torch.float32), config(task))
-        toys._move(model, only_trained=True, seed=number)
+        toys.move(model, only_trained=True, seed=number)
         model.save_pretrained(tmp_path / str(number))
         return tmp_path / str(number)
 
