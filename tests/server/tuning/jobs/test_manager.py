@@ -70,7 +70,7 @@ async def test_jobs_that_all_want_the_next_version_may_wait_for_one_another(tmp_
             await create(hub, manager, new_version=False)
 
 
-# ------------------------------------------------------------------------------------------- in which turn, and with which settings
+# ------------------------------------------------------------------------------------------- turns and settings
 
 
 async def test_jobs_wait_for_their_turn(tmp_path: Path) -> None:
