@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests import toys
-from tests.server.base.test_quantization import assert_within_bounds, reference_logits
+from tests.server.base.quantization_harness import assert_within_bounds, reference_logits
 from tests.server.engine.harness import CPU, Harness
 from transformers import LlamaConfig, LlamaForCausalLM
 
