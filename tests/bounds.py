@@ -17,7 +17,7 @@ _PARTIAL_SUMS = 4
 """Times the largest result that a partial sum may be, with what is left of the constant above."""
 
 FORWARD_TERMS = 3 * (48 + 8 + 64 + 48 + 48 + 80) + 48
-"""Products that are summed one after another on the way through a model of tests/toys.py: in each layer query and key,
+"""Products that are summed one after another on the way through a model of tests/toys: in each layer query and key,
 their scores, the values, the attention's output, gate and up, down; then the logits."""
 
 

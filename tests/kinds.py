@@ -22,6 +22,7 @@ NUMERIC = (
     *(f"tests/server/{room}" for room in ("kernels", "base", "layers", "engine", "tuning")),
     "tests/plugins",
     "tests/e2e/test_generation_features.py",
+    "tests/e2e/test_several_completions.py",
 )
 _SECONDS = 3600
 """Longest time for one kind."""

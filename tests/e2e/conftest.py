@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests import toys
 from tests.e2e.serving import Server
+from transformers import AutoTokenizer
 
 from graftwork import Client
 
@@ -31,3 +33,9 @@ def client(server: Server) -> Iterator[Client]:
     """A client of the shared server."""
     with server.client() as connected:
         yield connected
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_dir: Path) -> Any:
+    """transformers' own tokenizer of the shared model."""
+    return AutoTokenizer.from_pretrained(model_dir)

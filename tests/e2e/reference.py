@@ -11,6 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 TOLERANCE = 1e-4
+PROMPT = [1, 20, 45, 77, 130, 99]
+"""Token ids for the shared model."""
 
 
 class Reference:

@@ -19,12 +19,12 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.e2e.reference import PROMPT
 from tests.e2e.serving import START_SECONDS, Server, eventually
 
 from graftwork import AsyncClient, Client, InvalidArgumentError, NotFoundError
 from graftwork.v1 import generation_pb2 as pb
 
-PROMPT = [1, 20, 45, 77, 130, 99]
 MEBIBYTE = 1 << 20
 SERVICE = "/graftwork.v1.GenerationService"
 LARGEST = 2**31 - 1

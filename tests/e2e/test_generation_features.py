@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.e2e.reference import TOLERANCE
+from tests.e2e.reference import PROMPT
 from tests.e2e.serving import START_SECONDS, Server
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -22,9 +19,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from graftwork import AsyncClient, Client, InvalidArgumentError, TokenLogprob
+from graftwork import AsyncClient, Client
 
-PROMPT = [1, 20, 45, 77, 130, 99]
 COUNT = 24
 
 
@@ -32,12 +28,6 @@ COUNT = 24
 def model(model_dir: Path) -> Any:
     """transformers' own model."""
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_dir: Path) -> Any:
-    """transformers' own tokenizer."""
-    return AutoTokenizer.from_pretrained(model_dir)
 
 
 def greedy(model: Any, prompt: list[int] = PROMPT, **options: Any) -> list[int]:
@@ -141,9 +131,6 @@ async def test_the_same_seed_gives_the_same_tokens_whatever_else_runs(server: Se
     assert [answer.token_ids for answer in mixed[-len(OPTIONS) :]] == alone
 
 
-# ------------------------------------------------------------------------------------------- when it ends
-
-
 WARPERS: dict[str, tuple[dict[str, Any], Any]] = {
     "cold": ({"temperature": 0.4}, TemperatureLogitsWarper(0.4)),
     "hot": ({"temperature": 3.0}, TemperatureLogitsWarper(3.0)),
@@ -174,12 +161,6 @@ def test_tokens_are_drawn_as_often_as_transformers_would(client: Client, model: 
     assert (found - wanted.softmax(-1)).abs().sum() / 2 > 0.12, "the case changes nothing, so it shows nothing"
 
 
-def test_the_end_of_sequence_token_ends_it_unless_it_is_ignored(client: Client) -> None:
-    for ignore, reason, count in ((False, "stop", 1), (True, "length", 5)):
-        answer = client.generate("base", PROMPT, max_tokens=5, logit_bias={2: 100.0}, ignore_eos=ignore)
-        assert (answer.finish_reason, answer.usage.completion_tokens) == (reason, count)
-
-
 def test_the_most_likely_alternatives_are_the_models(client: Client, model: Any) -> None:
     answer = client.generate("base", PROMPT, max_tokens=6, ignore_eos=True, logprobs=4, prompt_logprobs=4)
     ids = [*PROMPT, *answer.token_ids]
@@ -193,6 +174,15 @@ def test_the_most_likely_alternatives_are_the_models(client: Client, model: Any)
         values, best = row.topk(4)
         assert [top.token_id for top in entry.top] == best.tolist()
         assert [top.logprob for top in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- when it ends
+
+
+def test_the_end_of_sequence_token_ends_it_unless_it_is_ignored(client: Client) -> None:
+    for ignore, reason, count in ((False, "stop", 1), (True, "length", 5)):
+        answer = client.generate("base", PROMPT, max_tokens=5, logit_bias={2: 100.0}, ignore_eos=ignore)
+        assert (answer.finish_reason, answer.usage.completion_tokens) == (reason, count)
 
 
 def test_a_stop_token_ends_it_and_is_no_text(client: Client, model: Any, tokenizer: Any) -> None:
@@ -237,171 +227,3 @@ def test_stop_texts_count_after_min_tokens_and_never_leak(client: Client, tokeni
     answer = client.generate("base", PROMPT, max_tokens=COUNT, ignore_eos=True, stop=[stop], min_tokens=COUNT)
     assert answer.text == text
     assert answer.finish_reason == "length"
-
-
-# ------------------------------------------------------------------------------------------- refusals
-
-WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"min_p": 1.5}, "sampling.min_p"),
-    ({"min_p": math.nan}, "sampling.min_p"),
-    ({"typical_p": 0.0}, "sampling.typical_p"),
-    ({"typical_p": math.inf}, "sampling.typical_p"),
-    ({"repetition_penalty": 0.0}, "sampling.repetition_penalty"),
-    ({"repetition_penalty": math.nan}, "sampling.repetition_penalty"),
-    ({"repetition_penalty": 1e30}, "sampling.repetition_penalty"),
-    ({"presence_penalty": 101.0}, "sampling.presence_penalty"),
-    ({"presence_penalty": math.nan}, "sampling.presence_penalty"),
-    ({"frequency_penalty": -math.inf}, "sampling.frequency_penalty"),
-    ({"logit_bias": {5: math.nan}}, "sampling.logit_bias[5]"),
-    ({"logit_bias": {5: 100.5}}, "sampling.logit_bias[5]"),
-    ({"logit_bias": {4_000_000_000: 1.0}}, "sampling.logit_bias[4000000000]"),
-    ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "sampling.logit_bias"),
-    ({"bad_words": ["x"] * 129}, "sampling.bad_words"),
-    ({"bad_words": ["fine", ""]}, "sampling.bad_words[1]"),
-    ({"bad_words": ["x" * 257]}, "sampling.bad_words[0]"),
-    ({"stop_token_ids": [1, 320]}, "sampling.stop_token_ids[1]"),
-    ({"stop_token_ids": [1] * 129}, "sampling.stop_token_ids"),
-    ({"min_tokens": -1}, "sampling.min_tokens"),
-    ({"min_tokens": 5, "max_tokens": 4}, "sampling.min_tokens"),
-]
-
-
-@pytest.mark.parametrize(("options", "field"), WRONG, ids=lambda value: str(value)[:40])
-def test_what_is_out_of_range_is_named(client: Client, options: dict[str, Any], field: str) -> None:
-    for call in (client.generate, client.chat):
-        prompt: Any = PROMPT if call == client.generate else [{"role": "user", "content": "fox"}]
-        with pytest.raises(InvalidArgumentError) as caught:
-            call("base", prompt, **options)  # type: ignore[operator]
-        assert [violation.field for violation in caught.value.field_violations] == [field]
-        assert "accepted" in caught.value.field_violations[0].description
-    assert client.generate("base", PROMPT, max_tokens=1).token_ids
-
-
-# ------------------------------------------------------------------------------------------- several completions
-
-
-def mean(values: Any) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
-
-
-def test_of_n_completions_each_is_whole(client: Client, tokenizer: Any) -> None:
-    options: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0, "seed": 11, "ignore_eos": True, "logprobs": 2}
-    single = client.generate("base", PROMPT, **options)
-    with client.generate("base", PROMPT, n=4, stream=True, **options) as stream:
-        chunks = list(stream)
-    several = stream.result()
-    assert [completion.index for completion in several.completions] == [0, 1, 2, 3]
-    assert several.completions[0].token_ids == single.token_ids
-    assert len({completion.token_ids for completion in several.completions}) == 4
-    for completion in several.completions:
-        assert completion.text == tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        assert [entry.token_id for entry in completion.logprobs or ()] == list(completion.token_ids)
-        assert (completion.finish_reason, completion.score) == ("length", None)
-    assert {chunk.index for chunk in chunks} == {0, 1, 2, 3}
-    assert all(chunk.usage is None for chunk in chunks[:-1])
-    assert several.usage.prompt_tokens == len(PROMPT)
-    assert several.usage.completion_tokens == 48
-    again = client.generate("base", PROMPT, n=4, **options)
-    assert [one.token_ids for one in again.completions] == [one.token_ids for one in several.completions]
-
-
-def test_a_stop_text_ends_one_completion_and_not_its_neighbours(client: Client) -> None:
-    options: dict[str, Any] = {"max_tokens": 16, "temperature": 1.0, "seed": 3, "ignore_eos": True, "n": 5}
-    free = client.generate("base", PROMPT, **options)
-    stop = free.completions[2].text[4:6]
-    stopped = client.generate("base", PROMPT, stop=[stop], **options)
-    for before, after in zip(free.completions, stopped.completions, strict=True):
-        assert after.text == before.text.partition(stop)[0]
-        assert after.finish_reason == ("stop" if stop in before.text else "length")
-    assert stopped.completions[2].finish_reason == "stop"
-    assert {completion.finish_reason for completion in stopped.completions} == {"stop", "length"}
-
-
-def test_best_of_returns_the_most_likely_ones(client: Client) -> None:
-    options: dict[str, Any] = {"max_tokens": 10, "temperature": 1.3, "seed": 21, "ignore_eos": True}
-    sampled = client.generate("base", PROMPT, n=6, logprobs=0, **options).completions
-    scores = {one.token_ids: mean(entry.logprob for entry in one.logprobs or ()) for one in sampled}
-    expected = sorted(scores, key=lambda ids: -scores[ids])
-    best = client.generate("base", PROMPT, n=3, best_of=6, **options)
-    assert [completion.token_ids for completion in best.completions] == expected[:3]
-    assert [completion.index for completion in best.completions] == [0, 1, 2]
-    for completion in best.completions:
-        assert completion.score == pytest.approx(scores[completion.token_ids], abs=TOLERANCE)
-        assert completion.logprobs is None
-    assert best.usage.completion_tokens == 60, "what was sampled and thrown away was computed all the same"
-    with client.generate("base", PROMPT, best_of=4, prompt_logprobs=0, stream=True, **options) as stream:
-        chunks = list(stream)
-    assert {chunk.index for chunk in chunks} == {0}
-    assert [entry.token_id for entry in chunks[0].prompt_logprobs] == PROMPT
-
-
-def test_leaving_several_completions_ends_them_all(client: Client, server: Server) -> None:
-    with client.generate("base", PROMPT, max_tokens=100_000, ignore_eos=True, n=8, stream=True) as stream:
-        next(stream)
-    # Their blocks are free again: a prompt that needs nearly the whole cache still runs.
-    assert client.generate("base", PROMPT, max_tokens=2).token_ids
-
-
-# ------------------------------------------------------------------------------------------- the prompt
-
-
-def assert_same_scores(actual: Sequence[TokenLogprob] | None, expected: Sequence[TokenLogprob]) -> None:
-    """Token by token. They come from batches of other shapes, so log probabilities differ by rounding."""
-    assert actual is not None
-    for here, there in zip(actual, expected, strict=True):
-        assert (here.token_id, here.text) == (there.token_id, there.text)
-        assert here.logprob == pytest.approx(there.logprob, abs=TOLERANCE)
-        assert [one.token_id for one in here.top] == [one.token_id for one in there.top]
-        assert [one.logprob for one in here.top] == pytest.approx([one.logprob for one in there.top], abs=TOLERANCE)
-
-
-@pytest.mark.parametrize("extra", [{}, {"n": 3, "temperature": 1.0, "seed": 1}, {"best_of": 2}], ids=str)
-def test_prompt_logprobs_are_those_of_score(client: Client, extra: dict[str, Any]) -> None:
-    scored = client.score("base", PROMPT, top_logprobs=3)
-    answer = client.generate("base", PROMPT, max_tokens=4, prompt_logprobs=3, **extra)
-    assert_same_scores(answer.prompt_logprobs, scored.tokens)
-    assert client.generate("base", PROMPT, max_tokens=4).prompt_logprobs is None
-    messages = [{"role": "user", "content": "the quick fox"}]
-    chat = client.chat("base", messages, max_tokens=4, prompt_logprobs=0, **extra)
-    assert_same_scores(chat.prompt_logprobs, client.score("base", client.tokenize(messages).token_ids).tokens)
-
-
-def test_echo_begins_with_the_prompt(client: Client, tokenizer: Any) -> None:
-    text = "the quick fox"
-    plain = client.generate("base", text, max_tokens=5, n=2)
-    for stop in ([], ["quick"]):  # a stop text is looked for in the completion only
-        echoed = client.generate("base", text, max_tokens=5, n=2, echo=True, stop=stop)
-        assert [one.text for one in echoed.completions] == [text + one.text for one in plain.completions]
-        assert echoed.token_ids == plain.token_ids
-    ids = client.tokenize(text).token_ids
-    assert client.generate("base", ids, max_tokens=5, echo=True).text == text + plain.text
-
-
-WRONG_COUNTS: list[tuple[dict[str, Any], str]] = [
-    ({"n": 0}, "sampling.n"),
-    ({"n": -1}, "sampling.n"),
-    ({"n": 33}, "sampling.n"),
-    ({"n": 2**31 - 1}, "sampling.n"),
-    ({"n": 2, "best_of": 1}, "sampling.best_of"),
-    ({"best_of": 33}, "sampling.best_of"),
-    ({"best_of": 0}, "sampling.best_of"),
-    ({"prompt_logprobs": 21}, "sampling.prompt_logprobs"),
-    ({"prompt_logprobs": -1}, "sampling.prompt_logprobs"),
-]
-
-
-@pytest.mark.parametrize(("options", "field"), WRONG_COUNTS, ids=str)
-def test_counts_out_of_range_are_named(client: Client, options: dict[str, Any], field: str) -> None:
-    test_what_is_out_of_range_is_named(client, options, field)
-
-
-def test_more_prompt_logprobs_than_a_message_holds_are_refused(client: Client) -> None:
-    prompt = [5] * 60_000
-    for call in (
-        lambda: client.generate("base", prompt, max_tokens=1, prompt_logprobs=20),
-        lambda: client.score("base", prompt, top_logprobs=20),
-    ):
-        with pytest.raises(InvalidArgumentError) as caught:
-            call()
-        assert "at most 16 is accepted" in caught.value.field_violations[0].description

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from tests import toys
+from tests.e2e.reference import PROMPT
 from tests.e2e.rows import prompt_rows
 from tests.e2e.serving import START_SECONDS, Server, eventually
 
@@ -23,7 +24,6 @@ pytestmark = pytest.mark.timeout(900)
 
 MAPPING = "graftwork-base-weights"
 STEPS = 100
-PROMPT = [1, 20, 45, 77, 130, 99]
 
 
 class Life:

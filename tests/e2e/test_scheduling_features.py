@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from tests import toys
+from tests.e2e.reference import PROMPT
 from tests.e2e.serving import START_SECONDS, Server, eventually
 
 from graftwork import AsyncClient, Client, ResourceExhaustedError
 
-PROMPT = [1, 20, 45, 77, 130, 99]
 KV_BYTES = 2 * 3 * 2 * 8 * 4
 """Of one token of the toy model: keys and values, layers, heads of them, elements, bytes."""
 

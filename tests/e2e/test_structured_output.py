@@ -8,13 +8,13 @@ import re
 from typing import Any
 
 import pytest
+from tests.e2e.reference import PROMPT
 from tests.e2e.serving import START_SECONDS, Server
 
 from graftwork import AsyncClient, Client, FailedPreconditionError, InvalidArgumentError
 from graftwork.v1 import generation_pb2 as pb
 from graftwork.v1.generation_pb2_grpc import GenerationServiceStub
 
-PROMPT = [1, 20, 45, 77, 130, 99]
 SCHEMA = {
     "type": "object",
     "properties": {

@@ -1,5 +1,5 @@
-"""The Triton kernels on a GPU, at the sizes of real models. Small sizes: tests/server/kernels/test_triton_lora.py and
-test_block_cache.py, which run on a GPU too where there is one."""
+"""The Triton kernels on a GPU, at the sizes of real models. Small sizes: test_triton_lora.py and test_block_cache.py of
+tests/server/kernels and tests/server/layers, which run on a GPU too where there is one."""
 
 from __future__ import annotations
 

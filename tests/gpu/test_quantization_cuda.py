@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests import toys
-from tests.server.base.test_quantization import KINDS, assert_within_bounds, reference_logits
+from tests.server.base.quantization_harness import KINDS, assert_within_bounds, reference_logits
 from tests.server.engine.adapters.test_peft_features import load
 from tests.server.engine.harness import Harness
 

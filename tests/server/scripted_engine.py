@@ -28,45 +28,9 @@ from graftwork_server.types import (
     TuningProgress,
     TuningResult,
 )
-from graftwork_server.wire.engine import (
-    Cancel,
-    Generate,
-    HeadInfo,
-    Hello,
-    Inspect,
-    InspectReply,
-    Load,
-    LoadedChanged,
-    LoadReply,
-    Pin,
-    Pinned,
-    Pooled,
-    Reply,
-    SequenceOutput,
-    Shutdown,
-    StartFailed,
-    StepOutputs,
-    TokenLogprobs,
-    Unload,
-    Unloaded,
-    front_decoder,
-)
+from graftwork_server.wire import engine as wire
+from graftwork_server.wire import tuning
 from graftwork_server.wire.frames import encode_frame, receive_frame
-from graftwork_server.wire.tuning import (
-    Checkpointed,
-    Evaluated,
-    Finished,
-    JobEvent,
-    JobSpec,
-    Note,
-    PreparedJob,
-    PrepareJob,
-    Progress,
-    Started,
-    StartJob,
-    StopJob,
-    Stopped,
-)
 
 CRASH, HANG, FLOOD, FAIL, EOS, GARBAGE = 290, 291, 292, 293, 294, 295
 """Die with exit code 7; one token and no more; all tokens at once; an error; end of sequence after two tokens; send
@@ -113,38 +77,38 @@ class ScriptedEngine:
         if self.options["log"]:
             with open(self.options["log"], "a") as file:
                 entry = {"type": type(message).__name__, "id": getattr(message, "id", None)}
-                if isinstance(message, Generate):
+                if isinstance(message, wire.Generate):
                     entry |= {"prompt": message.prompt_ids, "adapter": message.adapter and message.adapter.digest}
                     entry["pool"] = message.pool and [message.pool.kind, message.pool.pooling, message.pool.normalize]
                     entry["types"] = message.pool and message.pool.token_type_ids
                     entry |= {"seed": message.sampling.seed, "max_tokens": message.sampling.max_tokens}
-                if isinstance(message, Pin):
+                if isinstance(message, wire.Pin):
                     entry["digests"] = message.digests
-                if isinstance(message, Unload):
+                if isinstance(message, wire.Unload):
                     entry["digest"] = message.digest
                 file.write(json.dumps(entry) + "\n")
 
     def serve(self) -> None:
         while True:
             try:
-                message = front_decoder.decode(receive_frame(self.sock))
+                message = wire.front_decoder.decode(receive_frame(self.sock))
             except (EOFError, ConnectionError):
                 return
             self.log(message)
-            if isinstance(message, Shutdown):
+            if isinstance(message, wire.Shutdown):
                 end = time.monotonic() + message.drain_ms / 1000
                 while self.running and time.monotonic() < end:
                     time.sleep(0.01)
                 return
-            if isinstance(message, Cancel):
+            if isinstance(message, wire.Cancel):
                 self.cancelled.add(message.id)
-            elif isinstance(message, Generate):
+            elif isinstance(message, wire.Generate):
                 self.running += 1
                 threading.Thread(target=self.generate, args=(message,), daemon=True).start()
             else:
                 self.answer(message)
 
-    def generate(self, message: Generate) -> None:
+    def generate(self, message: wire.Generate) -> None:
         try:
             self.run_sequence(message)
         except OSError:
@@ -152,7 +116,7 @@ class ScriptedEngine:
         finally:
             self.running -= 1
 
-    def run_sequence(self, message: Generate) -> None:
+    def run_sequence(self, message: wire.Generate) -> None:
         command, count = message.prompt_ids[0], message.sampling.max_tokens
         if command == CRASH:
             os._exit(7)
@@ -167,9 +131,9 @@ class ScriptedEngine:
             answer = self.pooled(message)
             self.output(message.id, [], "error" if "error" in answer else "stop", **answer)
             return
-        if message.prompt_logprobs is not None:
-            scores = [TokenLogprobs(message.prompt_ids[0], None)]
-            scores += [TokenLogprobs(t, -0.5, self.top(t, message.prompt_logprobs)) for t in message.prompt_ids[1:]]
+        if (alternatives := message.prompt_logprobs) is not None:
+            scores = [wire.TokenLogprobs(message.prompt_ids[0], None)]
+            scores += [wire.TokenLogprobs(t, -0.5, self.top(t, alternatives)) for t in message.prompt_ids[1:]]
             self.output(message.id, [], "length" if count == 0 else "", prompt_logprobs=scores)
             if count == 0:
                 return
@@ -181,7 +145,7 @@ class ScriptedEngine:
             if command == EOS and index == 2:
                 token, finish = EOS_ID, "stop"
             wanted = message.sampling.logprobs
-            scores = None if wanted is None else [TokenLogprobs(token, -0.25, self.top(token, wanted))]
+            scores = None if wanted is None else [wire.TokenLogprobs(token, -0.25, self.top(token, wanted))]
             self.output(message.id, [token], finish, logprobs=scores)
             if finish:
                 return
@@ -190,47 +154,47 @@ class ScriptedEngine:
             if command != FLOOD:
                 time.sleep(self.options["step_ms"] / 1000)
 
-    def pooled(self, message: Generate) -> dict:
+    def pooled(self, message: wire.Generate) -> dict:
         """Logits 1, 2, ... for as many labels as options["labels"] has; for a vector, the prompt's first tokens."""
         if message.pool.kind == "embed":
             values = [*map(float, message.prompt_ids), *[0.0] * 8][: message.pool.dimensions or 8]
-            return {"pooled": Pooled(array("f", values).tobytes())}
+            return {"pooled": wire.Pooled(array("f", values).tobytes())}
         if not self.options["labels"]:
             body = ErrorBody(code="FAILED_PRECONDITION", reason="HEAD_MISSING", message="there is no head")
             return {"error": body}
         values = [float(index + len(message.prompt_ids)) for index in range(len(self.options["labels"]))]
-        head = HeadInfo(self.options["labels"], self.options["problem_type"])
-        return {"pooled": Pooled(array("f", values).tobytes(), head if message.pool.names_head else None)}
+        head = wire.HeadInfo(self.options["labels"], self.options["problem_type"])
+        return {"pooled": wire.Pooled(array("f", values).tobytes(), head if message.pool.names_head else None)}
 
     @staticmethod
     def top(token: int, count: int) -> list[tuple[int, float]]:
         return [(token, -0.25), *((other, -3.0) for other in range(1, count))][:count]
 
     def output(self, sequence: int, tokens: list[int], finish: str, **fields) -> None:
-        self.send(StepOutputs([SequenceOutput(id=sequence, token_ids=tokens, finish=finish, **fields)]))
+        self.send(wire.StepOutputs([wire.SequenceOutput(id=sequence, token_ids=tokens, finish=finish, **fields)]))
 
     def answer(self, message) -> None:
         try:
             result = getattr(self, f"on_{type(message).__name__.lower()}")(message)
-            if isinstance(message, Load | Unload):
-                self.send(LoadedChanged(digests=sorted(self.loaded)))
-            self.send(Reply(call_id=message.call_id, result=result))
+            if isinstance(message, wire.Load | wire.Unload):
+                self.send(wire.LoadedChanged(digests=sorted(self.loaded)))
+            self.send(wire.Reply(call_id=message.call_id, result=result))
         except Refusal as refusal:
-            self.send(Reply(call_id=message.call_id, error=refusal.body))
+            self.send(wire.Reply(call_id=message.call_id, error=refusal.body))
 
-    def on_load(self, message: Load) -> LoadReply:
+    def on_load(self, message: wire.Load) -> wire.LoadReply:
         known = message.adapter.digest in self.loaded
         report = LoadReport(modules_bound=4, rank=8, device_bytes=1024, load_ms=1.5, already_loaded=known)
         self.loaded[message.adapter.digest] = report
-        return LoadReply(report=report)
+        return wire.LoadReply(report=report)
 
-    def on_unload(self, message: Unload) -> Unloaded:
-        return Unloaded(was_loaded=self.loaded.pop(message.digest, None) is not None)
+    def on_unload(self, message: wire.Unload) -> wire.Unloaded:
+        return wire.Unloaded(was_loaded=self.loaded.pop(message.digest, None) is not None)
 
-    def on_pin(self, message: Pin) -> Pinned:
-        return Pinned()
+    def on_pin(self, message: wire.Pin) -> wire.Pinned:
+        return wire.Pinned()
 
-    def on_inspect(self, message: Inspect) -> InspectReply:
+    def on_inspect(self, message: wire.Inspect) -> wire.InspectReply:
         config = Path(message.path) / "adapter_config.json"
         if not config.exists():
             raise Refusal("FAILED_PRECONDITION", "ARTIFACT_UNKNOWN", "no strategy recognises these files")
@@ -238,11 +202,11 @@ class ScriptedEngine:
             os._exit(7)
         if "REFUSE" in config.read_text():
             raise Refusal("FAILED_PRECONDITION", "UNKNOWN_TENSOR", "tensor 'x' binds nowhere")
-        return InspectReply(
+        return wire.InspectReply(
             info=ArtifactInfo(strategy=message.strategy or "lora", parameter_count=64, rank=8, modules_bound=4)
         )
 
-    def on_preparejob(self, message: PrepareJob) -> PreparedJob:
+    def on_preparejob(self, message: tuning.PrepareJob) -> tuning.PreparedJob:
         if "typo" in message.config:
             raise Refusal("INVALID_ARGUMENT", "UNKNOWN_KEY", "there is no setting 'typo'", "spec.config.typo")
         if message.strategy not in ("lora", "full"):
@@ -254,17 +218,17 @@ class ScriptedEngine:
             SettingChoice(key="names", value=["a"], reason="all there are"),
         ]
         config = {"rank": 8, "epochs": 1, **message.config}
-        return PreparedJob(config=config, estimate=estimate, choices=choices)
+        return tuning.PreparedJob(config=config, estimate=estimate, choices=choices)
 
-    def on_startjob(self, message: StartJob) -> Started:
+    def on_startjob(self, message: tuning.StartJob) -> tuning.Started:
         threading.Thread(target=self.train, args=(message.job,), daemon=True).start()
-        return Started(pid=os.getpid())
+        return tuning.Started(pid=os.getpid())
 
-    def on_stopjob(self, message: StopJob) -> Stopped:
+    def on_stopjob(self, message: tuning.StopJob) -> tuning.Stopped:
         self.stopped_jobs.add(message.job_id)
-        return Stopped(was_running=True)
+        return tuning.Stopped(was_running=True)
 
-    def train(self, job: JobSpec) -> None:
+    def train(self, job: tuning.JobSpec) -> None:
         steps = self.options["job_steps"]
         for step in range(1, steps + 1):
             time.sleep(self.options["job_step_ms"] / 1000)
@@ -279,10 +243,10 @@ class ScriptedEngine:
                 eta_ms=10 * (steps - step),
                 seen_tokens=50 * step,
             )
-            self.send(JobEvent(job_id=job.job_id, event=Progress(progress=progress)))
-        self.send(JobEvent(job_id=job.job_id, event=Evaluated(step=steps, loss=0.75)))
-        self.send(JobEvent(job_id=job.job_id, event=Checkpointed(step=steps)))
-        self.send(JobEvent(job_id=job.job_id, event=Note(text="all well")))
+            self.send(tuning.JobEvent(job_id=job.job_id, event=tuning.Progress(progress=progress)))
+        self.send(tuning.JobEvent(job_id=job.job_id, event=tuning.Evaluated(step=steps, loss=0.75)))
+        self.send(tuning.JobEvent(job_id=job.job_id, event=tuning.Checkpointed(step=steps)))
+        self.send(tuning.JobEvent(job_id=job.job_id, event=tuning.Note(text="all well")))
         write_artifact(Path(job.artifact_dir), seed=job.job_id)
         result = TuningResult(
             trained_parameters=64,
@@ -292,7 +256,7 @@ class ScriptedEngine:
             final_loss=0.7,
             validation_loss=0.75,
         )
-        self.send(JobEvent(job_id=job.job_id, event=Finished(result=result)))
+        self.send(tuning.JobEvent(job_id=job.job_id, event=tuning.Finished(result=result)))
 
 
 class Refusal(Exception):
@@ -371,9 +335,9 @@ def main() -> None:
     engine = ScriptedEngine(sock, options)
     if options["start_failed"]:
         body = ErrorBody(code="FAILED_PRECONDITION", reason="MODEL_MISSING", message=options["start_failed"])
-        engine.send(StartFailed(error=body))
+        engine.send(wire.StartFailed(error=body))
         sys.exit(1)
-    engine.send(Hello(pid=os.getpid(), model=model_info(options), strategies=STRATEGIES))
+    engine.send(wire.Hello(pid=os.getpid(), model=model_info(options), strategies=STRATEGIES))
     if options["exit_after_ms"] is not None:
         threading.Timer(options["exit_after_ms"] / 1000, os._exit, (9,)).start()
     engine.serve()

@@ -150,7 +150,7 @@ def test_layers_that_see_other_tokens_than_they_tell_attention_are_refused(tmp_p
     sizes = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
     for window in (12, 256):
         torch.manual_seed(0)
-        config = kind(**toys._COMMON, **sizes, sliding_window=window, use_sliding_window=True, max_window_layers=1)
+        config = kind(**toys.COMMON, **sizes, sliding_window=window, use_sliding_window=True, max_window_layers=1)
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / str(window))
     with pytest.raises(FailedPrecondition, match="a mask that is not that of sliding_window None") as caught:
         load_base(str(tmp_path / "12"), CPU, torch.float32, tmp_path)

@@ -7,8 +7,10 @@ import threading
 from typing import Any
 
 import pytest
+from tests.server.hub.hub_harness import publish
 
 from graftwork_server.errors import NotFound
+from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.leases import Leases
 from graftwork_server.hub.resolver import Resolved
 from graftwork_server.types import AdapterRef
@@ -94,3 +96,31 @@ def test_what_is_claimed_or_published_stays(leases: Leases, disk: SlowDisk) -> N
     assert disk.removed == ["a"], "whoever ends the last claim removes it"
     disk.published.add("b")
     assert not leases.remove_if_unused("b")
+
+
+async def test_a_version_deleted_after_it_was_resolved_is_not_leased(hub: Hub) -> None:
+    publish(hub, "a")
+    resolved = await hub.resolver.resolve("a")
+    hub.delete_adapter("a")
+    with pytest.raises(NotFound, match="deleted just now"):
+        async with hub.leases.hold(resolved):
+            pass
+    assert not hub.leases.count
+
+
+async def test_leased_files_stay_until_they_are_released(hub: Hub) -> None:
+    version = publish(hub, "a")
+    resolved = await hub.resolver.resolve("a")
+    async with hub.leases.hold(resolved), hub.leases.hold(resolved):
+        hub.delete_adapter("a")
+        assert hub.store.has_artifact(version.digest)
+    for _ in range(200):
+        if not hub.store.has_artifact(version.digest):
+            break
+        await asyncio.sleep(0.01)
+    assert not hub.store.has_artifact(version.digest)
+    assert hub.leases.count == 0
+    with pytest.raises(NotFound):
+        async with hub.leases.hold(resolved):
+            pass
+    assert hub.leases.count == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests import toys
-from tests.server.base.test_quantization import assert_within_bounds, reference_logits
+from tests.server.base.quantization_harness import assert_within_bounds, reference_logits
 from tests.server.engine.harness import CPU, Harness
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -120,7 +120,7 @@ def test_nf4_is_as_near_as_bfloat16_weights_are(sizes: tuple[int, int], threads:
 
 def test_the_engine_stays_within_the_bounds_of_int8(kernels: NativeKernels, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    common = toys._COMMON | {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    common = toys.COMMON | {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
     LlamaForCausalLM(LlamaConfig(**common)).save_pretrained(tmp_path)
     base = load_base(str(tmp_path), CPU, kernels.dtype, tmp_path, quantization="int8")
     groups = base.engine_model.groups

@@ -12,7 +12,8 @@ import pytest
 from tests.kinds import KINDS, run_tests
 
 ANSWERS = {
-    "base/test_quantization.py": "exact or int8_of_a_row or what_is_not_finite or mixed_equals and llama and int8",
+    "base/test_quantization.py": "exact or int8_of_a_row or what_is_not_finite",
+    "base/test_quantized_base.py": "mixed_equals and llama and int8",
     "kernels/test_native_quantized.py": "whatever_is_beside_it",
     "engine/adapters/test_peft_features.py": "llama and kernels",
     "engine/test_bfloat16_parity.py": "llama",

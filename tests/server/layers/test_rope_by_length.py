@@ -38,20 +38,20 @@ def longrope(half: int, **more: Any) -> dict[str, Any]:
 
 
 CONFIGS: dict[str, Any] = {
-    "phi3": Phi3Config(**toys._COMMON, original_max_position_embeddings=BORDER, rope_parameters=longrope(4)),
+    "phi3": Phi3Config(**toys.COMMON, original_max_position_embeddings=BORDER, rope_parameters=longrope(4)),
     # As Phi-4-mini: tied, and only a part of each head is rotated.
     "phi4-mini": Phi3Config(
-        **toys._COMMON | {"hidden_size": 96},
+        **toys.COMMON | {"hidden_size": 96},
         tie_word_embeddings=True,
         original_max_position_embeddings=BORDER,
         rope_parameters=longrope(6, partial_rotary_factor=0.75),
     ),
     "llama": LlamaConfig(
-        **toys._COMMON, rope_parameters=longrope(4, original_max_position_embeddings=BORDER, factor=4.0)
+        **toys.COMMON, rope_parameters=longrope(4, original_max_position_embeddings=BORDER, factor=4.0)
     ),
     # As Phi-3.5-MoE: its class scales by the length too.
     "phimoe": PhimoeConfig(
-        **toys._COMMON | {"num_hidden_layers": 2},
+        **toys.COMMON | {"num_hidden_layers": 2},
         num_local_experts=2,
         num_experts_per_tok=2,
         original_max_position_embeddings=BORDER,
@@ -60,7 +60,7 @@ CONFIGS: dict[str, Any] = {
         ),
     ),
     "gemma3": Gemma3TextConfig(
-        **toys._COMMON,
+        **toys.COMMON,
         head_dim=16,
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
@@ -264,7 +264,7 @@ def test_whole_layers_computed_by_kernels_agree(tmp_path: Path) -> None:
     """In bfloat16, where the kernels compute layers of the Llama kind whole."""
     sizes = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3, "num_key_value_heads": 1}
     config = LlamaConfig(
-        **toys._COMMON | sizes,
+        **toys.COMMON | sizes,
         rope_parameters=longrope(16, original_max_position_embeddings=BORDER, factor=4.0),
     )
     torch.manual_seed(0)
@@ -284,7 +284,7 @@ def test_whole_layers_computed_by_kernels_agree(tmp_path: Path) -> None:
 def test_dynamic_ntk_is_served_as_alone_up_to_its_context(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its scaling begins beyond max_position_embeddings, where the context ends; that is said."""
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-    config = LlamaConfig(**toys._COMMON | {"max_position_embeddings": 96}, rope_parameters=rope)
+    config = LlamaConfig(**toys.COMMON | {"max_position_embeddings": 96}, rope_parameters=rope)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     harness = Harness(tmp_path / "model")

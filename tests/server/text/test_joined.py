@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.server.text.test_text import BYTE_LEVEL, SENTENCEPIECE
 from tests.server.text.test_tokenizer_facts import byte_level, sentencepiece
+from tests.server.text.text_harness import BYTE_LEVEL, SENTENCEPIECE
 
 from graftwork_server.text import IncrementalDetokenizer, TextProcessor
 

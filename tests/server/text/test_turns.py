@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.server.text.test_text import chat, save
+from tests.server.text.text_harness import chat, save
 from transformers import AutoTokenizer
 
 from graftwork_server.errors import InvalidArgument

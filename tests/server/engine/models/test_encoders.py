@@ -13,24 +13,15 @@ from tests.bounds import assert_near
 from tests.server.engine.adapters.test_heads import load
 from tests.server.engine.adapters.test_peft_features import load as load_any
 from tests.server.engine.harness import CPU, Harness
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from tests.server.engine.models.encoder_harness import harness_of, logits_of, prompts, states_of
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from graftwork_plugins import ArtifactError, FullWeights, LowRank, Prefix
-from graftwork_server.engine.adapters.bind import bind
+from graftwork_plugins import ArtifactError, LowRank
 from graftwork_server.engine.models.load import load_model
 from graftwork_server.errors import FailedPrecondition
 
 TARGETS = {"distilbert": ["q_lin", "v_lin", "lin1"]}
 """PEFT's all-linear fails on DistilBERT: it takes pre_classifier for one of them."""
-
-
-def harness_of(model_dir: Path, **limits: Any) -> Harness:
-    return Harness(model_dir, load_model(str(model_dir), CPU, torch.float32, model_dir), **limits)
-
-
-def prompts(count: int = 7) -> list[list[int]]:
-    """With the ids that are padding to BERT (0) and to RoBERTa (1) among them: nothing is padded here."""
-    return [[2, *ids[:20], 1, 5, 0, 9] if index % 2 else [2, *ids] for index, ids in enumerate(toys.prompts(count))]
 
 
 @pytest.fixture(scope="module", params=[name for name in toys.ENCODERS if name != "modernbert"])
@@ -46,17 +37,6 @@ def model_dir(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def harness(model_dir: Path) -> Harness:
     return harness_of(model_dir, max_step_tokens=64, max_sequences=6)
-
-
-@torch.no_grad()
-def states_of(model: Any, ids: list[int]) -> torch.Tensor:
-    """[tokens, hidden] of the plain forward over one sequence."""
-    return model(input_ids=torch.tensor([ids]))[0][0]
-
-
-@torch.no_grad()
-def logits_of(model: Any, rows: list[list[int]]) -> torch.Tensor:
-    return torch.cat([model(input_ids=torch.tensor([ids])).logits for ids in rows])
 
 
 def test_embeddings_and_classifiers_equal_peft(
@@ -247,19 +227,6 @@ def test_a_masked_model_has_no_pooler_to_classify_with(tmp_path: Path) -> None:
     torch.testing.assert_close(harness.values(2), expected, atol=1e-4, rtol=0)
 
 
-def test_what_an_encoder_does_not_take_is_refused(tmp_path: Path) -> None:
-    model_dir = toys.make_encoder("bert", tmp_path / "model")
-    harness = harness_of(model_dir)
-    for delta in (FullWeights(tensors={}), Prefix(embeddings=torch.ones(2, 48))):
-        with pytest.raises(FailedPrecondition, match="an encoder takes deltas of modules and heads"):
-            bind(harness.base, "wrong", [delta])
-    harness.pool(1, [2, 3], kind="classify")
-    error = harness.finished[1].error
-    assert error is not None
-    assert error.reason == "HEAD_MISSING"
-    assert "ForSequenceClassification" in error.message
-
-
 @pytest.mark.parametrize(("architecture", "targets"), [("bert", ["key", "value"]), ("modernbert", ["Wqkv", "Wo"])])
 def test_other_kinds_of_adapters(tmp_path: Path, architecture: str, targets: list[str]) -> None:
     """IA3 of the model without a task is served; with one it is refused by name, as virtual tokens are."""
@@ -269,7 +236,7 @@ def test_other_kinds_of_adapters(tmp_path: Path, architecture: str, targets: lis
     def saved(task: str | None, config: Any, number: int) -> Path:
         kind = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModel
         model = get_peft_model(kind.from_pretrained(model_dir, dtype=torch.float32), config(task))
-        toys._move(model, only_trained=True, seed=number)
+        toys.move(model, only_trained=True, seed=number)
         model.save_pretrained(tmp_path / str(number))
         return tmp_path / str(number)
 
@@ -292,13 +259,6 @@ def test_other_kinds_of_adapters(tmp_path: Path, architecture: str, targets: lis
         assert caught.value.key == "task_type"
 
 
-def test_a_decoders_classifier_is_no_base(tmp_path: Path) -> None:
-    model = AutoModelForSequenceClassification.from_config(toys.CONFIGS["llama"])
-    model.save_pretrained(tmp_path / "model")
-    with pytest.raises(FailedPrecondition, match=r"LlamaForSequenceClassification.*as an adapter"):
-        load_model(str(tmp_path / "model"), CPU, torch.float32, tmp_path)
-
-
 def test_a_long_sequence_runs_alone_and_whole(tmp_path: Path) -> None:
     model_dir = toys.make_encoder("roberta", tmp_path / "model")
     harness = harness_of(model_dir, max_step_tokens=16)
@@ -311,22 +271,6 @@ def test_a_long_sequence_runs_alone_and_whole(tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(model_dir, dtype=torch.float32).eval()
     for index, ids in enumerate(rows):
         torch.testing.assert_close(harness.values(index), states_of(model, ids)[-1], atol=1e-4, rtol=0)
-
-
-def test_the_default_pooling_is_the_checkpoints_own(tmp_path: Path) -> None:
-    model_dir = toys.make_encoder("distilbert", tmp_path / "model")
-    info = load_model(str(model_dir), CPU, torch.float32, tmp_path).info
-    assert (info.default_pooling, info.undone_pooling, info.hidden_size, info.kv_tokens) == ("mean", "", 48, 0)
-    (model_dir / "1_Pooling").mkdir()
-    (model_dir / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
-    info = load_model(str(model_dir), CPU, torch.float32, tmp_path).info
-    assert (info.default_pooling, info.undone_pooling) == ("cls", "")
-
-
-def test_a_causal_base_pools_the_last_token(llama_dir: Path) -> None:
-    info = load_model(str(llama_dir), CPU, torch.float32, llama_dir).info
-    assert (info.default_pooling, info.hidden_size, info.generates) == ("last", 48, True)
-    assert AutoModelForCausalLM.from_pretrained(llama_dir).config.hidden_size == 48
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta"])

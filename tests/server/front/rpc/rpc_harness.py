@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +11,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from tests.server import scripted_engine as script
 
-from graftwork.v1 import (
-    adapters_pb2_grpc,
-    generation_pb2_grpc,
-    server_pb2_grpc,
-    strategies_pb2_grpc,
-    tuning_pb2_grpc,
-)
+from graftwork.v1 import adapters_pb2_grpc, generation_pb2_grpc, server_pb2_grpc, strategies_pb2_grpc, tuning_pb2_grpc
 from graftwork_server.config import ServerConfig
 from graftwork_server.front.front import Front
 
@@ -85,11 +77,3 @@ class Refused:
 
     def __repr__(self) -> str:
         return f"{self.code} {self.reason} {self.message!r} {self.fields}"
-
-
-async def until(condition, seconds: float = 5.0) -> None:
-    """Waits until `condition()` holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        await asyncio.sleep(0.005)

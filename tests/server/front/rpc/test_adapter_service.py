@@ -1,70 +1,20 @@
-"""AdapterService: what is published is whole, what is refused leaves nothing behind."""
+"""AdapterService: adapters and their versions are brought, named, listed, loaded, pinned and deleted."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import time
 
 import grpc
-import pytest
-from tests.server import scripted_engine as script
-from tests.server.front.rpc.rpc_harness import until
+from tests.server.front.rpc.adapter_harness import create, files_of, generate, get, staged
+from tests.waiting import until
 
 from graftwork.v1 import adapters_pb2 as pb
 from graftwork.v1 import generation_pb2
 
 
-def files_of(seed="", **config) -> dict[str, bytes]:
-    return {
-        "adapter_config.json": json.dumps({"peft_type": "LORA", "r": 8, **config}).encode(),
-        "adapter_model.safetensors": script.safetensors_bytes(seed),
-    }
-
-
-def upload_of(adapter_id, files, *, sha256=True, **fields) -> pb.CreateAdapterRequest:
-    infos = [
-        pb.FileInfo(name=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest() if sha256 else "")
-        for name, data in files.items()
-    ]
-    return pb.CreateAdapterRequest(upload=pb.AdapterUpload(adapter_id=adapter_id, files=infos, **fields))
-
-
-def chunk(name, data) -> pb.CreateAdapterRequest:
-    return pb.CreateAdapterRequest(chunk=pb.FileChunk(name=name, data=data))
-
-
-def requests_of(adapter_id, files, *, piece=50, **fields) -> list[pb.CreateAdapterRequest]:
-    chunks = [
-        chunk(name, data[start : start + piece]) for name, data in files.items() for start in range(0, len(data), piece)
-    ]
-    return [upload_of(adapter_id, files, **fields), *chunks]
-
-
-def create(server, adapter_id, files=None, **fields):
-    return server.adapters.CreateAdapter(iter(requests_of(adapter_id, files or files_of(adapter_id), **fields)))
-
-
-def get(server, name):
-    return server.adapters.GetAdapter(pb.GetAdapterRequest(name=name))
-
-
 async def pin(server, adapter_id):
     return await server.adapters.PinAdapter(pb.PinAdapterRequest(name=f"adapters/{adapter_id}"))
-
-
-def staged(server) -> list:
-    return list((server.data / "staging").iterdir())
-
-
-async def generate(server, model, **sampling):
-    call = server.generation.Generate(
-        generation_pb2.GenerateRequest(
-            model=model, text="a", sampling=generation_pb2.SamplingParameters(max_tokens=2, **sampling)
-        )
-    )
-    return [message async for message in call]
 
 
 async def test_an_uploaded_adapter_answers_by_name(server):
@@ -262,125 +212,6 @@ async def test_the_same_files_under_two_names_stay_loaded_for_the_other(server):
     await asyncio.sleep(0.05)
     assert (await get(server, "adapters/b")).adapter.loaded
     assert (await generate(server, "b"))[-1].model == "b"
-
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def damaged(name):
-    """Requests of an upload with one thing wrong."""
-    files = files_of()
-    whole = requests_of("x", files)
-    match name:
-        case "no first message":
-            return []
-        case "chunk first":
-            return whole[1:]
-        case "upload twice":
-            return [whole[0], whole[0], *whole[1:]]
-        case "truncated":
-            return whole[:-1]
-        case "no chunks":
-            return whole[:1]
-        case "too many bytes":
-            return [*whole, chunk(WEIGHTS, b"x")]
-        case "another file":
-            return [whole[0], chunk("other.json", b"{}"), *whole[1:]]
-        case "other order":
-            return [whole[0], *reversed(whole[1:])]
-        case "other bytes":
-            return [whole[0], chunk(CONFIG, b" " * len(files[CONFIG])), chunk(WEIGHTS, files[WEIGHTS])]
-        case "no files":
-            return [upload_of("x", {})]
-        case "pickle":
-            return requests_of("x", files | {"adapter_model.bin": b"\x80\x04."})
-        case "path in name":
-            return requests_of("x", files | {"../evil.json": b"{}"})
-        case "same name twice":
-            return requests_of("x", files | {"ADAPTER_CONFIG.json": b"{}"})
-        case "negative size":
-            return [
-                pb.CreateAdapterRequest(
-                    upload=pb.AdapterUpload(adapter_id="x", files=[pb.FileInfo(name="a.json", size_bytes=-1)])
-                )
-            ]
-        case "huge size":
-            return [
-                pb.CreateAdapterRequest(
-                    upload=pb.AdapterUpload(adapter_id="x", files=[pb.FileInfo(name="a.json", size_bytes=2**62)])
-                )
-            ]
-        case "truncated safetensors":
-            return requests_of("x", {CONFIG: files[CONFIG], WEIGHTS: files[WEIGHTS][:-1]})
-        case "no safetensors":
-            return requests_of("x", {CONFIG: files[CONFIG], WEIGHTS: b"\x80\x04."})
-        case "large chunk":
-            big = {"big.txt": b"x" * ((1 << 20) + 1)}
-            return requests_of("x", big, piece=len(big["big.txt"]))
-    raise ValueError(name)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "no first message",
-        "chunk first",
-        "upload twice",
-        "truncated",
-        "no chunks",
-        "too many bytes",
-        "another file",
-        "other order",
-        "other bytes",
-        "no files",
-        "pickle",
-        "path in name",
-        "same name twice",
-        "negative size",
-        "huge size",
-        "truncated safetensors",
-        "no safetensors",
-        "large chunk",
-    ],
-)
-async def test_a_wrong_upload_is_refused_and_leaves_nothing(shared, refused, name):
-    error = await refused(shared.adapters.CreateAdapter(iter(damaged(name))))
-    assert error.code == "INVALID_ARGUMENT", error
-    assert error.fields, error
-    await until(lambda: staged(shared) == [])
-    assert list((shared.data / "artifacts").iterdir()) == []
-    assert (await refused(get(shared, "adapters/x"))).code == "NOT_FOUND"
-
-
-async def test_what_the_engine_refuses_is_not_published(shared, refused):
-    error = await refused(create(shared, "x", files_of(note="REFUSE")))
-    assert (error.code, error.reason, error.message) == (
-        "FAILED_PRECONDITION",
-        "UNKNOWN_TENSOR",
-        "tensor 'x' binds nowhere",
-    )
-    assert staged(shared) == []
-
-
-async def test_a_client_that_goes_away_leaves_nothing(shared):
-    async def endless():
-        yield upload_of("gone", files_of())
-        await asyncio.sleep(60)
-
-    call = shared.adapters.CreateAdapter(endless())
-    await until(lambda: staged(shared))
-    call.cancel()
-    await until(lambda: staged(shared) == [])
-
-
-async def test_a_deadline_ends_an_upload_that_stalls(shared, refused):
-    async def stalled():
-        yield upload_of("gone", files_of())
-        await asyncio.sleep(60)
-
-    error = await refused(shared.adapters.CreateAdapter(stalled(), timeout=0.3))
-    assert error.code == "DEADLINE_EXCEEDED"
-    await until(lambda: staged(shared) == [])
 
 
 async def test_adapters_survive_a_restart(make_server):

@@ -7,10 +7,10 @@ import logging
 
 import pytest
 from tests.server import scripted_engine as script
-from tests.server.front.rpc.rpc_harness import until
-from tests.server.front.rpc.test_adapter_service import create, generate
-from tests.server.front.rpc.test_tuning_service import create as create_job
-from tests.server.front.rpc.test_tuning_service import upload, watch
+from tests.server.front.rpc.adapter_harness import create, generate
+from tests.server.front.rpc.tuning_harness import create as create_job
+from tests.server.front.rpc.tuning_harness import upload, watch
+from tests.waiting import until
 
 from graftwork.v1 import adapters_pb2, generation_pb2, tuning_pb2
 from graftwork_server.durable import storage_errors

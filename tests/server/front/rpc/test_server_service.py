@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib import metadata
 
 from tests.server import scripted_engine as script
-from tests.server.front.rpc.rpc_harness import until
-from tests.server.front.rpc.test_adapter_service import create
+from tests.server.front.rpc.adapter_harness import create
+from tests.waiting import until
 
 from graftwork.v1 import adapters_pb2, generation_pb2, server_pb2
 

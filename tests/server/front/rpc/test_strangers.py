@@ -10,9 +10,9 @@ import psutil
 import pytest
 from tests import hostile
 from tests.processes import helpers
-from tests.server.front.rpc.rpc_harness import until
-from tests.server.front.rpc.test_adapter_service import create, files_of, get
-from tests.server.front.rpc.test_tuning_service import ROWS, upload, validate
+from tests.server.front.rpc.adapter_harness import create, files_of, get
+from tests.server.front.rpc.tuning_harness import ROWS, upload, validate
+from tests.waiting import until
 
 from graftwork.v1 import adapters_pb2, generation_pb2
 from graftwork.v1 import tuning_pb2 as pb

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 from tests import hostile, toys
 from tests.processes import helpers
+from tests.waiting import until
 from tokenizers import AddedToken, Tokenizer
 
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument, ResourceExhausted
@@ -55,15 +56,6 @@ def brings(folder: Path, template: str | None = None, document: dict[str, Any] |
     if document is not None:
         (folder / "tokenizer.json").write_text(json.dumps(document))
     return folder
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Waits for it, two minutes at most."""
-    for _ in range(2400):
-        if condition():
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError("waited in vain")
 
 
 async def chat(texts: IsolatedTexts, folder: Path, content: str = "the fox") -> list[int]:
@@ -232,7 +224,7 @@ async def test_an_offenders_queue_is_short_and_says_why(texts: IsolatedTexts, tm
     looping = brings(tmp_path / "looping", hostile.LOOPING)
     await texts.of(str(looping), looping)
     clients = [asyncio.create_task(chat(texts, looping)) for _ in range(10)]
-    await until(lambda: sum(client.done() for client in clients) >= 10 - QUEUE_PER_MARKED_KEY)
+    await until(lambda: sum(client.done() for client in clients) >= 10 - QUEUE_PER_MARKED_KEY, 120)
     errors = [client.exception() for client in clients if client.done()]
     assert isinstance(errors[0], InvalidArgument), "it was the first"
     full = [error for error in errors if isinstance(error, ResourceExhausted)]
@@ -282,7 +274,7 @@ async def test_helpers_that_are_not_used_are_ended(
     monkeypatch.setattr("graftwork_server.text.strangers.helper_pool.IDLE_SECONDS", 0.2)
     good = brings(tmp_path / "good", hostile.HARMLESS)
     expected = await chat(texts, good)
-    await until(lambda: not helpers(base_dir))
+    await until(lambda: not helpers(base_dir), 120)
     assert await chat(texts, good) == expected
 
 

@@ -60,7 +60,8 @@ STRATEGIES = [
     StrategyInfo(id="fixed", capabilities=["serve"]),
     StrategyInfo(id="broken", load_error="ImportError: no"),
 ]
-Script = Callable[[JobSpec, Callable[[TunerEvent], None]], Awaitable[None]]
+Say = Callable[[TunerEvent], None]
+Script = Callable[[JobSpec, Say], Awaitable[None]]
 
 
 def text_processor() -> TextProcessor:
@@ -90,7 +91,7 @@ def leave_artifact(job: JobSpec, header: bytes = b"{}") -> None:
     temporary.rename(folder)
 
 
-async def train(job: JobSpec, say: Callable[[TunerEvent], None]) -> None:
+async def train(job: JobSpec, say: Say) -> None:
     """A tuner without surprises."""
     for number in (1, 2, 3):
         say(step(number))
@@ -100,7 +101,7 @@ async def train(job: JobSpec, say: Callable[[TunerEvent], None]) -> None:
     say(Finished(result=RESULT))
 
 
-async def never(job: JobSpec, say: Callable[[TunerEvent], None]) -> None:
+async def never(job: JobSpec, say: Say) -> None:
     """A tuner that takes one step, and its time."""
     say(step(1))
 

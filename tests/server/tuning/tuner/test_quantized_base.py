@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tests.server.tuning.tuner_harness import TunerHarness, losses
+from tests.server.tuning.tuner.tuner_harness import TunerHarness, losses
 from transformers import AutoModelForCausalLM
 
 from graftwork_plugins import DeviceInfo, UnsupportedBase

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.server.tuning.test_loop import make_run, one_thread  # noqa: F401 - a fixture
+from tests.server.tuning.tuner.run_harness import make_run, one_thread  # noqa: F401 - a fixture
 
 from graftwork_plugins import IGNORED_LABEL, TrainingRow
 from graftwork_server.tuning.tuner import loop

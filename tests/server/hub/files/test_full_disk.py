@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.server.hub.test_registry import new, publish
+from tests.server.hub.hub_harness import new, publish
 
 from graftwork_server.errors import NotFound, ResourceExhausted
 from graftwork_server.hub.database.records import StateChanged, TuningSpec

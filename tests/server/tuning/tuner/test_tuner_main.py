@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tests.server.tuning.tuner_harness import TunerHarness, checkpointed, jsonl, losses
+from tests.server.tuning.tuner.tuner_harness import TunerHarness, checkpointed, jsonl, losses
 from transformers import AutoModelForCausalLM
 
 from graftwork_plugins.builtin.strategies.lora import Lora

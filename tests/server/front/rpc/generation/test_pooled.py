@@ -6,7 +6,7 @@ import math
 
 import pytest
 from tests.server import scripted_engine as script
-from tests.server.front.rpc.rpc_harness import until
+from tests.waiting import until
 
 from graftwork.v1 import generation_pb2 as pb
 from graftwork.v1 import tuning_pb2

@@ -1,4 +1,4 @@
-"""The loop's arithmetic: packing and accumulation do not change the gradient; schedules are as documented."""
+"""The loop's arithmetic: packing and accumulation do not change the gradient; serving goes first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,57 +13,13 @@ from typing import Any
 import pytest
 import torch
 from tests.bounds import FORWARD_TERMS, assert_near, rounding
+from tests.server.tuning.tuner.run_harness import make_run, one_thread, uneven_rows  # noqa: F401 - a fixture
 
-from graftwork_plugins import IGNORED_LABEL, TrainingConfig, TrainingRow
-from graftwork_plugins.builtin.strategies.lora import Lora, LoraConfig
-from graftwork_plugins.testing import base_handle, make_model
-from graftwork_server.kernels.attention import packed
-from graftwork_server.tuning.schedule import (
-    held_out_count,
-    learning_rate,
-    pack,
-    rows_of_step,
-    split_rows,
-    total_steps,
-)
+from graftwork_plugins import IGNORED_LABEL, TrainingRow
 from graftwork_server.tuning.tuner import loop
-from graftwork_server.tuning.tuner.checkpoint import Checkpoints, Progressed
+from graftwork_server.tuning.tuner.checkpoint import Progressed
 from graftwork_server.tuning.tuner.gate import Gate
 from graftwork_server.tuning.tuner.loop import Run, evaluate
-from graftwork_server.tuning.tuner.reports import Reports
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Toy models are faster so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def uneven_rows() -> list[TrainingRow]:
-    """Rows of different lengths and shares of loss, which is where wrong accumulation shows."""
-    rows = []
-    for index, (length, prompt) in enumerate([(5, 1), (19, 17), (12, 3), (3, 1), (30, 10), (8, 7)]):
-        ids = [(7 * index + 3 * position) % 60 for position in range(length)]
-        rows.append(TrainingRow(ids, [IGNORED_LABEL] * prompt + ids[prompt:]))
-    return rows
-
-
-def make_run(tmp_path: Path, **settings: Any) -> Run:
-    config = LoraConfig.model_validate({"r": 4, "lora_alpha": 8} | settings)
-    model: Any = make_model()
-    model.set_attn_implementation(packed.NAME)
-    torch.manual_seed(0)
-    trainable = Lora().build(base_handle(model), config)
-    with torch.no_grad():
-        for name, parameter in trainable.parameters.items():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    rows = uneven_rows()
-    checkpoints, reports = Checkpoints(tmp_path, {}), Reports(tmp_path / "reports", lambda event: None)
-    return Run(Lora(), config, trainable, torch.device("cpu"), rows, rows, checkpoints, reports)
 
 
 def gradients(run: Run) -> dict[str, torch.Tensor]:
@@ -117,51 +72,6 @@ def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
     bound = rounding(norm, sum(parameter.numel() for parameter in parameters))
     assert loop._clip_gradients(parameters, norm / 4) == pytest.approx(norm, abs=bound)
     assert loop._clip_gradients(parameters, 0) == pytest.approx(norm / 4, rel=1e-3)
-
-
-def test_rows_are_packed_in_order() -> None:
-    assert pack([3, 4, 5, 9, 1, 1], 8) == [[0, 1], [2], [3], [4, 5]]
-    assert pack([], 8) == []
-
-
-def test_each_epoch_has_every_row_once_in_its_own_order() -> None:
-    config = TrainingConfig(batch_size=4, num_epochs=2, seed=3)
-    assert total_steps(config, 10) == 6
-    epochs = [[row for step in steps for row in rows_of_step(config, 10, step)] for steps in (range(3), range(3, 6))]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
-    assert epochs[0] != epochs[1]
-    assert epochs[0] != list(range(10))
-
-
-def test_steps() -> None:
-    assert total_steps(TrainingConfig(num_epochs=0.5, batch_size=4), 10) == 2
-    assert total_steps(TrainingConfig(num_epochs=0.01, batch_size=4), 10) == 1
-    assert total_steps(TrainingConfig(max_steps=7), 10) == 7
-
-
-def test_learning_rates() -> None:
-    def course(scheduler: str, warmup: float) -> list[float]:
-        config = TrainingConfig(learning_rate=1.0, lr_scheduler=scheduler, warmup_ratio=warmup)  # type: ignore[arg-type]
-        return [learning_rate(config, step, 4) for step in range(4)]
-
-    assert course("constant", 0.5) == [0.5, 1, 1, 1]
-    assert course("linear", 0) == [1, 0.75, 0.5, 0.25]
-    assert course("linear", 0.5) == [0.5, 1, 1, 0.5]
-    assert course("cosine", 0) == pytest.approx([1, 0.8536, 0.5, 0.1464], abs=1e-4)
-
-
-def test_the_split_is_seeded_and_disjoint() -> None:
-    kept, held_out = split_rows(20, 0.25, 1)
-    assert len(held_out) == held_out_count(20, 0.25) == 5
-    assert sorted(kept + held_out) == list(range(20))
-    assert split_rows(20, 0.25, 1) == (kept, held_out)
-    assert split_rows(20, 0.25, 2) != (kept, held_out)
-    assert (held_out_count(20, 0), held_out_count(2, 0.5), held_out_count(1, 0.5), held_out_count(3, 0.01)) == (
-        0,
-        1,
-        0,
-        1,
-    )
 
 
 def test_the_gate_waits_while_serving_runs_and_no_longer_than_allowed() -> None:

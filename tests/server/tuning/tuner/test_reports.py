@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.server.tuning.scripted import step
-from tests.server.tuning.test_loop import make_run
+from tests.server.tuning.jobs.scripted import step
+from tests.server.tuning.tuner.run_harness import make_run
 
 from graftwork_server.tuning.tuner.loop import train
 from graftwork_server.tuning.tuner.reports import Reports

@@ -9,7 +9,7 @@ import time
 import grpc
 import pytest
 from tests.server import scripted_engine as script
-from tests.server.front.rpc.rpc_harness import until
+from tests.waiting import until
 
 from graftwork.v1 import generation_pb2 as pb
 
