@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.peers.line_worker import Job, Measured, answer_lines, with_new_tokens
+from graftwork_server.base.device import choose_dtype
 from graftwork_server.engine.engine import Engine, EngineLimits
-from graftwork_server.engine.models.base import choose_dtype
 from graftwork_server.engine.models.causal import load_base
 from graftwork_server.wire.engine import Generate, Sampling
 

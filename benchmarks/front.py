@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
-from graftwork_server.front.front import MODEL_ON_BOARD
 
 from benchmarks.cases import PROMPT_TOKENS, Case
 from benchmarks.machine import describe_machine
@@ -30,6 +29,7 @@ from benchmarks.report import front_circumstances, front_table
 from benchmarks.server_process import ServerProcess, end_on_sigterm
 from benchmarks.sides import PeerSide
 from graftwork.v1 import generation_pb2 as pb
+from graftwork_server.front.front import MODEL_ON_BOARD
 
 METHOD = "/graftwork.v1.GenerationService/Generate"
 NEW_TOKENS = 128

@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from graftwork_server.front.front import MODEL_ON_BOARD
 
 from benchmarks.cases import NEW_TOKENS, PROMPT_TOKENS, Case, adapters_of
 from benchmarks.machine import describe_machine
 from benchmarks.options import parser_of, store
 from benchmarks.shapes import make_adapters, make_model
 from benchmarks.sides import OurSide
+from graftwork_server.base.device import choose_dtype
 from graftwork_server.base.quantization import Int8Linear, Nf4Linear, bitsandbytes, rows_to_int8
 from graftwork_server.base.weights import map_base_model
-from graftwork_server.engine.models.base import choose_dtype
 from graftwork_server.engine.models.causal import load_base
+from graftwork_server.front.front import MODEL_ON_BOARD
 from graftwork_server.kernels.native import native_kernels
 from graftwork_server.text import TextProcessor
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from graftwork_server.front.front import MODEL_ON_BOARD
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from graftwork_server.front.front import MODEL_ON_BOARD
 
 SHAPES: dict[str, dict[str, Any]] = {
     "135m": {

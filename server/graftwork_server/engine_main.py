@@ -27,8 +27,8 @@ from graftwork_server.wire.engine import StartFailed
 from graftwork_server.wire.frames import encode_frame
 
 if TYPE_CHECKING:
-    from graftwork_server.engine.models.base import BaseModel
     from graftwork_server.engine.worker import EngineWorker
+    from graftwork_server.layers.base_model import BaseModel
 
 log = logging.getLogger("graftwork.engine")
 
@@ -89,9 +89,9 @@ def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
     import torch
 
     from graftwork_server.base.describe import base_info
+    from graftwork_server.base.device import choose_device, choose_dtype
     from graftwork_server.base.files import model_dir
     from graftwork_server.engine.engine import EngineLimits
-    from graftwork_server.engine.models.base import choose_device, choose_dtype
     from graftwork_server.engine.models.load import load_model
     from graftwork_server.engine.outbox import default_messages_per_second
     from graftwork_server.engine.worker import EngineWorker

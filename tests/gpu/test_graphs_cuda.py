@@ -14,8 +14,8 @@ from tests.server.engine.harness import Harness, Reference, assert_greedy_matche
 
 from graftwork_server.engine.adapters.bind import bind
 from graftwork_server.engine.decode_graphs import Captured
-from graftwork_server.engine.models.base import BaseModel
 from graftwork_server.engine.models.causal import load_base
+from graftwork_server.layers.base_model import BaseModel
 from graftwork_server.types import AdapterRef
 
 pytestmark = pytest.mark.gpu

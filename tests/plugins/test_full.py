@@ -19,8 +19,8 @@ from graftwork_plugins.testing import base_handle, make_rows, train_steps, write
 from graftwork_server.base.describe import base_info
 from graftwork_server.base.weights import map_base_model
 from graftwork_server.engine.adapters.bind import bind
-from graftwork_server.engine.models.base import resident_model
 from graftwork_server.engine.models.causal import load_base
+from graftwork_server.layers.base_model import resident_model
 
 
 def loaded(path: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:

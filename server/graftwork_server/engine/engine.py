@@ -13,7 +13,6 @@ from graftwork_server.engine.adapters.pool import AdapterPool
 from graftwork_server.engine.cache.block_pool import BlockPool
 from graftwork_server.engine.decode_graphs import decode_steps_for
 from graftwork_server.engine.encoder_runner import EncoderRunner
-from graftwork_server.engine.models.base import BaseModel
 from graftwork_server.engine.runner import Runner
 from graftwork_server.engine.sampling.sampler import Sampler
 from graftwork_server.engine.scheduling import ends
@@ -24,6 +23,7 @@ from graftwork_server.engine.scheduling.whole_scheduler import WholeScheduler
 from graftwork_server.errors import ErrorBody
 from graftwork_server.layers.attention.block_kv_cache import kv_cache_for
 from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS
+from graftwork_server.layers.base_model import BaseModel
 from graftwork_server.layers.encoder import EncoderModel
 from graftwork_server.types import AdapterRef
 from graftwork_server.wire.engine import Generate, SequenceOutput

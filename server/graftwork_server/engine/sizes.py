@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from graftwork_server.engine.models.base import BaseModel
 from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS
+from graftwork_server.layers.base_model import BaseModel
 
 
 def kv_blocks(base: BaseModel, max_sequences: int, memory_bytes: int) -> int:

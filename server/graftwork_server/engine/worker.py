@@ -29,11 +29,11 @@ from graftwork_server.engine.adapters.loaded import LoadedAdapter, PreparedAdapt
 from graftwork_server.engine.adapters.loader import Loads
 from graftwork_server.engine.engine import Engine, EngineLimits
 from graftwork_server.engine.helper_threads import HelperThreads, compute_alone, compute_behind
-from graftwork_server.engine.models.base import BaseModel
 from graftwork_server.engine.outbox import Outbox
 from graftwork_server.engine.sampling.grammars import Grammars
 from graftwork_server.engine.tuners import Tuners
 from graftwork_server.errors import ErrorBody, FailedPrecondition, GraftworkServerError, Unavailable, body_of
+from graftwork_server.layers.base_model import BaseModel
 from graftwork_server.types import AdapterRef, ArtifactInfo, StrategyInfo
 from graftwork_server.wire.engine import (
     Cancel,

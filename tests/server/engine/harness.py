@@ -23,8 +23,8 @@ from graftwork_plugins import LowRank
 from graftwork_server.engine.adapters.bind import bind
 from graftwork_server.engine.adapters.loaded import LoadedAdapter, PreparedAdapter
 from graftwork_server.engine.engine import Engine, EngineLimits
-from graftwork_server.engine.models.base import BaseModel
 from graftwork_server.engine.models.causal import load_base
+from graftwork_server.layers.base_model import BaseModel
 from graftwork_server.types import AdapterRef
 from graftwork_server.wire.engine import Generate, Pool, Sampling, SequenceOutput
 

@@ -13,17 +13,17 @@ from graftwork_server.base.pretrained import causal_model
 from graftwork_server.base.quantization import check_available, quantize_linears
 from graftwork_server.base.tokenizer import resolved_tokenizer
 from graftwork_server.base.weights import SharedWeights
-from graftwork_server.engine.models.base import BaseModel
-from graftwork_server.engine.models.probe import PROBE_ROWS, logprobs_alone, logprobs_packed, probe_layers
 from graftwork_server.errors import FailedPrecondition
 from graftwork_server.kernels.attention.rotary import rotate_by_length
 from graftwork_server.kernels.native import native_kernels
 from graftwork_server.kernels.triton import triton_kernels
 from graftwork_server.layers.attention.kv_cache import KVCache, LayerShape
 from graftwork_server.layers.attention.paged import Chunk, plan_attention
+from graftwork_server.layers.base_model import BaseModel
 from graftwork_server.layers.changes import changeable_modules
 from graftwork_server.layers.fused_layers import AttentionSettings
 from graftwork_server.layers.model import EngineModel
+from graftwork_server.layers.probe import PROBE_ROWS, logprobs_alone, logprobs_packed, probe_layers
 from graftwork_server.text import ModelFacts
 from graftwork_server.types import ModelInfo
 

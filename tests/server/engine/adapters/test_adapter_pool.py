@@ -19,8 +19,8 @@ from graftwork_server.engine.adapters.bind import bind
 from graftwork_server.engine.adapters.host_cache import HostCache
 from graftwork_server.engine.adapters.loaded import LoadedAdapter, PreparedAdapter
 from graftwork_server.engine.adapters.pool import AdapterPool
-from graftwork_server.engine.models.base import BaseModel
 from graftwork_server.errors import FailedPrecondition, ResourceExhausted
+from graftwork_server.layers.base_model import BaseModel
 from graftwork_server.layers.slots import SLOTS_PER_BLOCK, SlotBlock
 
 STOP = threading.Event()

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from graftwork_plugins import LowRank, Replace, Scale
 from graftwork_server.base.quantization import QuantizedLinear
-from graftwork_server.engine.adapters.checks import _check_tensors_and_scaling, check_low_rank, check_values, rejected
-from graftwork_server.engine.models.base import BaseModel
+from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.binding.checks import _check_tensors_and_scaling, check_low_rank, check_values, rejected
 from graftwork_server.layers.changes import (
     Affine,
     EmbeddingUpdate,

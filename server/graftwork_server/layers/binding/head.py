@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from graftwork_plugins import Head, LowRank, Replace, Scale
-from graftwork_server.engine.adapters.checks import check_values, rejected
-from graftwork_server.engine.models.base import BaseModel
+from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.binding.checks import check_values, rejected
 from graftwork_server.layers.head import _ACTIVATIONS, BoundHead
 from graftwork_server.wire.engine import HeadInfo
 
