@@ -15,8 +15,9 @@ import torch
 
 from benchmarks.peers.line_worker import Job, Measured, answer_lines, with_new_tokens
 from graftwork_server.base.device import choose_dtype
-from graftwork_server.engine.engine import Engine, EngineLimits
-from graftwork_server.engine.models.causal import load_base
+from graftwork_server.config import ServerConfig
+from graftwork_server.engine.engine import Engine
+from graftwork_server.layers.models.causal import load_base
 from graftwork_server.wire.engine import Generate, Sampling
 
 
@@ -27,7 +28,7 @@ class InProcess:
         device = torch.device("cpu")
         with tempfile.TemporaryDirectory() as cache:
             base = load_base(model_dir, device, choose_dtype(dtype, device), Path(cache))
-        self._engine = Engine(base, EngineLimits(prefix_cache=False), lambda adapter: None)
+        self._engine = Engine(base, ServerConfig(prefix_cache=False), lambda adapter: None)
         self._ids = itertools.count(1)
 
     def measure(self, job: Job) -> Measured:

@@ -29,7 +29,7 @@ from benchmarks.report import front_circumstances, front_table
 from benchmarks.server_process import ServerProcess, end_on_sigterm
 from benchmarks.sides import PeerSide
 from graftwork.v1 import generation_pb2 as pb
-from graftwork_server.front.front import MODEL_ON_BOARD
+from graftwork_server.config import DEMO_MODEL
 
 METHOD = "/graftwork.v1.GenerationService/Generate"
 NEW_TOKENS = 128
@@ -71,7 +71,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     single = Case("single", "", 1, 0, new_tokens=1)
     rates: dict[str, list[float]] = {"engine": [], "server": []}
     firsts: dict[str, list[float]] = {"engine": [], "server": []}
-    command = [sys.executable, "-m", "benchmarks.engine_in_process", str(MODEL_ON_BOARD)]
+    command = [sys.executable, "-m", "benchmarks.engine_in_process", str(DEMO_MODEL)]
     engine = PeerSide([*command, arguments.dtype, str(arguments.threads)])
     with tempfile.TemporaryDirectory(prefix="graftwork-bench-") as data_dir:
         options = ["--data-dir", data_dir, "--dtype", arguments.dtype, "--threads", str(arguments.threads)]

@@ -31,9 +31,9 @@ from benchmarks.sides import OurSide
 from graftwork_server.base.device import choose_dtype
 from graftwork_server.base.quantization import Int8Linear, Nf4Linear, bitsandbytes, rows_to_int8
 from graftwork_server.base.weights import map_base_model
-from graftwork_server.engine.models.causal import load_base
-from graftwork_server.front.front import MODEL_ON_BOARD
+from graftwork_server.config import DEMO_MODEL
 from graftwork_server.kernels.native import native_kernels
+from graftwork_server.layers.models.causal import load_base
 from graftwork_server.text import TextProcessor
 
 CPU = torch.device("cpu")
@@ -135,7 +135,7 @@ def bases(model_dir: Path, dtype: torch.dtype) -> dict[str, dict[str, float]]:
     found = {}
     for kind in KINDS:
         weight_bytes = load_base(str(model_dir), CPU, dtype, model_dir, quantization=kind).info.weight_bytes
-        on_board = load_base(str(MODEL_ON_BOARD), CPU, dtype, MODEL_ON_BOARD, quantization=kind)
+        on_board = load_base(str(DEMO_MODEL), CPU, dtype, DEMO_MODEL, quantization=kind)
         found[kind] = {"weight_bytes": weight_bytes, "on_board_readme_loss": _readme_loss(on_board.weights.info())}
         print(kind, found[kind], flush=True)
     return found
@@ -145,7 +145,7 @@ def bases(model_dir: Path, dtype: torch.dtype) -> dict[str, dict[str, float]]:
 def _readme_loss(info: Any) -> float:
     model: Any = map_base_model(info)
     model.set_attn_implementation("sdpa")
-    text = TextProcessor.from_dir(str(MODEL_ON_BOARD))
+    text = TextProcessor.from_dir(str(DEMO_MODEL))
     ids = torch.tensor(text.encode((Path(__file__).parent.parent / "README.md").read_text()))
     pieces = [piece for piece in ids.split(512) if len(piece) > 1]
     logits = [model(input_ids=piece[None], use_cache=False).logits[0, :-1].float() for piece in pieces]

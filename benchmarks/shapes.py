@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from graftwork_server.front.front import MODEL_ON_BOARD
+from graftwork_server.config import DEMO_MODEL
 
 SHAPES: dict[str, dict[str, Any]] = {
     "135m": {
@@ -50,10 +50,10 @@ def make_model(shape: str, folder: Path) -> Path:
 
 def _write_tokenizer(directory: Path, vocab_size: int) -> None:
     """The tokenizer of the model on board with as many tokens as the model has: random weights answer with any."""
-    tokenizer = json.loads((MODEL_ON_BOARD / "tokenizer.json").read_text())
+    tokenizer = json.loads((DEMO_MODEL / "tokenizer.json").read_text())
     vocab: dict[str, int] = tokenizer["model"]["vocab"]
     vocab |= {f"unused{id}": id for id in range(len(vocab), vocab_size)}
-    (directory / "tokenizer_config.json").write_text((MODEL_ON_BOARD / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text((DEMO_MODEL / "tokenizer_config.json").read_text())
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 

@@ -20,6 +20,8 @@ from typing import Annotated, Any, Literal, NoReturn, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+"""The small model on board."""
 ENVIRONMENT_PREFIX = "GRAFTWORK_"
 OTHER_ENVIRONMENT = frozenset(
     {"GRAFTWORK_ADDRESS", "GRAFTWORK_CONFIG", "GRAFTWORK_FAILPOINT", "GRAFTWORK_KERNELS_MARCH"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import logging
 import os
 import select
@@ -18,8 +17,9 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from graftwork_server.config import DEMO_MODEL, ServerConfig
 from graftwork_server.errors import FailedPrecondition, body_of
 from graftwork_server.logs import set_up
 from graftwork_server.process.last_words import exit_when_a_thread_dies
@@ -28,7 +28,7 @@ from graftwork_server.wire.frames import encode_frame
 
 if TYPE_CHECKING:
     from graftwork_server.engine.worker import EngineWorker
-    from graftwork_server.layers.base_model import BaseModel
+    from graftwork_server.layers.models.base_model import BaseModel
 
 log = logging.getLogger("graftwork.engine")
 
@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--settings", required=True)
     arguments = parser.parse_args()
-    settings: dict[str, Any] = json.loads(arguments.settings)
+    settings = ServerConfig.model_validate_json(arguments.settings)
     exit_when_a_thread_dies()
     connection = socket.socket(fileno=arguments.fd)
     started = threading.Event()
@@ -74,8 +74,8 @@ def _end_with_front(connection: socket.socket, started: threading.Event) -> None
             os._exit(1)
 
 
-def _configure(settings: dict[str, Any]) -> None:
-    set_up(str(settings.get("log_level", "info")), str(settings.get("log_format", "text")))
+def _configure(settings: ServerConfig) -> None:
+    set_up(settings.log_level, settings.log_format)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     # transformers and its libraries draw progress bars and give advice that an operator of this server cannot follow.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -85,52 +85,33 @@ def _configure(settings: dict[str, Any]) -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _build(settings: dict[str, Any], connection: socket.socket) -> EngineWorker:
+def _build(settings: ServerConfig, connection: socket.socket) -> EngineWorker:
     import torch
 
     from graftwork_server.base.describe import base_info
     from graftwork_server.base.device import choose_device, choose_dtype
     from graftwork_server.base.files import model_dir
-    from graftwork_server.engine.engine import EngineLimits
-    from graftwork_server.engine.models.load import load_model
-    from graftwork_server.engine.outbox import default_messages_per_second
     from graftwork_server.engine.worker import EngineWorker
+    from graftwork_server.layers.models.load import load_model
     from graftwork_server.tuning.plugin_host import PluginHost
 
-    threads = int(settings.get("threads") or 0) or len(os.sched_getaffinity(0))
+    threads = settings.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    device = choose_device(str(settings.get("device", "auto")))
-    dtype = choose_dtype(str(settings.get("dtype", "auto")), device)
-    source = settings.get("model") or str(Path(__file__).parent / "demo_model")
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    source = settings.model or str(DEMO_MODEL)
     log.info("starting: reading %s, %s on %s, %d threads", source, str(dtype).removeprefix("torch."), device, threads)
     base = load_model(
-        model_dir(str(source)),
+        model_dir(source),
         device,
         dtype,
-        Path(settings["cache_dir"]),
-        settings.get("native_kernels") != "off",
-        str(settings.get("quantization", "none")),
-    )
-    limits = EngineLimits(
-        max_sequences=int(settings.get("max_sequences", 64)),
-        max_step_tokens=int(settings.get("max_step_tokens", 1024)),
-        kv_memory_bytes=int(settings.get("kv_memory_bytes", 0)),
-        adapter_memory_bytes=int(settings.get("adapter_memory_bytes", 0)),
-        prefix_cache=bool(settings.get("prefix_cache", True)),
-        host_cache_bytes=int(settings.get("host_cache_bytes", 0)),
-        cuda_graphs=settings.get("cuda_graphs") != "off",
+        Path(settings.data_dir) / "cache",
+        settings.native_kernels != "off",
+        settings.quantization,
     )
     log.info("starting: making room for the KV cache and for adapters")
-    worker = EngineWorker(
-        base,
-        base_info(base.engine_model.model, base.info),
-        limits,
-        PluginHost(),
-        connection,
-        threads=threads,
-        tuning_yield_ms=int(settings.get("tuning_yield_ms", 100)),
-        messages_per_second=int(settings.get("messages_per_second") or 0) or default_messages_per_second(),
-    )
+    info = base_info(base.engine_model.model, base.info)
+    worker = EngineWorker(base, info, settings, PluginHost(), connection, threads=threads)
     if base.info.generates:
         check_kv_cache(base, worker.engine.kv_tokens)
     return worker

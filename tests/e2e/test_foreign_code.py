@@ -18,8 +18,8 @@ from tests.e2e.serving import Server
 from tests.e2e.test_bad_input import upload_raw
 
 from graftwork import APIError, Client, FailedPreconditionError, InvalidArgumentError
-from graftwork_server.engine.models.causal import load_base
 from graftwork_server.errors import FailedPrecondition
+from graftwork_server.layers.models.causal import load_base
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from tests import toys
 from tests.server.engine.harness import Harness, Reference, assert_greedy_matches, deltas_of
 
-from graftwork_server.engine.models.causal import load_base
+from graftwork_server.layers.models.causal import load_base
 
 pytestmark = pytest.mark.gpu
 

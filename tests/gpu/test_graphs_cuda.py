@@ -12,10 +12,10 @@ import torch
 from tests import toys
 from tests.server.engine.harness import Harness, Reference, assert_greedy_matches, deltas_of
 
-from graftwork_server.engine.adapters.bind import bind
 from graftwork_server.engine.decode_graphs import Captured
-from graftwork_server.engine.models.causal import load_base
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.binding.adapter import bind
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.causal import load_base
 from graftwork_server.types import AdapterRef
 
 pytestmark = pytest.mark.gpu
@@ -73,7 +73,7 @@ def test_replayed_steps_give_the_tokens_of_eager_ones_and_of_peft(
     graphs = graphs_of(replayed)
     assert not graphs._failed
     assert {rows for rows, _ in graphs._graphs} >= {1, 2, 4, 8, 16}
-    eager = Harness(directory, base, cuda_graphs=False)
+    eager = Harness(directory, base, cuda_graphs="off")
     run_mixed(eager, adapters, 11)
     assert eager.engine._runner._decode_steps is None
     assert replayed.tokens == eager.tokens
@@ -87,7 +87,7 @@ def test_every_architecture_is_captured_or_runs_without(architecture: str, tmp_p
     directory = toys.make_model(architecture, tmp_path / "model")
     base = load_base(str(directory), CUDA, torch.float32, tmp_path)
     tokens = []
-    for cuda_graphs in (True, False):
+    for cuda_graphs in ("auto", "off"):
         harness = Harness(directory, base, cuda_graphs=cuda_graphs)
         for index, prompt in enumerate(toys.prompts(3)):
             harness.add(index, prompt)

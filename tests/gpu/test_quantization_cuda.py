@@ -11,7 +11,7 @@ from tests.server.base.quantization_harness import KINDS, assert_within_bounds, 
 from tests.server.engine.adapters.test_peft_features import load
 from tests.server.engine.harness import Harness
 
-from graftwork_server.engine.models.causal import load_base
+from graftwork_server.layers.models.causal import load_base
 
 pytestmark = pytest.mark.gpu
 

@@ -18,9 +18,9 @@ from graftwork_plugins.builtin.strategies.full import FullConfig, FullTuning, gr
 from graftwork_plugins.testing import base_handle, make_rows, train_steps, write_artifact
 from graftwork_server.base.describe import base_info
 from graftwork_server.base.weights import map_base_model
-from graftwork_server.engine.adapters.bind import bind
-from graftwork_server.engine.models.causal import load_base
-from graftwork_server.layers.base_model import resident_model
+from graftwork_server.layers.binding.adapter import bind
+from graftwork_server.layers.models.base_model import resident_model
+from graftwork_server.layers.models.causal import load_base
 
 
 def loaded(path: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tests import toys
 
-from graftwork_server.engine.models.causal import load_base
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.causal import load_base
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from graftwork_server.engine.scheduling.sequence import ScheduledChunk
 from graftwork_server.layers.attention.block_kv_cache import AnyKVCache, BlockKVCache, DecodingRows
 from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS
 from graftwork_server.layers.attention.paged import AttentionPlan
-from graftwork_server.layers.model import EngineModel
+from graftwork_server.layers.models.model import EngineModel
 from graftwork_server.layers.routing import Routing
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 from graftwork_server.engine.batch import packing_order, spans_of
 from graftwork_server.engine.sampling.pooling import collect, head_for
 from graftwork_server.engine.scheduling.sequence import ChunkLogits, ScheduledChunk, Sequence
-from graftwork_server.layers.base_model import BaseModel
-from graftwork_server.layers.encoder import EncoderModel
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.encoder_model import EncoderModel
 from graftwork_server.layers.routing import Routing
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from llguidance import LLMatcher
 
+from graftwork_server.config import ServerConfig
 from graftwork_server.engine import sizes
 from graftwork_server.engine.adapters.loaded import LoadedAdapter
 from graftwork_server.engine.adapters.pool import AdapterPool
@@ -23,67 +23,52 @@ from graftwork_server.engine.scheduling.whole_scheduler import WholeScheduler
 from graftwork_server.errors import ErrorBody
 from graftwork_server.layers.attention.block_kv_cache import kv_cache_for
 from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS
-from graftwork_server.layers.base_model import BaseModel
-from graftwork_server.layers.encoder import EncoderModel
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.encoder_model import EncoderModel
 from graftwork_server.types import AdapterRef
 from graftwork_server.wire.engine import Generate, SequenceOutput
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineLimits:
-    """Sizes and switches of the engine. Bytes 0: chosen from the device's memory."""
-
-    max_sequences: int = 64
-    max_step_tokens: int = 1024
-    kv_memory_bytes: int = 0
-    adapter_memory_bytes: int = 0
-    prefix_cache: bool = True
-    host_cache_bytes: int = 0
-    """Of evicted adapters in host memory."""
-    cuda_graphs: bool = True
-    """On CUDA, decode steps are replayed as graphs."""
 
 
 class Engine:
     """The base model, its adapters, and the sequences they answer."""
 
-    def __init__(self, base: BaseModel, limits: EngineLimits, request_load: Callable[[AdapterRef], None]) -> None:
+    def __init__(self, base: BaseModel, settings: ServerConfig, request_load: Callable[[AdapterRef], object]) -> None:
         """`request_load` starts loading an adapter off the step loop; called again, it does nothing new."""
         self.base = base
-        num_blocks = sizes.kv_blocks(base, limits.max_sequences, limits.kv_memory_bytes)
+        num_blocks = sizes.kv_blocks(base, settings.max_sequences, settings.kv_memory_bytes)
         self.kv_tokens = num_blocks * BLOCK_TOKENS
         self.longest = min(base.info.context_tokens, self.kv_tokens or base.info.context_tokens)
         """Tokens that a sequence may come to."""
         self.blocks = BlockPool(num_blocks)
         self.adapters = AdapterPool(
-            limits.adapter_memory_bytes or sizes.adapter_pool_bytes(base.device),
+            settings.adapter_memory_bytes or sizes.adapter_pool_bytes(base.device),
             base.engine_model.groups,
             base.dtype,
             base.device,
-            limits.host_cache_bytes or sizes.host_cache_bytes(base.device),
+            settings.host_cache_bytes or sizes.host_cache_bytes(base.device),
             base.engine_model.kernels,
         )
-        self._admission = Admission(self.adapters, _loading(request_load), limits.max_step_tokens)
-        self._runner = self._made_runner(num_blocks, limits)
+        self._admission = Admission(self.adapters, _loading(request_load), settings.max_step_tokens)
+        self._runner = self._made_runner(num_blocks, settings)
         self._scheduler = (Scheduler if base.info.generates else WholeScheduler)(
             self._admission,
             self.blocks,
-            max_sequences=limits.max_sequences,
-            max_step_tokens=limits.max_step_tokens,
+            max_sequences=settings.max_sequences,
+            max_step_tokens=settings.max_step_tokens,
             clear_blocks=self._runner.discard,
             eos_token_ids=base.info.eos_token_ids,
-            prefix_cache=limits.prefix_cache,
+            prefix_cache=settings.prefix_cache,
             rope_borders=base.engine_model.rope_borders,
         )
         self._sampler = Sampler(base.head)
 
-    def _made_runner(self, num_blocks: int, limits: EngineLimits) -> Runner | EncoderRunner:
+    def _made_runner(self, num_blocks: int, settings: ServerConfig) -> Runner | EncoderRunner:
         base, model = self.base, self.base.engine_model
         if isinstance(model, EncoderModel):
             return EncoderRunner(base)
         cache = kv_cache_for(base.layer_shapes, num_blocks, base.dtype, base.device, model.kernels, model.triton)
         graphs = decode_steps_for(
-            model, cache, base.device, limits.max_sequences, self.longest, wanted=limits.cuda_graphs
+            model, cache, base.device, settings.max_sequences, self.longest, wanted=settings.cuda_graphs != "off"
         )
         return Runner(model, cache, base.device, graphs)
 
@@ -142,5 +127,5 @@ class Engine:
         return [self._scheduler.fail(sequence, error) for sequence in self._admission.waiting_for(digest)]
 
 
-def _loading(request_load: Callable[[AdapterRef], None]) -> Callable[[Sequence], None]:
+def _loading(request_load: Callable[[AdapterRef], object]) -> Callable[[Sequence], object]:
     return lambda sequence: request_load(sequence.request.adapter) if sequence.request.adapter else None

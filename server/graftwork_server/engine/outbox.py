@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from graftwork_server.errors import InvalidArgument
-from graftwork_server.wire.engine import SequenceOutput, StepOutputs, instead_of, merge
+from graftwork_server.errors import ErrorBody, InvalidArgument
+from graftwork_server.wire.engine import Reply, Result, SequenceOutput, StepOutputs, instead_of, merge
 from graftwork_server.wire.frames import encode_frame
 
 log = logging.getLogger("graftwork.engine")
@@ -37,15 +37,16 @@ class Outbox:
     outputs are sent at once.
 
     A message that cannot be encoded becomes an error for who waits for it, and for nobody else. `broken` is called with
-    a sequence to which that happened, in the sending thread: it need not go on.
+    a sequence to which that happened, in the sending thread: it need not go on. messages_per_second 0: what this
+    machine can spare.
     """
 
     def __init__(
-        self, connection: socket.socket, messages_per_second: float, broken: Callable[[int], None] = lambda _: None
+        self, connection: socket.socket, messages_per_second: int, broken: Callable[[int], None] = lambda _: None
     ) -> None:
         self._connection = connection
         self._broken = broken
-        self._seconds_each = 1 / messages_per_second
+        self._seconds_each = 1 / (messages_per_second or default_messages_per_second())
         self._changed = threading.Condition()
         self._ready: list[Any] = []
         """To be sent now."""
@@ -84,6 +85,13 @@ class Outbox:
             # While it holds something, the sending thread wakes by itself.
             if now or was_empty:
                 self._changed.notify()
+
+    def reply(self, call_id: int, result: Result | ErrorBody) -> None:
+        """Answers a call of the front."""
+        if isinstance(result, ErrorBody):
+            self.send(Reply(call_id=call_id, error=result))
+        else:
+            self.send(Reply(call_id=call_id, result=result))
 
     def forget(self, sequence_id: int) -> None:
         """Nothing more of a sequence that was cancelled is sent."""

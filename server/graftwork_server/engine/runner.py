@@ -13,7 +13,7 @@ from graftwork_server.engine.scheduling.sequence import ChunkLogits, ScheduledCh
 from graftwork_server.layers.attention.block_kv_cache import AnyKVCache
 from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS, rows_of
 from graftwork_server.layers.attention.paged import plan_attention
-from graftwork_server.layers.model import EngineModel
+from graftwork_server.layers.models.model import EngineModel
 from graftwork_server.layers.routing import Routing
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.models.base_model import BaseModel
 
 
 def kv_blocks(base: BaseModel, max_sequences: int, memory_bytes: int) -> int:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
+import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from graftwork_server.errors import ErrorBody, FailedPrecondition, body_of
+from graftwork_server.errors import ErrorBody, FailedPrecondition, Unavailable, body_of
 from graftwork_server.types import ModelInfo
 from graftwork_server.wire.frames import encode_frame, receive_frame
 from graftwork_server.wire.tuning import (
@@ -51,7 +54,6 @@ class Tuners:
         self,
         weights: SharedWeightsInfo,
         model: ModelInfo,
-        gate_fd: int,
         *,
         threads: int,
         yield_ms: int,
@@ -59,12 +61,18 @@ class Tuners:
     ) -> None:
         self._weights = weights
         self._model = model
-        self._gate_fd = gate_fd
+        self._gate_fd = os.memfd_create("graftwork-gate") if hasattr(os, "memfd_create") else _no_gate()
+        os.ftruncate(self._gate_fd, mmap.PAGESIZE)
+        self._gate = mmap.mmap(self._gate_fd, mmap.PAGESIZE)
         self._threads = threads
         self._yield_ms = yield_ms
         self._send = send
         self._lock = threading.Lock()
         self._tuners: dict[str, _Tuner] = {}
+
+    def set_busy(self, sequences: int) -> None:
+        """Tells all tuners how many sequences run or wait: while there are some, they yield (tuning/tuner/gate.py)."""
+        struct.pack_into("<q", self._gate, 0, sequences)
 
     def start(self, job: JobSpec) -> int:
         """Starts a tuner and returns its process id. Raises FailedPrecondition if the job runs already."""
@@ -112,6 +120,9 @@ class Tuners:
             [sys.executable, "-m", "graftwork_server.tuner_main", "--fd", str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             stdout=2,
+            # Else MKL's products depend on where its input lies and how its threads meet, and a resumed run would not
+            # be equal to an unbroken one, bit for bit (Conditional Numerical Reproducibility, oneMKL's guide).
+            env={"MKL_CBWR": "AUTO"} | os.environ,
             pass_fds=inherited,
         )
         theirs.close()
@@ -188,3 +199,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         return
     process.kill()
     process.wait()
+
+
+def _no_gate() -> int:
+    raise Unavailable("this platform has no memfd; Linux is supported", reason="PLATFORM_UNSUPPORTED")

@@ -7,8 +7,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from graftwork_server.base.files import local_dir
 from graftwork_server.config import ServerConfig
@@ -36,25 +34,6 @@ from graftwork_server.types import ModelInfo
 
 log = logging.getLogger("graftwork.server")
 
-MODEL_ON_BOARD = Path(__file__).parents[1] / "demo_model"
-ENGINE_FIELDS = (
-    "device",
-    "dtype",
-    "quantization",
-    "threads",
-    "native_kernels",
-    "cuda_graphs",
-    "max_sequences",
-    "kv_memory_bytes",
-    "prefix_cache",
-    "max_step_tokens",
-    "adapter_memory_bytes",
-    "host_cache_bytes",
-    "tuning_yield_ms",
-    "messages_per_second",
-    "log_level",
-    "log_format",
-)
 BROKEN_OFF_SECONDS = 1.0
 """Time for broken-off and refused calls to tell their clients so."""
 
@@ -70,7 +49,7 @@ class Front:
         self._jobs: JobManager | None = None
         self._pools: list[HelperPool] = []
         self._pins: Pins | None = None
-        self.engine = EngineClient(engine_settings(config), command=engine_command)
+        self.engine = EngineClient(config.model_dump(), command=engine_command)
         self.admission = Admission(config.max_queue)
 
     async def start(self, address: str) -> str:
@@ -153,14 +132,6 @@ def _open_hub(data_dir: str) -> Hub:
         return Hub(data_dir)
     except GraftworkServerError as error:
         raise type(error)(f"--data-dir {data_dir!r}: {error.message}", reason=error.reason) from error
-
-
-def engine_settings(config: ServerConfig) -> dict[str, Any]:
-    """The settings that the engine process gets."""
-    return {name: getattr(config, name) for name in ENGINE_FIELDS} | {
-        "model": config.model or str(MODEL_ON_BOARD),
-        "cache_dir": str(Path(config.data_dir) / "cache"),
-    }
 
 
 def _tokenizer(model: ModelInfo) -> TextProcessor | None:

@@ -16,8 +16,8 @@ from tests.server.engine.harness import CPU
 from transformers import AutoModelForCausalLM
 
 from graftwork_server.base.quantization import QuantizedLinear
-from graftwork_server.engine.models.causal import load_base
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.causal import load_base
 
 KINDS = ("nf4", "int8")
 INT8_MOST, INT8_MEAN = 0.5, 0.06

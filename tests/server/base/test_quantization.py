@@ -20,8 +20,8 @@ from graftwork_server.base.quantization import (
     _product_in_floats,
     rows_to_int8,
 )
-from graftwork_server.engine.adapters.bind import bind
 from graftwork_server.errors import FailedPrecondition
+from graftwork_server.layers.binding.adapter import bind
 
 _NEGATIVE = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.091050036, 0.0]
 _POSITIVE = [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]

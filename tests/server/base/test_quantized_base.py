@@ -24,10 +24,10 @@ from tests.server.engine.harness import CPU, Harness
 
 from graftwork_server.base.describe import base_info
 from graftwork_server.base.weights import map_base_model
-from graftwork_server.engine.adapters.bind import bind
-from graftwork_server.engine.models.causal import load_base
 from graftwork_server.kernels.attention.packed import packed_rows
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.binding.adapter import bind
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.causal import load_base
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3", "gpt2", "phi3"])

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, PhimoeConfig, Qwen2MoeConfig
 from graftwork_server.base.describe import base_info
 from graftwork_server.base.device import choose_device
 from graftwork_server.base.weights import map_base_model
-from graftwork_server.engine.models.causal import load_base
 from graftwork_server.errors import FailedPrecondition
 from graftwork_server.kernels.attention.packed import packed_rows
-from graftwork_server.layers.base_model import BaseModel
 from graftwork_server.layers.linear import fused_view
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.causal import load_base
 
 CPU = torch.device("cpu")
 

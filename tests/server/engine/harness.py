@@ -20,11 +20,13 @@ from tests.e2e.serving import eventually
 from transformers import AutoModelForCausalLM
 
 from graftwork_plugins import LowRank
-from graftwork_server.engine.adapters.bind import bind
-from graftwork_server.engine.adapters.loaded import LoadedAdapter, PreparedAdapter
-from graftwork_server.engine.engine import Engine, EngineLimits
-from graftwork_server.engine.models.causal import load_base
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.config import ServerConfig
+from graftwork_server.engine.adapters.loaded import LoadedAdapter
+from graftwork_server.engine.engine import Engine
+from graftwork_server.layers.binding.adapter import bind
+from graftwork_server.layers.binding.prepared import PreparedAdapter
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.causal import load_base
 from graftwork_server.types import AdapterRef
 from graftwork_server.wire.engine import Generate, Pool, Sampling, SequenceOutput
 
@@ -37,7 +39,7 @@ class Harness:
     def __init__(self, model_dir: Path, base: BaseModel | None = None, **limits: Any) -> None:
         self.base = base or load_base(str(model_dir), CPU, torch.float32, model_dir)
         self.load_requests: list[AdapterRef] = []
-        self.engine = Engine(self.base, EngineLimits(**limits), self.load_requests.append)
+        self.engine = Engine(self.base, ServerConfig.model_construct(**limits), self.load_requests.append)
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.logits: dict[int, list[torch.Tensor]] = defaultdict(list)
         self.finished: dict[int, SequenceOutput] = {}

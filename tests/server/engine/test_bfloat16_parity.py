@@ -22,9 +22,9 @@ from tests.server.engine.harness import CPU, Harness
 from tests.server.layers.test_fused_layers import MODELS
 from transformers import AutoModelForCausalLM
 
-from graftwork_server.engine.adapters.bind import bind
-from graftwork_server.engine.models.causal import load_base
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.binding.adapter import bind
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.causal import load_base
 
 FUSED = {"llama": "llama with biases", "mistral": "mistral", "qwen3": "qwen3"}
 """Architectures to models of test_fused_layers, whose heads have sizes that the kernels take."""

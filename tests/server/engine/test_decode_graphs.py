@@ -20,10 +20,10 @@ from graftwork_server.engine.decode_graphs import (
     is_replayable,
     row_counts,
 )
-from graftwork_server.engine.models.causal import load_base
 from graftwork_server.engine.scheduling.sequence import ScheduledChunk, Sequence
 from graftwork_server.layers.attention.block_kv_cache import BlockKVCache, DecodingRows
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.causal import load_base
 from graftwork_server.layers.routing import Routing
 from graftwork_server.types import AdapterRef
 from graftwork_server.wire.engine import Generate, Sampling

@@ -20,7 +20,7 @@ from graftwork_plugins.builtin.strategies.prefix import PrefixStrategy
 from graftwork_server.base.describe import base_info
 from graftwork_server.engine.cache.block_pool import BlockPool, block_key, root_key
 from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.models.base_model import BaseModel
 
 PROMPT = torch.randint(3, toys.VOCAB, (53,), generator=torch.Generator().manual_seed(3)).tolist()
 """Three full blocks and five tokens."""

@@ -22,7 +22,7 @@ GREEDY = Sampling(max_tokens=8, ignore_eos=True)
 
 
 def settings(model: Path, cache: Path, /, **changes: Any) -> dict[str, Any]:
-    values = {"model": str(model), "device": "cpu", "dtype": "float32", "threads": 1, "cache_dir": str(cache)}
+    values = {"model": str(model), "device": "cpu", "dtype": "float32", "threads": 1, "data_dir": str(cache)}
     return values | {"max_sequences": 4, "max_step_tokens": 64, "log_level": "warning"} | changes
 
 

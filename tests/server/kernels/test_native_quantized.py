@@ -13,8 +13,8 @@ from tests.server.engine.harness import CPU, Harness
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from graftwork_server.base.quantization import Int8Linear, Nf4Linear
-from graftwork_server.engine.models.causal import load_base
 from graftwork_server.kernels.native import NativeKernels, native_kernels
+from graftwork_server.layers.models.causal import load_base
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)

@@ -17,8 +17,8 @@ from tests.server.engine.harness import CPU, Harness, deltas_of
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from graftwork_plugins import Replace
-from graftwork_server.engine.models.causal import load_base
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.causal import load_base
 from graftwork_server.types import AdapterRef
 
 SIZES: dict[str, Any] = {

@@ -17,12 +17,12 @@ from graftwork_plugins import Artifact, FullWeights
 from graftwork_plugins.builtin.strategies.prefix import PrefixStrategy
 from graftwork_server.base.describe import base_info
 from graftwork_server.base.weights import map_base_model
-from graftwork_server.engine.models import causal as engine_model
-from graftwork_server.engine.models.causal import load_base
 from graftwork_server.errors import FailedPrecondition
 from graftwork_server.kernels.attention.packed import packed_rows
 from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.models import causal as engine_model
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.causal import load_base
 
 BORDER = 64
 

@@ -13,9 +13,9 @@ from tests import toys
 from tests.server.engine.harness import Harness, Reference, assert_greedy_matches, deltas_of
 
 from graftwork_plugins import FullWeights, LowRank, Replace, Scale
-from graftwork_server.engine.adapters.bind import bind
 from graftwork_server.errors import FailedPrecondition, ResourceExhausted
-from graftwork_server.layers.base_model import BaseModel, unwrapped_state
+from graftwork_server.layers.binding.adapter import bind
+from graftwork_server.layers.models.base_model import BaseModel, unwrapped_state
 from graftwork_server.types import AdapterRef
 
 MODULE = "model.layers.0.self_attn.q_proj"

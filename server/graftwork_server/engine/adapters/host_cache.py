@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-from graftwork_server.engine.adapters.loaded import PreparedAdapter
+from graftwork_server.layers.binding.prepared import PreparedAdapter
 
 
 class HostCache:

@@ -18,7 +18,7 @@ import torch
 from graftwork_server.engine.sampling.transfer import Array
 from graftwork_server.engine.scheduling.sequence import Sequence
 from graftwork_server.layers.head import BoundHead
-from graftwork_server.layers.model import EngineModel
+from graftwork_server.layers.models.model import EngineModel
 from graftwork_server.wire.engine import Pool, Pooled
 
 

@@ -23,7 +23,7 @@ _ASKED_ADAPTERS = 4
 class Admission:
     """The sequences that wait, preempted ones included, and leases of what was loaded for them."""
 
-    def __init__(self, adapters: AdapterPool, request_load: Callable[[Sequence], None], max_step_tokens: int) -> None:
+    def __init__(self, adapters: AdapterPool, request_load: Callable[[Sequence], object], max_step_tokens: int) -> None:
         """`request_load` is called for a sequence whose turn comes and whose adapter is not loaded, in every step
         anew."""
         self.prompt_tokens = 0

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from graftwork_plugins import Head, LowRank, Replace, Scale
-from graftwork_server.layers.base_model import BaseModel
 from graftwork_server.layers.binding.checks import check_values, rejected
 from graftwork_server.layers.head import _ACTIVATIONS, BoundHead
+from graftwork_server.layers.models.base_model import BaseModel
 from graftwork_server.wire.engine import HeadInfo
 
 _PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")

@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 from graftwork_plugins import LowRank, Replace, Scale
 from graftwork_server.base.quantization import QuantizedLinear
-from graftwork_server.layers.base_model import BaseModel
 from graftwork_server.layers.binding.checks import _check_tensors_and_scaling, check_low_rank, check_values, rejected
 from graftwork_server.layers.changes import (
     Affine,
@@ -27,6 +26,7 @@ from graftwork_server.layers.changes import (
 )
 from graftwork_server.layers.fused_modules import unwrapped
 from graftwork_server.layers.linear import AdaptedLinear
+from graftwork_server.layers.models.base_model import BaseModel
 
 ModuleDelta = LowRank | Scale | Replace
 

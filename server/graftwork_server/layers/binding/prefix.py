@@ -13,8 +13,8 @@ from transformers import DynamicCache
 
 from graftwork_plugins import Prefix
 from graftwork_server.kernels.attention.rotary import sequence_lengths
-from graftwork_server.layers.base_model import BaseModel, resident_model
 from graftwork_server.layers.binding.checks import check_values, rejected
+from graftwork_server.layers.models.base_model import BaseModel, resident_model
 from graftwork_server.layers.prefix import PrefixKV
 
 

@@ -15,12 +15,13 @@ from tests.e2e.serving import eventually
 from tests.server.engine.harness import Harness, deltas_of
 
 from graftwork_plugins import LowRank
-from graftwork_server.engine.adapters.bind import bind
 from graftwork_server.engine.adapters.host_cache import HostCache
-from graftwork_server.engine.adapters.loaded import LoadedAdapter, PreparedAdapter
+from graftwork_server.engine.adapters.loaded import LoadedAdapter
 from graftwork_server.engine.adapters.pool import AdapterPool
 from graftwork_server.errors import FailedPrecondition, ResourceExhausted
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.binding.adapter import bind
+from graftwork_server.layers.binding.prepared import PreparedAdapter
+from graftwork_server.layers.models.base_model import BaseModel
 from graftwork_server.layers.slots import SLOTS_PER_BLOCK, SlotBlock
 
 STOP = threading.Event()
@@ -251,7 +252,7 @@ def test_values_that_are_not_finite_leave_nothing_behind(
     """1e38 is finite, but not when it is scaled."""
     pool = pool_of(2)
     if not native:
-        pool._kernels = None
+        pool.slots.kernels = None
     changed = {"a": deltas[2].a.clone(), "b": deltas[2].b.clone()}
     changed[side][1, 1] = value
     damaged = LowRank(module=deltas[2].module, scaling=8.0, **changed)
@@ -262,7 +263,7 @@ def test_values_that_are_not_finite_leave_nothing_behind(
     with pytest.raises(FailedPrecondition, match=f"{damaged.module}: {side.upper()} holds") as raised:
         pool.place(prepared, 0.0, STOP)
     assert raised.value.violations[0].field == damaged.module
-    assert (pool.used_bytes, pool.digests(), dict(pool._blocks)) == (0, [], {})
+    assert (pool.used_bytes, pool.digests(), dict(pool.slots.blocks)) == (0, [], {})
 
 
 @pytest.mark.parametrize("what", ["read", "write", "new block"])
@@ -277,8 +278,8 @@ def test_a_copy_that_fails_takes_no_room(pool_of, prepare, monkeypatch: pytest.M
 
     with monkeypatch.context() as patched:
         if what == "new block":
-            patched.setattr("graftwork_server.engine.adapters.pool.SlotBlock", fails)
-            pool._spare = None
+            patched.setattr("graftwork_server.engine.adapters.slot_blocks.SlotBlock", fails)
+            pool.slots.spare = None
             prepared = prepare("b", 2)
         else:
             patched.setattr(SlotBlock, what, fails)
@@ -291,4 +292,4 @@ def test_a_copy_that_fails_takes_no_room(pool_of, prepare, monkeypatch: pytest.M
     assert pool.used_bytes == (size if what == "read" else 0)
     assert idle(pool, prepare("c")).digest == "c"
     assert (pool.used_bytes, pool.digests()) == (size, ["c"])
-    assert sum(SLOTS_PER_BLOCK - len(block.free) for blocks in pool._blocks.values() for block in blocks) == 1
+    assert sum(SLOTS_PER_BLOCK - len(block.free) for blocks in pool.slots.blocks.values() for block in blocks) == 1

@@ -19,9 +19,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from graftwork_plugins import Artifact, ArtifactError, Head, LowRank
 from graftwork_plugins.builtin.strategies.lora import Lora
 from graftwork_server.base.describe import base_info
-from graftwork_server.engine.adapters.bind import bind
 from graftwork_server.errors import GraftworkServerError
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.binding.adapter import bind
+from graftwork_server.layers.models.base_model import BaseModel
 
 LINEARS: dict[str, list[str]] = {
     "gpt2": ["c_attn", "c_fc"],

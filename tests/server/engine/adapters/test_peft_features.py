@@ -21,9 +21,9 @@ from graftwork_plugins.builtin.strategies.ia3 import Ia3
 from graftwork_plugins.builtin.strategies.lora import Lora
 from graftwork_plugins.builtin.strategies.prefix import PrefixStrategy
 from graftwork_server.base.describe import base_info
-from graftwork_server.engine.models.causal import load_base
 from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.causal import load_base
 
 Expected = Callable[[str | None, list[int], list[int]], torch.Tensor]
 """Name, prompt and tokens to PEFT's logits for the tokens, [tokens, vocabulary]."""

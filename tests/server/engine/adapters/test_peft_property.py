@@ -33,10 +33,10 @@ from tests.server.engine.adapters.test_peft_features import load
 from tests.server.engine.harness import CPU, Harness, StepLoader
 from transformers import AutoModelForCausalLM
 
-from graftwork_server.engine.adapters.bind import bind
-from graftwork_server.engine.models.causal import load_base
 from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.binding.adapter import bind
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.causal import load_base
 from graftwork_server.types import AdapterRef
 
 EXAMPLES = int(os.environ.get("GRAFTWORK_EXAMPLES", "0"))

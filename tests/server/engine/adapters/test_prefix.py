@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from graftwork_plugins import Artifact, Prefix
 from graftwork_plugins.builtin.strategies.prefix import PrefixStrategy
 from graftwork_server.base.describe import base_info
-from graftwork_server.engine.adapters.bind import bind
-from graftwork_server.engine.models.causal import load_base
 from graftwork_server.errors import FailedPrecondition
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.binding.adapter import bind
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.causal import load_base
 
 CONFIGS = {
     "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=19),

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tests import toys
 
-from graftwork_server.engine.models.causal import load_base
 from graftwork_server.engine.sampling.grammars import KEPT, KEPT_TOKENIZERS, Grammars, Masks
 from graftwork_server.errors import FailedPrecondition, InvalidArgument
+from graftwork_server.layers.models.causal import load_base
 from graftwork_server.text import TextProcessor
 from graftwork_server.types import AdapterRef, ModelInfo
 from graftwork_server.wire.engine import Grammar

@@ -14,7 +14,7 @@ from tests.server.engine.harness import Harness
 
 from graftwork_server.engine.sampling.sampler import sample, token_logprobs
 from graftwork_server.engine.scheduling.sequence import Sequence
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.models.base_model import BaseModel
 from graftwork_server.wire.engine import Generate, Sampling
 
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0, 1.5, float("-inf")])

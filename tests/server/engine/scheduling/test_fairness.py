@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tests import toys
 from tests.server.engine.harness import Harness, Reference, StepLoader, deltas_of
 
-from graftwork_server.engine.adapters.bind import bind
 from graftwork_server.engine.scheduling.fairness import Client, FairQueue, Turns
 from graftwork_server.engine.scheduling.sequence import Sequence
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.binding.adapter import bind
+from graftwork_server.layers.models.base_model import BaseModel
 from graftwork_server.types import AdapterRef
 from graftwork_server.wire.engine import Generate, Sampling, SequenceOutput
 

@@ -13,7 +13,7 @@ from tests.server.engine.harness import Harness, Reference, assert_greedy_matche
 from graftwork_server.engine_main import check_kv_cache
 from graftwork_server.errors import FailedPrecondition
 from graftwork_server.layers.attention.kv_cache import BLOCK_TOKENS, KVCache, LayerShape
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.models.base_model import BaseModel
 
 
 def kv_bytes(base: BaseModel, blocks: int) -> int:

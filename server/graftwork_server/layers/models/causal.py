@@ -19,11 +19,11 @@ from graftwork_server.kernels.native import native_kernels
 from graftwork_server.kernels.triton import triton_kernels
 from graftwork_server.layers.attention.kv_cache import KVCache, LayerShape
 from graftwork_server.layers.attention.paged import Chunk, plan_attention
-from graftwork_server.layers.base_model import BaseModel
 from graftwork_server.layers.changes import changeable_modules
 from graftwork_server.layers.fused_layers import AttentionSettings
-from graftwork_server.layers.model import EngineModel
-from graftwork_server.layers.probe import PROBE_ROWS, logprobs_alone, logprobs_packed, probe_layers
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.model import EngineModel
+from graftwork_server.layers.models.probe import PROBE_ROWS, logprobs_alone, logprobs_packed, probe_layers
 from graftwork_server.text import ModelFacts
 from graftwork_server.types import ModelInfo
 

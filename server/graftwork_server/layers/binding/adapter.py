@@ -9,14 +9,14 @@ import torch
 
 from graftwork_plugins import Delta, FullWeights, Head, LowRank, Prefix, Replace, Scale
 from graftwork_plugins.derived import without_derived
-from graftwork_server.engine.adapters.loaded import PreparedAdapter
-from graftwork_server.layers.base_model import BaseModel, tuned_model, unwrapped_state
 from graftwork_server.layers.binding.checks import check_values, rejected
 from graftwork_server.layers.binding.head import bind_head
 from graftwork_server.layers.binding.modules import bind_changes
 from graftwork_server.layers.binding.prefix import bind_prefix
+from graftwork_server.layers.binding.prepared import PreparedAdapter
 from graftwork_server.layers.changes import Changes
 from graftwork_server.layers.head import BoundHead
+from graftwork_server.layers.models.base_model import BaseModel, tuned_model, unwrapped_state
 
 
 def bind(base: BaseModel, digest: str, deltas: Sequence[Delta], *, place: bool = True) -> PreparedAdapter:

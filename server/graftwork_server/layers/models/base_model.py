@@ -11,7 +11,7 @@ from graftwork_server.base.weights import SharedWeights, assign_tensors, empty_m
 from graftwork_server.layers.attention.kv_cache import LayerShape
 from graftwork_server.layers.fused_layers import AttentionSettings
 from graftwork_server.layers.head import BoundHead
-from graftwork_server.layers.model import EngineModel
+from graftwork_server.layers.models.model import EngineModel
 from graftwork_server.types import ModelInfo
 
 

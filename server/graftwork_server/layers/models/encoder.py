@@ -1,7 +1,7 @@
 """Encoders as base models: loading them, and their forward over whole packed sequences.
 
 An encoder answers Classify and Embed. What is hosted is transformers' model without a head ("BertModel"); the head of a
-ForSequenceClassification checkpoint becomes the base's own (layers/binding/head.py), so that adapters can bring other ones.
+ForSequenceClassification checkpoint becomes the base's own, so that adapters can bring other ones.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from graftwork_server.base.weights import SharedWeights
 from graftwork_server.errors import FailedPrecondition
 from graftwork_server.kernels.attention import bidirectional
 from graftwork_server.kernels.native import native_kernels
-from graftwork_server.layers.base_model import BaseModel
 from graftwork_server.layers.binding.head import bind_head
 from graftwork_server.layers.changes import ChangeableModule, changeable_modules, record_row_dims
-from graftwork_server.layers.encoder import EncoderModel
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.encoder_model import EncoderModel
 from graftwork_server.text import ModelFacts
 from graftwork_server.types import ModelInfo
 

@@ -9,7 +9,7 @@ import torch
 from tests import toys
 from tests.server.engine.harness import CPU, Harness
 
-from graftwork_server.engine.models.load import load_model
+from graftwork_server.layers.models.load import load_model
 
 
 def harness_of(model_dir: Path, **limits: Any) -> Harness:

@@ -13,12 +13,12 @@ from tests.bounds import assert_near
 from tests.server.engine.adapters.test_heads import load
 from tests.server.engine.adapters.test_peft_features import load as load_any
 from tests.server.engine.harness import CPU, Harness
-from tests.server.engine.models.encoder_harness import harness_of, logits_of, prompts, states_of
+from tests.server.layers.models.encoder_harness import harness_of, logits_of, prompts, states_of
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from graftwork_plugins import ArtifactError, LowRank
-from graftwork_server.engine.models.load import load_model
 from graftwork_server.errors import FailedPrecondition
+from graftwork_server.layers.models.load import load_model
 
 TARGETS = {"distilbert": ["q_lin", "v_lin", "lin1"]}
 """PEFT's all-linear fails on DistilBERT: it takes pre_classifier for one of them."""

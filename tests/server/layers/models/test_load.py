@@ -8,13 +8,13 @@ import pytest
 import torch
 from tests import toys
 from tests.server.engine.harness import CPU
-from tests.server.engine.models.encoder_harness import harness_of
+from tests.server.layers.models.encoder_harness import harness_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from graftwork_plugins import FullWeights, Prefix
-from graftwork_server.engine.adapters.bind import bind
-from graftwork_server.engine.models.load import load_model
 from graftwork_server.errors import FailedPrecondition
+from graftwork_server.layers.binding.adapter import bind
+from graftwork_server.layers.models.load import load_model
 
 
 def test_what_an_encoder_does_not_take_is_refused(tmp_path: Path) -> None:

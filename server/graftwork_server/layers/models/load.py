@@ -12,10 +12,10 @@ from transformers import AutoConfig
 
 from graftwork_plugins.heads import ENCODERS
 from graftwork_server.base.sentence_files import asked_pooling
-from graftwork_server.engine.models.causal import load_base
-from graftwork_server.engine.models.encoder import is_classifier, load_encoder
 from graftwork_server.errors import FailedPrecondition
-from graftwork_server.layers.base_model import BaseModel
+from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.causal import load_base
+from graftwork_server.layers.models.encoder import is_classifier, load_encoder
 
 
 def load_model(

@@ -12,7 +12,7 @@ from graftwork_plugins.heads import HeadLayout
 from graftwork_server.kernels.attention import bidirectional, packed
 from graftwork_server.kernels.native import NativeKernels
 from graftwork_server.layers.changes import hook_changes
-from graftwork_server.layers.model import EngineModel
+from graftwork_server.layers.models.model import EngineModel
 from graftwork_server.layers.routing import Routing
 
 
