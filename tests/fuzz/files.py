@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import toys
-from tests.fuzz.hostile import TEMPLATES, TEXTS, any_value, mutated_bytes, mutated_json, written
+from tests.fuzz.mutations import TEMPLATES, TEXTS, any_value, mutated_bytes, mutated_json, written
 
 DTYPES = (
     "F32",

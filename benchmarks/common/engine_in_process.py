@@ -1,6 +1,6 @@
 """The engine alone: `Engine.step` in a loop, without front, socket or gRPC. A side for benchmarks/front.py.
 
-python -m benchmarks.engine_in_process MODEL_DIR DTYPE THREADS
+python -m benchmarks.common.engine_in_process MODEL_DIR DTYPE THREADS
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import torch
-
 from benchmarks.peers.line_worker import Job, Measured, answer_lines, with_new_tokens
+
 from graftwork_server.engine.engine import Engine, EngineLimits
 from graftwork_server.engine.models.base import choose_dtype
 from graftwork_server.engine.models.causal import load_base
