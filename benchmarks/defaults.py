@@ -2,9 +2,10 @@
 
     python -m benchmarks.defaults [--tasks queues orders past] [--strategies lora full] [--output FILE.json]
 
-One real server with the model on board; small made-up tasks (benchmarks/tuning_tasks.py) of 100 rows each. Per task and
-strategy one job with no settings and 12 with four learning rates and three numbers of epochs, one after another; each
-version then answers 60 rows that no job saw, greedily; only the exact text counts. The aim is 0.9 of the grid's best.
+One real server with the model on board; small made-up tasks (benchmarks/workloads/tuning_tasks.py) of 100 rows each.
+Per task and strategy one job with no settings and 12 with four learning rates and three numbers of epochs, one after
+another; each version then answers 60 rows that no job saw, greedily; only the exact text counts. The aim is 0.9 of the
+grid's best.
 Where a job with no settings answers 0.9 of all rows, no settings can be further ahead: there the grid is tried with
 --whole-grid only. With --output, what was measured before is kept, so a run that was broken off goes on.
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import graftwork_server
-from benchmarks.machine import describe_machine
-from benchmarks.options import store
-from benchmarks.server_process import ServerProcess, end_on_sigterm
-from benchmarks.tuning_tasks import TASKS, Row, answer_of, make_rows
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.options import plain_parser, store
+from benchmarks.common.server_process import ServerProcess, end_on_sigterm
+from benchmarks.common.tables import markdown
+from benchmarks.workloads.tuning_tasks import TASKS, Row, answer_of, make_rows
 from graftwork import Client
 
 MODEL_DIR = Path(graftwork_server.__file__).parent / "demo_model"
@@ -120,11 +121,8 @@ def no_settings(measured: dict[str, Any], task: str, strategy: str) -> float:
 
 def table(measured: dict[str, Any]) -> str:
     """A line for each task and strategy: right answers with no settings and of the grid's best."""
-    lines = [
-        "| task | strategy | no settings | best of the grid | its settings | ratio | steps | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    jobs = measured["jobs"]
+    head = ["task", "strategy", "no settings", "best of the grid", "its settings", "ratio", "steps", "seconds"]
+    rows, jobs = [], measured["jobs"]
     for task, strategy in dict.fromkeys((job["task"], job["strategy"]) for job in jobs):
         mine = [job for job in jobs if (job["task"], job["strategy"]) == (task, strategy)]
         tried = [job for job in mine if job["config"]]
@@ -137,24 +135,28 @@ def table(measured: dict[str, Any]) -> str:
             most = best["right"]
             settings = f"{best['config']['learning_rate']:g}, {best['config']['num_epochs']} epochs; {len(tried)} tried"
         ratio = default["right"] / max(1, most)
-        lines.append(
-            f"| {TASKS[task].kind} ({task}) | {strategy} | {default['right']} of {measured['held_out_rows']} | "
-            f"{most} | {settings} | {ratio:.2f}{'' if ratio >= WANTED else ' (too low)'} | "
-            f"{default['steps']}, of step {default['published_step']} | {default['seconds']:.0f} |"
+        rows.append(
+            [
+                f"{TASKS[task].kind} ({task})",
+                strategy,
+                f"{default['right']} of {measured['held_out_rows']}",
+                f"{most}",
+                settings,
+                f"{ratio:.2f}{'' if ratio >= WANTED else ' (too low)'}",
+                f"{default['steps']}, of step {default['published_step']}",
+                f"{default['seconds']:.0f}",
+            ]
         )
-    return "\n".join(lines)
+    return markdown(head, rows)
 
 
 def main() -> None:
     """Measures, prints and stores."""
     end_on_sigterm()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["queues", "orders", "past"])
     parser.add_argument("--strategies", nargs="+", choices=RATES, default=list(RATES))
-    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--whole-grid", action="store_true", help="also where no setting can be further ahead")
-    parser.add_argument("--output", type=Path)
     print(f"\n{table(measure(parser.parse_args()))}")
 
 

@@ -4,7 +4,8 @@
 
 One real server with as many threads as cores, and a stream of one request: alone, beside a busy process of the same
 priority, and beside one that steps back as the server's own helper processes do. With 300,000 spins a wait, which is
-libgomp's default, and with those that the server sets (graftwork_server/process/priority.py). Medians over alternating rounds.
+libgomp's default, and with those that the server sets (graftwork_server/process/priority.py). Medians over
+alternating rounds.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from benchmarks.options import circumstances, parser_of, server_options, store
-from benchmarks.server_process import ServerProcess, end_on_sigterm
-from benchmarks.shapes import make_model
+from benchmarks.common.options import circumstances, parser_of, server_options, store
+from benchmarks.common.server_process import ServerProcess, end_on_sigterm
+from benchmarks.common.shapes import make_model
+from benchmarks.workloads.cases import PROMPT
 from graftwork import Client
 from graftwork_server.helper_main import NICENESS
 from graftwork_server.process.priority import yielding
 
-PROMPT = list(range(100, 164))
 LIBRARY_SPINS = "300000"
 SPINS = {"libgomp's own": LIBRARY_SPINS, "the server's": yielding({})["GOMP_SPINCOUNT"]}
 STEP_BACK = f"from graftwork_server.process.priority import step_back; step_back({NICENESS}, 1000)"

@@ -12,26 +12,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import grpc.aio
 
-from benchmarks.cases import PROMPT_TOKENS, Case
-from benchmarks.machine import describe_machine
-from benchmarks.options import store
-from benchmarks.report import front_circumstances, front_table
-from benchmarks.server_process import ServerProcess, end_on_sigterm
-from benchmarks.sides import PeerSide
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.options import plain_parser, store
+from benchmarks.common.raw_calls import generate_call, generate_request
+from benchmarks.common.server_process import ServerProcess, end_on_sigterm
+from benchmarks.common.sides import Measure, PeerSide
+from benchmarks.common.tables import front_circumstances, front_table
+from benchmarks.workloads.cases import PROMPT_TOKENS, Case
 from graftwork.v1 import generation_pb2 as pb
 from graftwork_server.config import DEMO_MODEL
 
-METHOD = "/graftwork.v1.GenerationService/Generate"
 NEW_TOKENS = 128
 SINGLE_REQUESTS = 20
 """A first token takes a few milliseconds: a round's figure is the median of so many requests, one after another."""
@@ -40,7 +38,7 @@ SINGLE_REQUESTS = 20
 async def send(address: str, job: dict[str, Any]) -> dict[str, Any]:
     """All requests of the job at once, each on a stream of its own."""
     async with grpc.aio.insecure_channel(address) as channel:
-        call = channel.unary_stream(METHOD, request_serializer=pb.GenerateRequest.SerializeToString)
+        call = generate_call(channel)
         await _send(call, {**job, "new_tokens": min(2, job["new_tokens"])})
         return await _send(call, job)
 
@@ -49,10 +47,8 @@ async def _send(call: Any, job: dict[str, Any]) -> dict[str, Any]:
     first: list[float] = []
 
     async def one(prompt: list[int]) -> None:
-        sampling = pb.SamplingParameters(max_tokens=job["new_tokens"], ignore_eos=True)
-        request = pb.GenerateRequest(model="base", token_ids=pb.TokenIds(ids=prompt), sampling=sampling)
         last = None
-        async for message in call(request, timeout=300):
+        async for message in call(generate_request(prompt, job["new_tokens"]), timeout=300):
             if last is None:
                 first.append((time.perf_counter() - started) * 1000)
             last = message
@@ -71,12 +67,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     single = Case("single", "", 1, 0, new_tokens=1)
     rates: dict[str, list[float]] = {"engine": [], "server": []}
     firsts: dict[str, list[float]] = {"engine": [], "server": []}
-    command = [sys.executable, "-m", "benchmarks.engine_in_process", str(DEMO_MODEL)]
+    command = [sys.executable, "-m", "benchmarks.common.engine_in_process", str(DEMO_MODEL)]
     engine = PeerSide([*command, arguments.dtype, str(arguments.threads)])
     with tempfile.TemporaryDirectory(prefix="graftwork-bench-") as data_dir:
         options = ["--data-dir", data_dir, "--dtype", arguments.dtype, "--threads", str(arguments.threads)]
         with ServerProcess([*options, "--log-level", "warning"]) as server, engine:
-            sides = {"engine": engine.measure, "server": lambda job: asyncio.run(send(server.address, job))}
+            sides: dict[str, Measure] = {
+                "engine": engine.measure,
+                "server": lambda job: asyncio.run(send(server.address, job)),
+            }
             for round_number in range(arguments.rounds):
                 for name, run in sides.items():
                     rates[name].append(many.requests * NEW_TOKENS / run(many.job())["seconds"])
@@ -106,12 +105,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints and stores."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="the engine's, on both sides")
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     end_on_sigterm()
     measured = measure(arguments)

@@ -13,7 +13,6 @@ registered. Last, two adapters take turns in a pool with room for one, with the 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -21,16 +20,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
-from benchmarks.machine import describe_machine
-from benchmarks.options import parser_of, store
-from benchmarks.report import hot_load_circumstances, hot_load_table
-from benchmarks.server_process import ServerProcess
-from benchmarks.shapes import make_adapters, make_model
+from benchmarks.common.options import circumstances, parser_of, server_options, store
+from benchmarks.common.server_process import ServerProcess
+from benchmarks.common.shapes import make_adapters, make_model, small_adapter
+from benchmarks.common.tables import hot_load_circumstances, hot_load_table
+from benchmarks.workloads.cases import PROMPT
 from graftwork import Client
 
-PROMPT = list(range(100, 164))
 LARGE = 16
 
 
@@ -43,21 +39,6 @@ def first_token(client: Client, model: str) -> tuple[float, int]:
         for _ in stream:
             pass
     return milliseconds, token
-
-
-def small_adapter(like: Path, directory: Path, seed: int) -> Path:
-    """An adapter of rank 1 on the query projections alone, cut from `like`, its weights scaled by its own factor."""
-    directory.mkdir()
-    config = json.loads((like / "adapter_config.json").read_text())
-    config |= {"r": 1, "target_modules": ["q_proj"]}
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    tensors = {
-        name: (tensor[:1] if "lora_A" in name else tensor[:, :1]) * (1 + seed / 1024)
-        for name, tensor in load_file(like / "adapter_model.safetensors").items()
-        if ".q_proj." in name
-    }
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "adapter_model.safetensors")
-    return directory
 
 
 def register(client: Client, count: int, present: int, large: list[Path], folder: Path) -> float:
@@ -75,7 +56,7 @@ def register(client: Client, count: int, present: int, large: list[Path], folder
 
 def compare(client: Client, adapters: list[str], rounds: int) -> dict[str, Any]:
     """Cold and warm first tokens of adapters that take turns, in ms."""
-    cold, warm, loads = [], [], []
+    cold, warm, loads, device_bytes = [], [], [], 0
     for index in range(rounds + 2):
         name = adapters[index % len(adapters)]
         client.adapters.unload(name)
@@ -90,6 +71,7 @@ def compare(client: Client, adapters: list[str], rounds: int) -> dict[str, Any]:
             cold.append(cold_ms)
             warm.append(warm_ms)
             loads.append(report.load_ms)
+            device_bytes = report.device_bytes
     return {
         "warm_first_token_ms": statistics.median(warm),
         "cold_first_token_ms": statistics.median(cold),
@@ -97,7 +79,7 @@ def compare(client: Client, adapters: list[str], rounds: int) -> dict[str, Any]:
         "load_call_ms": statistics.median(loads),
         "cold_rounds_ms": cold,
         "warm_rounds_ms": warm,
-        "adapter_bytes": report.device_bytes,
+        "adapter_bytes": device_bytes,
     }
 
 
@@ -106,7 +88,8 @@ def evicted(server: ServerProcess, large: list[Path], rounds: int) -> float:
     with Client(address=server.address) as client:
         for index, directory in enumerate(large[:2]):
             client.adapters.create(f"large-{index}", directory)
-        cold, warm = [], []
+        cold: list[float] = []
+        warm: list[float] = []
         for index in range(rounds + 4):
             for times in (cold, warm):
                 times.append(first_token(client, f"large-{index % 2}")[0])
@@ -119,8 +102,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     large = make_adapters(model_dir, [f"r16-{index}" for index in range(LARGE)])
     results = []
     with tempfile.TemporaryDirectory(prefix="graftwork-bench-") as folder:
-        options = ["--model", str(model_dir), "--data-dir", f"{folder}/data", "--threads", str(arguments.threads)]
-        options += ["--dtype", arguments.dtype, "--log-level", "warning", "--no-prefix-cache"]
+        options = server_options(arguments, model_dir, f"{folder}/data")
         with ServerProcess(options) as server, Client(address=server.address) as client:
             present = 0
             for count in sorted(arguments.registered):
@@ -134,17 +116,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         pool = ["--adapter-memory-bytes", str(results[0]["adapter_bytes"] * 3 // 2)]
         came_back = {}
         for name, host_cache in (("files", 0), ("host cache", 1 << 30)):
-            options[3] = f"{folder}/{name}"
+            options = server_options(arguments, model_dir, f"{folder}/{name}")
             with ServerProcess([*options, *pool, "--host-cache-bytes", str(host_cache)]) as server:
                 came_back[name] = evicted(server, large, arguments.rounds)
     return {
-        "benchmark": "hot_load",
-        "machine": describe_machine(),
-        "shape": arguments.shape,
-        "dtype": dtype,
-        "threads": arguments.threads,
+        **circumstances("hot_load", arguments, dtype),
         "prompt_tokens": len(PROMPT),
-        "rounds": arguments.rounds,
         "large_adapters": LARGE,
         "results": results,
         "evicted_difference_ms": came_back,

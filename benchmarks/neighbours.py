@@ -4,65 +4,54 @@ pause what is made to take long.
     python -m benchmarks.neighbours [--shape 135m] [--rounds 3] [--clients 4] [--kinds A,B] [--output FILE.json]
 
 One real server and real clients. A stream is read, an adapter is asked for and another adapter, with a chat template of
-its own, is chatted with: alone, then beside clients of each kind (benchmarks/hostile.py) with ordinary requests, then
-beside as many with hostile ones. What a client may cost its neighbours is what any request costs them; the aim is that
-a hostile one's p99 is at most twice that of an ordinary one. Medians over rounds.
+its own, is chatted with: alone, then beside clients of each kind with ordinary requests, then beside as many with
+hostile ones. They run in a process of their own (benchmarks/workloads/hostile.py). What a client may cost its
+neighbours is what any request costs them; the aim is that a hostile one's p99 is at most twice that of an ordinary one.
+Medians over rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks.hostile import CHAT, PROMPT, TEMPLATE, Attack, Files, Kind, Refused, kinds
-from benchmarks.hot_load import small_adapter
-from benchmarks.options import circumstances, parser_of, server_options, store
-from benchmarks.report import neighbours_circumstances, neighbours_table, percentile
-from benchmarks.server_process import ServerProcess, end_on_sigterm
-from benchmarks.shapes import make_adapters, make_model
-from graftwork import Client, GraftworkError
+from benchmarks.common.figures import medians, percentile, show
+from benchmarks.common.options import circumstances, parser_of, server_options, store
+from benchmarks.common.server_process import ServerProcess, end_on_sigterm
+from benchmarks.common.shapes import make_adapters, make_model, small_adapter
+from benchmarks.common.sides import PeerSide
+from benchmarks.common.tables import neighbours_circumstances, neighbours_table
+from benchmarks.workloads.cases import PROMPT
+from benchmarks.workloads.hostile import CHAT, TEMPLATE, adapter_with, kinds, make_files
+from graftwork import Client
 
 TOKENS = 500
 CALL_SECONDS = 0.05
 """Between two small calls."""
-NUMBERS = itertools.count()
+Job = dict[str, Any]
+"""What the clients beside are told (benchmarks/workloads/hostile.py); an empty one: there are none."""
 
 
 @contextmanager
-def clients(address: str, count: int, attack: Attack) -> Iterator[list[bool]]:
-    """Within it, so many clients send one request after another; yields whether each was answered."""
-    answered: list[bool] = []
-    done = threading.Event()
-
-    def send() -> None:
-        with Client(address=address, max_retries=0) as client:
-            while not done.is_set():
-                try:
-                    attack(client, next(NUMBERS))
-                    answered.append(True)
-                except (GraftworkError, Refused):
-                    answered.append(False)
-
-    with ThreadPoolExecutor(max(count, 1)) as threads:
-        running = [threads.submit(send) for _ in range(count)]
-        try:
-            time.sleep(0.5)
-            yield answered
-        finally:
-            done.set()
-        for client in running:
-            client.result()
+def beside(clients: PeerSide, job: Job) -> Iterator[dict[str, float]]:
+    """Within it, those clients send; yields how many of their requests were answered and refused, once it has ended."""
+    counts: dict[str, float] = {"answered": 0, "refused": 0}
+    if not job:
+        yield counts
+        return
+    clients.measure(job)
+    yield counts
+    counts |= clients.measure({})
 
 
 @contextmanager
@@ -114,51 +103,51 @@ def observe(client: Client, server: ServerProcess) -> dict[str, float]:
     }
 
 
-def cases(found: list[Kind], count: int) -> list[tuple[str, int, Attack]]:
-    """Name, number of clients and what each sends."""
-    rows: list[tuple[str, int, Attack]] = [("alone", 0, found[0].ordinary)]
-    for kind in found:
-        rows.append((f"{kind.name}, ordinary", count, kind.ordinary))
-        rows.append((f"{kind.name}, hostile", count, kind.hostile))
+def cases(chosen: str, count: int) -> list[tuple[str, Job]]:
+    """Name of each case, and the clients beside; `chosen` names kinds with commas between, all if it is empty."""
+    rows: list[tuple[str, Job]] = [("alone", {})]
+    for kind in kinds(Path(), count):
+        if not chosen or kind in chosen.split(","):
+            rows += [(f"{kind}, {way}", {"kind": kind, "hostile": way == "hostile"}) for way in ("ordinary", "hostile")]
     return rows
+
+
+def prepare(client: Client, model_dir: Path, folder: Path, clients: int) -> None:
+    """Makes all files under `folder`, and uploads the adapters that are chatted with."""
+    folder.mkdir()
+    small = small_adapter(make_adapters(model_dir, ["r16-0"])[0], folder / "small", 1)
+    uploads = make_files(small, model_dir / "tokenizer.json", folder, clients)
+    uploads.append(adapter_with(small, folder / "neighbour", "chat_template.jinja", TEMPLATE))
+    for upload in uploads:
+        client.adapters.create(upload.name, upload)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All cases, one after another, in each round."""
     model_dir = make_model(arguments.shape, arguments.work)
-    large = make_adapters(model_dir, ["r16-0"])[0]
     rounds: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="graftwork-bench-") as data_dir:
         folder = Path(data_dir, "files")
-        folder.mkdir()
-        files = Files(small_adapter(large, folder / "small", 1), model_dir / "tokenizer.json", folder)
         options = server_options(arguments, model_dir, Path(data_dir, "data"))
         with ServerProcess(options) as server, Client(address=server.address) as client:
-            client.adapters.create("neighbour", files.make("neighbour", template=TEMPLATE))
-            chosen = [
-                kind
-                for kind in kinds(files, client, arguments.clients)
-                if not arguments.kinds or kind.name in arguments.kinds.split(",")
-            ]
-            gaps(client)
-            for _ in range(arguments.rounds):
-                for name, count, attack in cases(chosen, arguments.clients):
-                    with clients(server.address, count, attack) as answered:
-                        row = observe(client, server)
-                    row |= {"answered": sum(answered), "refused": answered.count(False)}
-                    rounds.setdefault(name, []).append(row)
-                    print(name, {key: round(value, 1) for key, value in row.items()}, flush=True)
+            prepare(client, model_dir, folder, arguments.clients)
+            command = [sys.executable, "-m", "benchmarks.workloads.hostile", server.address, str(folder)]
+            with PeerSide([*command, str(arguments.clients)]) as clients:
+                gaps(client)
+                for _ in range(arguments.rounds):
+                    for name, job in cases(arguments.kinds, arguments.clients):
+                        with beside(clients, job) as counts:
+                            row = observe(client, server)
+                        row |= counts
+                        rounds.setdefault(name, []).append(row)
+                        show(name, row)
             dtype = server.dtype
-    results = [
-        {"case": name, **{key: statistics.median(row[key] for row in rows) for key in rows[0]}, "rounds": rows}
-        for name, rows in rounds.items()
-    ]
     return {
         **circumstances("neighbours", arguments, dtype),
         "clients": arguments.clients,
         "prompt_tokens": len(PROMPT),
         "new_tokens": TOKENS,
-        "results": results,
+        "results": medians(rounds),
     }
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -22,14 +21,14 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from benchmarks.options import circumstances, parser_of, server_options, store
-from benchmarks.report import overload_circumstances, overload_table, percentile
-from benchmarks.server_process import ServerProcess, end_on_sigterm
-from benchmarks.shapes import make_model
-from graftwork.v1 import generation_pb2 as pb
+from benchmarks.common.figures import medians, percentile, show
+from benchmarks.common.options import circumstances, parser_of, server_options, store
+from benchmarks.common.raw_calls import generate_call, generate_request
+from benchmarks.common.server_process import ServerProcess, end_on_sigterm
+from benchmarks.common.shapes import make_model
+from benchmarks.common.tables import overload_circumstances, overload_table
+from benchmarks.workloads.cases import PROMPT
 
-METHOD = "/graftwork.v1.GenerationService/Generate"
-PROMPT = list(range(100, 164))
 NEW_TOKENS = 32
 LOAD = 10
 
@@ -103,18 +102,17 @@ async def flooded(call: Any, request: bytes, rate: float, seconds: float) -> dic
 
 async def compare(address: str, arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Both, alternating."""
-    sampling = pb.SamplingParameters(max_tokens=NEW_TOKENS, ignore_eos=True)
-    request = pb.GenerateRequest(model="base", token_ids=pb.TokenIds(ids=PROMPT), sampling=sampling).SerializeToString()
+    request = generate_request(PROMPT, NEW_TOKENS)
     rounds: dict[str, list[dict[str, float]]] = {"full": [], "ten times": []}
     async with grpc.aio.insecure_channel(address) as channel:
-        call = channel.unary_stream(METHOD)
+        call = generate_call(channel)
         await full(call, request, arguments.max_queue, 3)
         for _ in range(arguments.rounds):
             rounds["full"].append(await full(call, request, arguments.max_queue, arguments.seconds))
             rate = LOAD * rounds["full"][-1]["admitted_per_second"]
             rounds["ten times"].append(await flooded(call, request, rate, arguments.seconds))
             for name, rows in rounds.items():
-                print(name, {key: round(value, 1) for key, value in rows[-1].items()}, flush=True)
+                show(name, rows[-1])
     return rounds
 
 
@@ -132,10 +130,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "prompt_tokens": len(PROMPT),
         "new_tokens": NEW_TOKENS,
         "seconds": arguments.seconds,
-        "results": [
-            {"case": name, **{key: statistics.median(row[key] for row in rows) for key in rows[0]}, "rounds": rows}
-            for name, rows in rounds.items()
-        ],
+        "results": medians(rounds),
     }
 
 

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import NEW_TOKENS, PROMPT_TOKENS, Case, adapters_of
-from benchmarks.machine import describe_machine
-from benchmarks.options import parser_of, store
-from benchmarks.shapes import make_adapters, make_model
-from benchmarks.sides import OurSide
+from benchmarks.common.options import circumstances, parser_of, store
+from benchmarks.common.shapes import make_adapters, make_model
+from benchmarks.common.sides import OurSide
+from benchmarks.common.tables import markdown
+from benchmarks.workloads.cases import NEW_TOKENS, PROMPT_TOKENS, Case, adapters_of
 from graftwork_server.base.device import choose_dtype
 from graftwork_server.base.quantization import Int8Linear, Nf4Linear, bitsandbytes, rows_to_int8
 from graftwork_server.base.weights import map_base_model
@@ -176,21 +176,18 @@ def servers(arguments: argparse.Namespace, model_dir: Path) -> dict[str, dict[st
 def table(result: dict[str, Any]) -> str:
     """The servers' part as Markdown."""
     machine, kinds = result["machine"], result["servers"]
-    lines = [
+    sentence = (
         f"{result['shape']} Llama shape, {result['dtype']}, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, {result['threads']} "
         f"threads; {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}; medians of "
-        f"{result['rounds']} rounds in one run.",
-        "",
-        f"| | {' | '.join(KINDS)} |",
-        f"|---|{'---|' * len(KINDS)}",
+        f"{result['rounds']} rounds in one run."
+    )
+    rows = [
+        [case.title, *(f"{statistics.median(kinds[kind][case.title]):.1f} tok/s" for kind in KINDS)] for case in CASES
     ]
-    for case in (case.title for case in CASES):
-        rates = [f"{statistics.median(kinds[kind][case]):.1f} tok/s" for kind in KINDS]
-        lines.append(f"| {case} | {' | '.join(rates)} |")
-    sizes = [f"{result['bases'][kind]['weight_bytes'] / 1e6:.0f} MB" for kind in KINDS]
-    losses = [f"{result['bases'][kind]['on_board_readme_loss']:.4f}" for kind in KINDS]
-    lines += [f"| weights | {' | '.join(sizes)} |", f"| loss of the on-board model | {' | '.join(losses)} |"]
-    return "\n".join(lines)
+    bases = [result["bases"][kind] for kind in KINDS]
+    rows.append(["weights", *(f"{base['weight_bytes'] / 1e6:.0f} MB" for base in bases)])
+    rows.append(["loss of the on-board model", *(f"{base['on_board_readme_loss']:.4f}" for base in bases)])
+    return f"{sentence}\n\n{markdown(['', *KINDS], rows)}"
 
 
 def main() -> None:
@@ -201,12 +198,7 @@ def main() -> None:
     dtype = choose_dtype(arguments.dtype, CPU)
     model_dir = make_model(arguments.shape, arguments.work)
     result = {
-        "benchmark": "quantization",
-        "machine": describe_machine(),
-        "shape": arguments.shape,
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
+        **circumstances("quantization", arguments, str(dtype).removeprefix("torch.")),
         "servers": servers(arguments, model_dir),
         "bases": bases(model_dir, dtype),
         "products": products(dtype),

@@ -8,26 +8,26 @@ streamed. PEFT and llama.cpp run in processes of their own without a server or t
 that a disturbance of the machine hits all; figures are medians, after a warm-up of each case in each round.
 
 --vllm and --llama-cpp name the virtual environments of those peers, made beside this project (docs/benchmarks.md).
-PEFT is left out where loading its adapters alone would take minutes: its cases have at most 16 adapters.
+--dtype is for all sides but llama.cpp. PEFT is left out where loading its adapters alone would take minutes: its cases
+have at most 16 adapters.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import NEW_TOKENS, PROMPT_TOKENS, Case, adapters_of, chosen
-from benchmarks.machine import describe_machine
-from benchmarks.options import store
+from benchmarks.common.figures import summary
+from benchmarks.common.options import circumstances, parser_of, store
+from benchmarks.common.server_process import end_on_sigterm
+from benchmarks.common.shapes import make_adapters, make_model
+from benchmarks.common.sides import OurSide, Side, llama_cpp_side, peft_side, vllm_side
+from benchmarks.common.tables import latency_tables, rate_table, serving_circumstances
 from benchmarks.peers.pausing import paused
-from benchmarks.report import circumstances, latency_tables, rate_table, summary
-from benchmarks.server_process import end_on_sigterm
-from benchmarks.shapes import make_adapters, make_model
-from benchmarks.sides import OurSide, Side, llama_cpp_side, peft_side, vllm_side
+from benchmarks.workloads.cases import NEW_TOKENS, PROMPT_TOKENS, Case, adapters_of, chosen
 
 MOST_PEFT_ADAPTERS = 16
 
@@ -55,17 +55,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             sides["vllm"] = stack.enter_context(
                 vllm_side(arguments.vllm, model_dir, adapters_dir, dtype, threads, names, at_once)
             )
-        results = run_rounds(cases, sides, arguments.rounds or (2 if arguments.quick else 3))
+        results = run_rounds(cases, sides, arguments.rounds)
     return {
-        "benchmark": "serving",
-        "machine": describe_machine(),
+        **circumstances("serving", arguments, dtype),
         "peers": {name: version for side in sides.values() for name, version in side.versions.items()},
-        "shape": arguments.shape,
-        "dtype": dtype,
-        "threads": threads,
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
-        "rounds": arguments.rounds or (2 if arguments.quick else 3),
         "hot_load_ms_median": statistics.median(ours.load_ms) if ours.load_ms else None,
         "results": results,
     }
@@ -102,22 +97,18 @@ def rate_tokens(case: Case) -> int:
 
 def main() -> None:
     """Measures, prints and stores."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, rounds=0, help_on_rounds="default: 3, with --quick 2")
     parser.add_argument("--quick", action="store_true", help="few cases, two rounds: under three minutes without peers")
-    parser.add_argument("--cases", default="", help="names from benchmarks/cases.py, separated by commas")
-    parser.add_argument("--rounds", type=int, default=0, help="default: 3, with --quick 2")
+    parser.add_argument("--cases", default="", help="names from benchmarks/workloads/cases.py, separated by commas")
     parser.add_argument("--vllm", type=Path, help="environment of vLLM")
     parser.add_argument("--llama-cpp", type=Path, help="environment of llama-cpp-python, with gguf and torch")
     parser.add_argument("--no-peft", action="store_true", help="while developing: without transformers + PEFT")
-    parser.add_argument("--shape", default="135m")
-    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16, for all sides but llama.cpp")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--work", type=Path, default=Path(".bench"))
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    arguments.rounds = arguments.rounds or (2 if arguments.quick else 3)
     end_on_sigterm()
     measured = measure(arguments)
-    print(f"\n{circumstances(measured)}\n\nTokens per second:\n\n{rate_table(measured)}\n\n{latency_tables(measured)}")
+    print(f"\n{serving_circumstances(measured)}\n\nTokens per second:")
+    print(f"\n{rate_table(measured)}\n\n{latency_tables(measured)}")
     store(measured, arguments.output)
 
 

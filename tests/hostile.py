@@ -1,5 +1,5 @@
-"""Files that a hostile stranger would send: tokenizers, chat templates and data sets made to hurt. No test of itself;
-tests and benchmarks import it."""
+"""What a hostile stranger would send: chat templates, tokenizers, patterns, grammars and data sets made to hurt. No
+test of itself; tests, the fuzzer and benchmarks import it, so that each input stands in one place."""
 
 from __future__ import annotations
 
@@ -29,7 +29,44 @@ TEMPLATES: dict[str, str] = {
 
 LOOPING = TEMPLATES["endless loops"]
 """A template that keeps a processor busy for minutes."""
+LOOPS = (
+    LOOPING,
+    "{% set n = namespace(s='x') %}{% for a in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{{ 'x' * 999 }}{% endfor %}{% endfor %}",
+    "{{ (range(99999) | list) * 999 }}",
+)
+"""Templates that take as much time or memory as they may, in four ways."""
 HARMLESS = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+EXPONENTIAL = "(a+)+$"
+"""A regular expression that takes twice as long for each further letter."""
+PATTERNS: dict[str, str] = {
+    "recursion": "(?R)",
+    "repeats of repeats": r"(([a-z_.0-9]*)*)*!",
+    "many repeats": r"(.*)*(.*)*(.*)*x",
+    "a large automaton": "(a|b|[c-z.]{0,9}){500}",
+}
+"""Patterns of module names, as in `target_modules`, that take long or are none."""
+
+
+def costly_grammar(number: int) -> dict[str, str]:
+    """One of four grammars that take long: for a first mask, in a step, in the lexer, in the parser.
+
+    No two numbers have the same one, so that none is remembered.
+    """
+    endless = f"(abcdefghijklmnopqrstuvwxyz{number}){{60000}}"
+    terminals = range(900)
+    return [
+        {"regex": endless},
+        {"regex": "[a-z]{20}" + endless},
+        {"regex": "(a|b|[c-z]{0,9})" * 500 + str(number)},
+        {
+            "lark": "start: "
+            + "|".join(f"T{index}" for index in terminals)
+            + "".join(f"\nT{index}: /[a-z]+{index}x{number}/" for index in terminals)
+        },
+    ][number % 4]
 
 
 def post_processor_bomb(document: Document, pieces: int = 3000, ids: int = 3000) -> Document:
@@ -68,7 +105,7 @@ def replacing_normalizer(document: Document) -> Document:
 
 def regex_pre_tokenizer(document: Document) -> Document:
     """A regular expression that takes exponential time."""
-    rule = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    rule = {"type": "Split", "pattern": {"Regex": EXPONENTIAL}, "behavior": "Isolated", "invert": False}
     return _changed(document, pre_tokenizer=rule)
 
 
@@ -124,6 +161,12 @@ def with_added(document: Document, contents: list[str], first: int | None = None
     return _changed(document, added_tokens=[*document.get("added_tokens", []), *more])
 
 
+def with_first_added(document: Document, **values: Any) -> Document:
+    """`document` whose first added token has other properties."""
+    first, *others = document["added_tokens"]
+    return _changed(document, added_tokens=[first | values, *others])
+
+
 TOKENIZERS: dict[str, Callable[[Document], Document]] = {
     "a post-processor's bomb": post_processor_bomb,
     "a larger bomb": lambda document: post_processor_bomb(document, 30_000, 20_000),
@@ -148,6 +191,16 @@ def slow_rows(messages: int = 1000, rows: int = 1) -> bytes:
     return (json.dumps({"messages": turns}) + "\n").encode() * rows
 
 
+def costly_rows(number: int, size: int) -> bytes:
+    """About `size` bytes: one text without a space, rows that are all wrong, JSON that is nested, or accents alone."""
+    return [
+        json.dumps({"text": "a" * size}).encode(),
+        b'{"text": 1}\n' * (size // 12),
+        b'{"text": ' + b"[" * size,
+        json.dumps({"text": "\u0300" * (size // 6)}).encode(),
+    ][number % 4]
+
+
 def plain_rows(size: int) -> bytes:
     """A good data set of about `size` bytes."""
     row = json.dumps({"prompt": "the quick brown fox", "completion": " jumps over the lazy dog"}).encode() + b"\n"
@@ -160,7 +213,7 @@ def _vocab(document: Document) -> dict[str, int]:
 
 
 def _next_id(document: Document) -> int:
-    ids = [*_vocab(document).values(), *(token["id"] for token in document.get("added_tokens", []))]
+    ids: list[int] = [*_vocab(document).values(), *(token["id"] for token in document.get("added_tokens", []))]
     return max(ids) + 1
 
 

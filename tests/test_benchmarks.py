@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.cases import CASES, adapters_of, chosen
-from benchmarks.report import README, percentile, rate_table, readme_block, summary, with_block
+from benchmarks.common.figures import percentile, summary
+from benchmarks.common.tables import rate_table
+from benchmarks.report import README, readme_block, with_block
+from benchmarks.workloads.cases import CASES, adapters_of, chosen
 
 
 def test_the_readme_shows_the_results() -> None:

@@ -9,10 +9,11 @@ import argparse
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from demo_corpus import SOURCES
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from demo_model.sources import SOURCES
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 PROMPTS = (
     "The first step is to",
@@ -105,7 +106,7 @@ SHA-256 of what `tools/build_demo_model.py` wrote:
 """
 
 
-def complete(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+def complete(model: Any, tokenizer: Any, ids: list[int]) -> str:
     """Sample up to 60 tokens after a prompt."""
     torch.manual_seed(0)
     prompt = torch.tensor([ids])
@@ -118,13 +119,13 @@ def complete(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, ids: l
         top_p=0.95,
         repetition_penalty=1.0,
     )
-    return tokenizer.decode(made[0, prompt.shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(made[0, prompt.shape[1] :], skip_special_tokens=True))
 
 
 def write_card(folder: Path, machine: str, note: str) -> None:
     """Write README.md into the model's folder."""
     record = json.loads((folder / "training.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     config, recipe, held = model.config, record["recipe"], record["held_out"]
     samples = [f"- **{prompt}**{quote(complete(model, tokenizer, tokenizer.encode(prompt)))}" for prompt in PROMPTS]

@@ -19,7 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe_machine
+from benchmarks.common.machine import describe_machine
 from tests.fuzz.run import Findings, Fuzzer
 
 

@@ -9,25 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from tests import toys
-from tests.fuzz.hostile import TEMPLATES, TEXTS, any_value, mutated_bytes, mutated_json, written
+from tests.fuzz.mutations import TEMPLATES, TEXTS, any_value, mutated_bytes, mutated_json, written
 
-DTYPES = (
-    "F32",
-    "F16",
-    "BF16",
-    "F64",
-    "F8_E4M3",
-    "F8_E5M2",
-    "F8_E8M0",
-    "BOOL",
-    "I8",
-    "U8",
-    "I16",
-    "I32",
-    "I64",
-    "U64",
-    "C64",
-)
+BYTES = {
+    "F32": 4, "F16": 2, "BF16": 2, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1,
+    "I8": 1, "U8": 1, "I16": 2, "I32": 4, "I64": 8, "U64": 8, "C64": 8,
+}  # fmt: skip
+"""Of one value of each type that a safetensors file may name."""
+DTYPES = tuple(BYTES)
 ROWS: list[Any] = [
     {"text": "the quick brown fox"},
     {"prompt": "the quick", "completion": " fox"},
@@ -158,16 +147,12 @@ def _retyped(header: dict[str, Any], choose: random.Random) -> bytes:
             entry["dtype"] = dtype
         if choose.random() < 0.02:
             entry["shape"] = choose.choice(([], [0], [1] * 10, entry["shape"][::-1]))
-        size = _BYTES[entry["dtype"]]
+        size = BYTES[entry["dtype"]]
         for extent in entry["shape"]:
             size *= extent
         entry["data_offsets"], end = [end, end + size], end + size
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + choose.choice((b"\x38", b"\x00", b"\x01")) * end
-
-
-_BYTES = {"F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8}
-_BYTES = dict.fromkeys(DTYPES, 1) | _BYTES
 
 
 def _rows(choose: random.Random) -> bytes:

@@ -12,7 +12,7 @@ from google.protobuf import descriptor, descriptor_pool, message_factory
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
-from tests.fuzz.hostile import NUMBERS, TEXTS, mutated_bytes, mutated_json
+from tests.fuzz.mutations import NUMBERS, TEXTS, mutated_bytes, mutated_json
 
 from graftwork_server.front.rpc.server import SERVICES
 

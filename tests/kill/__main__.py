@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import random
 import tempfile
 import threading
@@ -21,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from benchmarks.common.machine import describe_machine
 from tests import toys
 from tests.e2e.rows import prompt_rows
 from tests.e2e.serving import Server, eventually
 
-from graftwork import Client, GraftworkError, __version__
+from graftwork import Client, GraftworkError
 from graftwork_server.hub.files.store import digest_of
 
 TARGETS = ("front", "engine", "tuner")
@@ -69,9 +69,11 @@ class Load:
                 time.sleep(0.05)
 
     def stop(self) -> None:
+        """Ends what run() does."""
         self._stop.set()
 
     def again(self) -> None:
+        """run() may be called again."""
         self._stop.clear()
 
     def _act(self, client: Client, rows: Any) -> None:
@@ -286,8 +288,7 @@ def main() -> int:
         "jobs": sum(len(load.jobs) for load in loads),
         "jobs_given_up": sum(len(load.given_up) for load in loads),
         "violations": violations,
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "system": platform.platform()},
-        "versions": {"graftwork": __version__, "python": platform.python_version()},
+        "machine": describe_machine(),
     }
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 PROMPT_TOKENS = 64
+PROMPT = list(range(100, 100 + PROMPT_TOKENS))
+"""Where every request may have the same prompt."""
 NEW_TOKENS = 32
 MIXED_RANKS = (8, 16, 64)
 VOCABULARY = range(10, 4000)
@@ -44,7 +46,7 @@ class Case:
     def job(self) -> dict[str, Any]:
         """The requests as every side gets them: token ids and adapter (None: the base) of each, and how long."""
         random_ids = random.Random(1)
-        names = self.adapter_names or [None]
+        names: list[str] | list[None] = self.adapter_names or [None]
         return {
             "prompts": [random_ids.choices(VOCABULARY, k=self.prompt_tokens) for _ in range(self.requests)],
             "adapters": [names[index % len(names)] for index in range(self.requests)],

@@ -17,10 +17,14 @@ from calendar import month_name
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+Document = dict[str, Any]
+"""A line of corpus.jsonl: the package, and sections, each a heading and its paragraphs."""
 
 VOCABULARY = 4096
 SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -57,12 +61,13 @@ QUESTIONS = (
 SYSTEMS = ("You are a helpful assistant.", "Answer the question.", "You answer briefly and clearly.")
 
 
-def read_documents(corpus: Path) -> tuple[list[dict], list[dict]]:
+def read_documents(corpus: Path) -> tuple[list[Document], list[Document]]:
     """The corpus in two parts: training documents and the held-out 1 %.
 
     Which part a document falls in depends on its own text alone, so a changed package moves no other document.
     """
-    train, held = [], []
+    train: list[Document] = []
+    held: list[Document] = []
     with corpus.open(encoding="utf-8") as lines:
         for line in lines:
             document = json.loads(line)
@@ -72,7 +77,7 @@ def read_documents(corpus: Path) -> tuple[list[dict], list[dict]]:
     return train, held
 
 
-def page_text(document: dict) -> str:
+def page_text(document: Document) -> str:
     """A page as plain text: headings on their own lines, paragraphs apart."""
     parts = []
     for heading, paragraphs in document["sections"]:
@@ -121,7 +126,7 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def chats(document: dict, rng: random.Random, share: float) -> Iterator[list[dict[str, str]]]:
+def chats(document: Document, rng: random.Random, share: float) -> Iterator[list[dict[str, str]]]:
     """Chat documents of some of a page's sections."""
     for heading, paragraphs in document["sections"]:
         if len(heading) < 4 or not heading.isascii() or not 60 <= len(paragraphs[0]) <= 700 or rng.random() > share:
@@ -154,7 +159,7 @@ def drill(words: list[str], rng: random.Random) -> str:
     return "\n\n".join(blocks)
 
 
-def common_words(documents: list[dict], count: int = 3000) -> list[str]:
+def common_words(documents: list[Document], count: int = 3000) -> list[str]:
     """The corpus's most frequent plain words, month names left out."""
     counts: Counter[str] = Counter()
     for document in documents:
@@ -167,7 +172,7 @@ def common_words(documents: list[dict], count: int = 3000) -> list[str]:
 
 def encode_stream(
     tokenizer: PreTrainedTokenizerFast,
-    documents: list[dict],
+    documents: list[Document],
     seed: int,
     chat_share: float = 0.12,
     drill_share: float = 0.04,
@@ -179,7 +184,7 @@ def encode_stream(
     size = sum(len(text) for text in texts)
     for document in documents:
         for messages in chats(document, rng, chat_share):
-            texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
+            texts.append(str(tokenizer.apply_chat_template(messages, tokenize=False)))
     drilled = 0
     while drilled < drill_share * size:
         texts.append("<|bos|>" + drill(words, rng) + "<|eos|>")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from graftwork_server.config import DEMO_MODEL
@@ -43,7 +44,8 @@ def make_model(shape: str, folder: Path) -> Path:
     if not (directory / "tokenizer.json").is_file():
         torch.manual_seed(0)
         config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+        model: Any = LlamaForCausalLM(config)
+        model.to(torch.bfloat16).save_pretrained(directory)
         _write_tokenizer(directory, config.vocab_size)
     return directory
 
@@ -73,6 +75,21 @@ def make_adapters(model_dir: Path, names: Iterable[str]) -> list[Path]:
                 _randomise(peft_model, _rank_and_seed(path)[1])
                 peft_model.save_pretrained(path)
     return directories
+
+
+def small_adapter(like: Path, directory: Path, seed: int) -> Path:
+    """An adapter of rank 1 on the query projections alone, cut from `like`, its weights scaled by its own factor."""
+    directory.mkdir()
+    config = json.loads((like / "adapter_config.json").read_text())
+    config |= {"r": 1, "target_modules": ["q_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {
+        name: (tensor[:1] if "lora_A" in name else tensor[:, :1]) * (1 + seed / 1024)
+        for name, tensor in load_file(like / "adapter_model.safetensors").items()
+        if ".q_proj." in name
+    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "adapter_model.safetensors")
+    return directory
 
 
 def _rank_and_seed(path: Path) -> tuple[int, int]:

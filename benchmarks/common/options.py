@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines share."""
+"""What the benchmarks' command lines share, and what their results begin with."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe_machine
+from benchmarks.common.machine import describe_machine
 
 
-def parser_of(description: str | None, rounds: int) -> argparse.ArgumentParser:
-    """Options for a benchmark that makes a model of a shape; `rounds` is the default."""
+def plain_parser(description: str | None) -> argparse.ArgumentParser:
+    """Options for a benchmark of the model on board."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="135m")
-    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--work", type=Path, default=Path(".bench"))
     parser.add_argument("--output", type=Path)
+    return parser
+
+
+def parser_of(description: str | None, rounds: int, help_on_rounds: str | None = None) -> argparse.ArgumentParser:
+    """Options for a benchmark that makes a model of a shape; `rounds` is the default."""
+    parser = plain_parser(description)
+    parser.add_argument("--shape", default="135m")
+    parser.add_argument("--rounds", type=int, default=rounds, help=help_on_rounds)
+    parser.add_argument("--work", type=Path, default=Path(".bench"))
     return parser
 
 

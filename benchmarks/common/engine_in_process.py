@@ -1,6 +1,6 @@
 """The engine alone: `Engine.step` in a loop, without front, socket or gRPC. A side for benchmarks/front.py.
 
-python -m benchmarks.engine_in_process MODEL_DIR DTYPE THREADS
+python -m benchmarks.common.engine_in_process MODEL_DIR DTYPE THREADS
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import torch
-
 from benchmarks.peers.line_worker import Job, Measured, answer_lines, with_new_tokens
+
 from graftwork_server.base.device import choose_dtype
 from graftwork_server.config import ServerConfig
 from graftwork_server.engine.engine import Engine
@@ -28,7 +28,7 @@ class InProcess:
         device = torch.device("cpu")
         with tempfile.TemporaryDirectory() as cache:
             base = load_base(model_dir, device, choose_dtype(dtype, device), Path(cache))
-        self._engine = Engine(base, ServerConfig(prefix_cache=False), lambda adapter: None)
+        self._engine = Engine(base, ServerConfig.model_validate({"prefix_cache": False}), lambda adapter: None)
         self._ids = itertools.count(1)
 
     def measure(self, job: Job) -> Measured:

@@ -9,17 +9,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from benchmarks.server_process import ServerProcess
+from benchmarks.common.server_process import ServerProcess
+
 from graftwork import AsyncClient
 
-PEERS = Path(__file__).parent / "peers"
+PEERS = Path(__file__).parents[1] / "peers"
 JOB_SECONDS = 900
 """A peer that takes longer for one case is ended, and the benchmark with it."""
+
+
+Measure = Callable[[dict[str, Any]], dict[str, Any]]
+"""From a case's job (benchmarks/workloads/cases.py) to what it took."""
 
 
 class Side(Protocol):
@@ -28,12 +33,15 @@ class Side(Protocol):
     versions: dict[str, str]
 
     @property
-    def process_id(self) -> int: ...
+    def process_id(self) -> int:
+        """Of the process that all of its others descend from."""
+
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-    def measure(self, job: dict[str, Any]) -> dict[str, Any]: ...
+    def measure(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Warms up, then takes the time of the job's requests."""
 
 
 class OurSide:

@@ -6,6 +6,8 @@ import json
 import random
 from typing import Any
 
+from tests import hostile
+
 NUMBERS: list[Any] = [
     0,
     1,
@@ -56,8 +58,8 @@ TEXTS = [
     "all-linear",
     "</s>",
     "<s>",
-    "(?R)",
-    "([a-z._0-9]+)+!",
+    hostile.PATTERNS["recursion"],
+    hostile.PATTERNS["repeats of repeats"],
     "(",
     "[[:alpha:]]",
     "%s%n%x",
@@ -66,7 +68,7 @@ TEXTS = [
     "[" * 3000,
     '{"a": "\\ud800"}',
     '{"type": "object", "properties": {"a": {"$ref": "#"}}}',
-    '{"type": "string", "pattern": "(a+)+$"}',
+    json.dumps({"type": "string", "pattern": hostile.EXPONENTIAL}),
     '[{"type": "function", "function": {"name": "f", "parameters": {}}}]',
     "NaN",
     "null",
@@ -88,9 +90,9 @@ TEMPLATES = [
     "{{ 'x' * 100000000 }}",
     "{% for i in range(100000000) %}{% endfor %}",
     "{{ ''.__class__.__mro__ }}",
-    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    hostile.TEMPLATES["an endless macro"],
     "{% include 'x' %}",
-    "{{ '\\ud800' }}",
+    hostile.TEMPLATES["half a character"],
     "{{ messages | tojson }}" * 50,
     "{% set x = namespace(v=[]) %}{% for i in range(3000) %}{% set x.v = x.v + [x.v] %}{% endfor %}{{ x.v }}",
     "{%- " * 1000,
