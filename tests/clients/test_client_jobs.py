@@ -12,7 +12,7 @@ from tests.clients.protos import adapter, event, job, step_event, succeeded
 from tests.clients.scripted_server import ScriptedServer, fail, hold
 
 import graftwork
-from graftwork import retries
+from graftwork.transport import retries
 from graftwork.v1 import adapters_pb2 as a
 from graftwork.v1 import strategies_pb2 as s
 from graftwork.v1 import tuning_pb2 as t

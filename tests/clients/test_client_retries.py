@@ -11,7 +11,7 @@ from tests.clients.protos import adapter, job, last, piece
 from tests.clients.scripted_server import ScriptedServer, fail
 
 import graftwork
-from graftwork import retries
+from graftwork.transport import retries
 from graftwork.v1 import adapters_pb2 as a
 from graftwork.v1 import generation_pb2 as g
 from graftwork.v1 import tuning_pb2 as t

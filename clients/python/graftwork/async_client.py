@@ -10,8 +10,6 @@ from types import TracebackType
 from typing import Any, Literal, Self, Unpack, cast, overload
 
 from graftwork import requests
-from graftwork.async_transport import AsyncTransport
-from graftwork.calls import Streaming
 from graftwork.client import AT_ONCE
 from graftwork.requests import Messages, Prompt, Prompts, SamplingOptions, TextInput, Tools
 from graftwork.resources.adapters import AsyncAdapters
@@ -20,7 +18,9 @@ from graftwork.resources.server import AsyncServer
 from graftwork.resources.strategies import AsyncStrategies
 from graftwork.resources.tuning import AsyncTuning
 from graftwork.streams import AsyncGenerationStream
-from graftwork.transport import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, Settings
+from graftwork.transport.async_transport import AsyncTransport
+from graftwork.transport.calls import Streaming
+from graftwork.transport.settings import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, Settings
 from graftwork.types import (
     ClassificationResult,
     EmbeddingResult,

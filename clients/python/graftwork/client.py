@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any, Literal, Self, Unpack, cast, overload
 
 from graftwork import requests
-from graftwork.calls import Streaming
 from graftwork.requests import Messages, Prompt, Prompts, SamplingOptions, TextInput, Tools
 from graftwork.resources.adapters import Adapters
 from graftwork.resources.datasets import Datasets
@@ -16,7 +15,9 @@ from graftwork.resources.server import Server
 from graftwork.resources.strategies import Strategies
 from graftwork.resources.tuning import Tuning
 from graftwork.streams import GenerationStream
-from graftwork.transport import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, Settings, Transport
+from graftwork.transport.calls import Streaming
+from graftwork.transport.settings import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, Settings
+from graftwork.transport.sync_transport import Transport
 from graftwork.types import (
     ClassificationResult,
     EmbeddingResult,

@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Self
 
 from graftwork import responses, tuning_requests
-from graftwork.async_transport import AsyncTransport
 from graftwork.errors import APIError, JobFailedError, JobTimeoutError
-from graftwork.retries import Watch, backoff_s
-from graftwork.transport import Transport
+from graftwork.transport.async_transport import AsyncTransport
+from graftwork.transport.retries import Watch, backoff_s
+from graftwork.transport.sync_transport import Transport
 from graftwork.types import JobState, TuningEvent, TuningJobInfo, TuningProgress, TuningResult
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypedDict
 
 from graftwork import responses, types
-from graftwork.calls import Message, Page, Streaming, Unary, Upload
 from graftwork.fields import build, text
-from graftwork.uploads import AdapterFiles
+from graftwork.transport.calls import Message, Page, Streaming, Unary, Upload
+from graftwork.transport.request_ids import new_request_id
+from graftwork.transport.uploads import AdapterFiles
 from graftwork.v1 import adapters_pb2, generation_pb2, server_pb2, strategies_pb2
 
 Prompt: TypeAlias = str | Sequence[int]
@@ -85,11 +85,6 @@ class SamplingOptions(TypedDict, total=False):
     regex: str | None
     choice: Sequence[str] | None
     lark: str | None
-
-
-def new_request_id() -> str:
-    """A fresh id: 32 hexadecimal characters."""
-    return uuid.uuid4().hex
 
 
 def sampling(options: SamplingOptions) -> generation_pb2.SamplingParameters:

@@ -11,8 +11,8 @@ from typing import Any
 from google.protobuf import json_format, struct_pb2, timestamp_pb2
 
 from graftwork import types
-from graftwork.calls import Page
 from graftwork.errors import InternalError
+from graftwork.transport.calls import Page
 from graftwork.v1 import adapters_pb2, generation_pb2, server_pb2, strategies_pb2, tuning_pb2
 
 _FINISH: Mapping[int, types.FinishReason] = {

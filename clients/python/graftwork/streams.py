@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator, Generator, Iterator
 from types import TracebackType
 from typing import Any, Self
 
-from graftwork.async_transport import AsyncServerStream, AsyncTransport
-from graftwork.calls import Streaming
 from graftwork.errors import APIError
 from graftwork.requests import SamplingOptions
 from graftwork.responses import Collector
-from graftwork.transport import ServerStream, Transport
+from graftwork.transport.async_transport import AsyncServerStream, AsyncTransport
+from graftwork.transport.calls import Streaming
+from graftwork.transport.sync_transport import ServerStream, Transport
 from graftwork.types import Generation, GenerationChunk
 
 

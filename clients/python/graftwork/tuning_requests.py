@@ -8,10 +8,11 @@ from typing import Any
 from google.protobuf import struct_pb2
 
 from graftwork import responses, types
-from graftwork.calls import Message, Page, Streaming, Unary, Upload
 from graftwork.fields import build
-from graftwork.requests import new_request_id, resource_name
-from graftwork.uploads import DatasetSource
+from graftwork.requests import resource_name
+from graftwork.transport.calls import Message, Page, Streaming, Unary, Upload
+from graftwork.transport.request_ids import new_request_id
+from graftwork.transport.uploads import DatasetSource
 from graftwork.v1 import tuning_pb2
 
 _TUNING = "/graftwork.v1.TuningService/"

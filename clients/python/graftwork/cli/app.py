@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from graftwork.cli import adapter, chat, dataset, generate, pooled, serve, status, strategy, tune
-from graftwork.transport import DEFAULT_ADDRESS
+from graftwork.transport.settings import DEFAULT_ADDRESS
 from graftwork.version import VERSION
 
 _EPILOG = """\b

@@ -16,8 +16,8 @@ from graftwork.cli.progress import follow, upload_bar
 from graftwork.cli.session import session
 from graftwork.client import Client
 from graftwork.jobs import TuningJob
+from graftwork.transport.uploads import DatasetSource
 from graftwork.types import Dataset, TuningEstimate, TuningJobInfo
-from graftwork.uploads import DatasetSource
 
 app = subgroup("Tuning jobs: a data set becomes a new version of an adapter.")
 

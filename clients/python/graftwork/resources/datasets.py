@@ -8,11 +8,11 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 
 from graftwork import tuning_requests
-from graftwork.async_transport import AsyncTransport
 from graftwork.resources.paging import async_pages, pages
-from graftwork.transport import Transport
+from graftwork.transport.async_transport import AsyncTransport
+from graftwork.transport.sync_transport import Transport
+from graftwork.transport.uploads import DatasetSource, Progress, Source
 from graftwork.types import Dataset, DatasetReport
-from graftwork.uploads import DatasetSource, Progress, Source
 
 
 class Datasets:

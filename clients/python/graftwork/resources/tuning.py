@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 from graftwork import tuning_requests
-from graftwork.async_transport import AsyncTransport
 from graftwork.jobs import AsyncTuningJob, TuningJob
 from graftwork.resources.paging import async_pages, pages
-from graftwork.transport import Transport
+from graftwork.transport.async_transport import AsyncTransport
+from graftwork.transport.sync_transport import Transport
 from graftwork.types import Dataset
 
 

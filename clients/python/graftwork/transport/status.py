@@ -10,8 +10,8 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from graftwork.errors import BY_CODE, APIError, FieldViolation, UnknownError
+from graftwork.transport.request_ids import REQUEST_ID_KEY
 
-REQUEST_ID_KEY = "x-request-id"
 _BROKEN_OFF = "CANCELLED"
 """gRPC's own words for a call that reached a server in the moment when it closed its port, and that nobody will answer.
 Who cancelled a call here reads other words; ours carry a reason."""

@@ -1,13 +1,13 @@
 """The three kinds of call: what to send, how to read the answer, whether it may be sent again.
 
-requests.py builds them, the transports carry them out; so the sync and the async client differ in how they wait only.
+requests/ builds them, the transports carry them out; so the sync and the async client differ in how they wait only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 
 class Message(Protocol):
@@ -60,3 +60,11 @@ class Page(Generic[T]):
 
     items: tuple[T, ...]
     next_page_token: str
+
+
+def serializers(response: type[R]) -> dict[str, Any]:
+    """The arguments that tell gRPC how a request becomes bytes, and how bytes become a response."""
+    return {
+        "request_serializer": lambda request: request.SerializeToString(),
+        "response_deserializer": response.FromString,
+    }

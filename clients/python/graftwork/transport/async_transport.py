@@ -1,4 +1,4 @@
-"""Carries calls.py out over an asyncio channel."""
+"""Carries calls out over an asyncio channel."""
 
 # ruff: noqa: ASYNC109 - timeout is the deadline that gRPC sends to the server; asyncio.timeout would only stop waiting.
 
@@ -11,11 +11,12 @@ from typing import Any, Generic, Self
 import grpc
 import grpc.aio
 
-from graftwork.calls import Message, R, Streaming, T, Unary, Upload
-from graftwork.requests import new_request_id
-from graftwork.retries import Attempts
-from graftwork.status import api_error
-from graftwork.transport import Outgoing, Settings, call_metadata
+from graftwork.transport.calls import Message, R, Streaming, T, Unary, Upload, serializers
+from graftwork.transport.request_ids import Metadata, call_metadata, new_request_id
+from graftwork.transport.retries import Attempts
+from graftwork.transport.settings import Settings
+from graftwork.transport.status import api_error
+from graftwork.transport.sync_transport import Outgoing
 
 
 class AsyncServerStream(Generic[T]):
@@ -66,26 +67,18 @@ class AsyncTransport:
 
     async def unary(self, call: Unary[R, T], timeout: float | None = None) -> T:
         """Carries a call out. Raises APIError."""
-        method = self._channel.unary_unary(
-            call.path,
-            request_serializer=type(call.request).SerializeToString,
-            response_deserializer=call.response.FromString,
-        )
+        method = self._channel.unary_unary(call.path, **serializers(call.response))
 
-        async def attempt(seconds: float, metadata: tuple[tuple[str, str], ...]) -> T:
+        async def attempt(seconds: float, metadata: Metadata) -> T:
             return call.parse(await method(call.request, timeout=seconds, metadata=metadata))
 
         return await self._retrying(attempt, self.settings.attempts(retry=call.retry, timeout=timeout))
 
     async def upload(self, call: Upload[R, T], timeout: float | None = None) -> T:
         """Carries an upload out; files are read in a thread. Raises APIError, or what reading the source raised."""
-        method = self._channel.stream_unary(
-            call.path,
-            request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=call.response.FromString,
-        )
+        method = self._channel.stream_unary(call.path, **serializers(call.response))
 
-        async def attempt(seconds: float, metadata: tuple[tuple[str, str], ...]) -> T:
+        async def attempt(seconds: float, metadata: Metadata) -> T:
             outgoing = Outgoing(call.messages())
             try:
                 return call.parse(await method(_read_in_thread(outgoing), timeout=seconds, metadata=metadata))
@@ -99,18 +92,12 @@ class AsyncTransport:
 
     def stream(self, call: Streaming[R, T], seconds: float) -> AsyncServerStream[T]:
         """Starts one attempt at a streaming call with a deadline in seconds; errors come from the iterator."""
-        method = self._channel.unary_stream(
-            call.path,
-            request_serializer=type(call.request).SerializeToString,
-            response_deserializer=call.response.FromString,
-        )
+        method = self._channel.unary_stream(call.path, **serializers(call.response))
         request_id = new_request_id()
         running = method(call.request, timeout=seconds, metadata=call_metadata(request_id))
         return AsyncServerStream(running, call.parse, request_id)
 
-    async def _retrying(
-        self, attempt: Callable[[float, tuple[tuple[str, str], ...]], Awaitable[T]], attempts: Attempts
-    ) -> T:
+    async def _retrying(self, attempt: Callable[[float, Metadata], Awaitable[T]], attempts: Attempts) -> T:
         request_id = new_request_id()
         while True:
             try:
