@@ -69,8 +69,8 @@ def test_public_things_have_docstrings(name: str) -> None:
 
 def test_every_method_of_the_proto_has_a_call() -> None:
     assert graftwork.__file__ is not None
-    folder = Path(graftwork.__file__).parent
-    source = (folder / "requests.py").read_text() + (folder / "tuning_requests.py").read_text()
+    folder = Path(graftwork.__file__).parent / "requests"
+    source = "".join(file.read_text() for file in folder.glob("*.py"))
     for messages in (adapters_pb2, generation_pb2, server_pb2, strategies_pb2, tuning_pb2):
         for service in messages.DESCRIPTOR.services_by_name.values():
             assert f'"/{service.full_name}/"' in source

@@ -12,7 +12,7 @@ from tests.clients.protos import adapter
 from tests.clients.scripted_server import ScriptedServer, fail
 
 import graftwork
-from graftwork import requests
+from graftwork.requests import adapters as requests
 from graftwork.transport import uploads
 from graftwork.v1 import adapters_pb2 as a
 from graftwork.v1 import tuning_pb2 as t

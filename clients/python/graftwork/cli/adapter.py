@@ -7,7 +7,6 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from graftwork import requests
 from graftwork.cli import output
 from graftwork.cli.confirm import Yes, confirm
 from graftwork.cli.options import AdapterRef, Address, AsJson, subgroup
@@ -15,6 +14,7 @@ from graftwork.cli.progress import upload_bar
 from graftwork.cli.session import session
 from graftwork.client import Client
 from graftwork.errors import NotFoundError
+from graftwork.requests import adapters as requests
 from graftwork.types import Adapter
 
 AdapterId: TypeAlias = Annotated[str, typer.Argument(metavar="ID", help="The adapter.")]

@@ -15,7 +15,8 @@ from graftwork.cli.options import Address, AsJson, CacheSalt, Model, Priority
 from graftwork.cli.sampling import takes_sampling
 from graftwork.cli.session import session
 from graftwork.errors import APIError, UnavailableError
-from graftwork.requests import Messages, SamplingOptions
+from graftwork.requests.messages import Messages
+from graftwork.requests.sampling import SamplingOptions
 from graftwork.streams import GenerationStream
 from graftwork.types import Generation, Message
 

@@ -11,7 +11,7 @@ from graftwork.cli import output
 from graftwork.cli.options import Address, AsJson, CacheSalt, Model, Priority
 from graftwork.cli.sampling import takes_sampling
 from graftwork.cli.session import session
-from graftwork.requests import SamplingOptions
+from graftwork.requests.sampling import SamplingOptions
 from graftwork.streams import GenerationStream
 from graftwork.types import Completion, TokenLogprob
 

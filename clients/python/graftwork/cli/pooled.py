@@ -9,7 +9,7 @@ import typer
 from graftwork.cli import output
 from graftwork.cli.options import Address, AsJson, Model
 from graftwork.cli.session import session
-from graftwork.requests import TextInput
+from graftwork.requests.pooling import TextInput
 from graftwork.types import Pooling
 
 Texts = Annotated[list[str], typer.Argument(metavar="TEXT", help="The texts.")]

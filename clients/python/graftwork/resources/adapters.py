@@ -8,7 +8,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 
-from graftwork import requests
+from graftwork.requests import adapters as requests
 from graftwork.resources.paging import async_pages, pages
 from graftwork.transport.async_transport import AsyncTransport
 from graftwork.transport.sync_transport import Transport

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 
-from graftwork import requests
+from graftwork.requests import strategies as requests
 from graftwork.resources.paging import async_pages, pages
 from graftwork.transport.async_transport import AsyncTransport
 from graftwork.transport.sync_transport import Transport
