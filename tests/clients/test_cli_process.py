@@ -18,7 +18,7 @@ import pytest
 from tests.clients.protos import adapter, as_chat, event, job, last, piece, step_event, succeeded
 from tests.clients.scripted_server import ScriptedServer, fail, hold
 
-from graftwork.cli.progress import LossCurve, _sparkline
+from graftwork.cli.loss_curve import LossCurve, sparkline
 from graftwork.types import TuningEvent, TuningProgress
 from graftwork.v1 import adapters_pb2 as a
 from graftwork.v1 import tuning_pb2 as t
@@ -233,7 +233,7 @@ def test_a_long_curve_is_kept_in_little_memory() -> None:
     assert sum(1 for _ in curve.watch(steps(60_000))) == 60_000
     assert len(curve._training) <= 5_001
     assert curve._training[-1] == (60_000, 1.0)
-    drawn = _sparkline([value for _, value in curve._training])
+    drawn = sparkline([value for _, value in curve._training])
     assert len(drawn) == 50
     assert drawn == "".join(sorted(drawn, reverse=True))
     assert [drawn.count(block) for block in "▇▆▅▄▃▂"] == pytest.approx([7] * 6, abs=1)

@@ -13,7 +13,15 @@ from typing import Any
 
 import typer
 
-from graftwork.cli import INTERRUPTED
+from graftwork.cli.exit_codes import (
+    FAILED,
+    INTERRUPTED,
+    JOB_FAILED,
+    NOT_FOUND,
+    PIPE_CLOSED,
+    UNREACHABLE,
+    USAGE,
+)
 from graftwork.cli.output import plain
 from graftwork.client import Client
 from graftwork.errors import (
@@ -25,8 +33,6 @@ from graftwork.errors import (
     UploadError,
     in_words,
 )
-
-FAILED, USAGE, UNREACHABLE, NOT_FOUND, JOB_FAILED, PIPE_CLOSED = 1, 2, 3, 4, 5, 141
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def _print(server: ServerInfo, address: str) -> None:
     )
     if server.jobs:
         print()
-        output.table(("JOB", "STATE", "STRATEGY", "ADAPTER", "STEP"), (_job(job) for job in server.jobs))
+        output.table(("JOB", "STATE", "STRATEGY", "ADAPTER", "STEP"), map(_job, server.jobs))
 
 
 def _loaded(names: tuple[str, ...]) -> str:
@@ -66,5 +66,4 @@ def _loaded(names: tuple[str, ...]) -> str:
 
 
 def _job(job: TuningJobInfo) -> tuple[str | None, ...]:
-    step = f"{job.progress.step}/{job.progress.total_steps}" if job.progress else None
-    return job.job_id, job.state, job.spec.strategy, job.spec.adapter_id, step
+    return job.job_id, job.state, job.spec.strategy, job.spec.adapter_id, output.step(job.progress)

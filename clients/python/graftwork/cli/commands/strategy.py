@@ -10,6 +10,7 @@ import typer
 from graftwork.cli import output
 from graftwork.cli.options import Address, AsJson, subgroup
 from graftwork.cli.session import session
+from graftwork.types import Strategy
 
 app = subgroup("Strategies: the plugins that train and serve variants.")
 
@@ -19,22 +20,7 @@ def list_(ctx: typer.Context, as_json: AsJson = False, address: Address = None) 
     """List all strategies, those that failed to load included."""
     with session(ctx, address, as_json) as client:
         strategies = list(client.strategies.list())
-        if as_json:
-            output.emit(strategies)
-            return
-        output.table(
-            ("STRATEGY", "VERSION", "CAN", "FROM", "ABOUT"),
-            (
-                (
-                    item.strategy_id,
-                    item.version,
-                    ",".join(item.capabilities),
-                    item.distribution,
-                    f"NOT LOADED: {item.load_error}" if item.load_error else item.description,
-                )
-                for item in strategies
-            ),
-        )
+        output.listing(strategies, ("STRATEGY", "VERSION", "CAN", "FROM", "ABOUT"), _row, as_json)
 
 
 @app.command()
@@ -67,6 +53,11 @@ def show(
             rows = [_setting(name, about, name in required) for name, about in settings.items()]
             print()
             output.table(("SETTING", "DEFAULT", "ABOUT"), rows)
+
+
+def _row(item: Strategy) -> tuple[str, ...]:
+    about = f"NOT LOADED: {item.load_error}" if item.load_error else item.description
+    return item.strategy_id, item.version, ",".join(item.capabilities), item.distribution, about
 
 
 def _setting(name: str, about: object, required: bool) -> tuple[str, str, str]:

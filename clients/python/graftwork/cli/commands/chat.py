@@ -108,12 +108,5 @@ def _answer(running: GenerationStream, as_json: bool) -> Generation:
             answer = stream.result()
             output.emit(answer)
             return answer
-        started = False
-        try:
-            for chunk in stream:
-                started = True
-                print(output.readable(chunk.text), end="", flush=True)
-        finally:
-            if started:
-                print(flush=True)
+        output.stream(stream)
         return stream.result()

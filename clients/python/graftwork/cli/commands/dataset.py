@@ -8,10 +8,11 @@ from typing import Annotated, TypeAlias
 import typer
 
 from graftwork.cli import output
-from graftwork.cli.confirm import Yes, confirm
+from graftwork.cli.confirm import Yes, delete_by_id
+from graftwork.cli.exit_codes import FAILED
 from graftwork.cli.options import Address, AsJson, subgroup
 from graftwork.cli.progress import upload_bar
-from graftwork.cli.session import FAILED, session
+from graftwork.cli.session import session
 from graftwork.types import DatasetReport
 
 DatasetId: TypeAlias = Annotated[str, typer.Argument(metavar="ID", help="The data set.")]
@@ -48,13 +49,11 @@ def check(
 def list_(ctx: typer.Context, as_json: AsJson = False, address: Address = None) -> None:
     """List the stored data sets, newest first."""
     with session(ctx, address, as_json) as client:
-        datasets = list(client.datasets.list())
-        if as_json:
-            output.emit(datasets)
-            return
-        output.table(
+        output.listing(
+            list(client.datasets.list()),
             ("DATA SET", "NAME", "FORM", "ROWS", "CREATED"),
-            ((d.dataset_id, d.display_name, d.format, f"{d.row_count:,}", d.create_time) for d in datasets),
+            lambda d: (d.dataset_id, d.display_name, d.format, f"{d.row_count:,}", d.create_time),
+            as_json,
         )
 
 
@@ -84,13 +83,8 @@ def delete(
 ) -> None:
     """Delete a stored data set. Asks first on a terminal."""
     with session(ctx, address, as_json) as client:
-        client.datasets.get(dataset)  # a mistyped id is told before the question
-        confirm(f"delete data set {dataset}?", yes)
-        client.datasets.delete(dataset)
-        if as_json:
-            output.emit({"dataset_id": dataset})
-        else:
-            print(f"deleted {dataset}")
+        delete_by_id(client.datasets, dataset, f"delete data set {dataset}?", yes)
+        output.say({"dataset_id": dataset}, f"deleted {dataset}", as_json)
 
 
 def _print(report: DatasetReport, file: Path) -> None:

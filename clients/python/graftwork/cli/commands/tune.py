@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from graftwork.cli import output
-from graftwork.cli.confirm import Yes, confirm
+from graftwork.cli.confirm import Yes, delete_by_id
 from graftwork.cli.options import Address, AsJson, JobId, subgroup
 from graftwork.cli.progress import follow, upload_bar
 from graftwork.cli.session import session
@@ -50,30 +50,21 @@ def create(
     address: Address = None,
 ) -> None:
     """Upload data and start a job. With --follow and --json: one event per line, the job on the last."""
-    config = _config(settings or [])
+    wanted: dict[str, Any] = {
+        "strategy": strategy,
+        "adapter": adapter,
+        "config": _config(settings or []),
+        "validation_fraction": validation_fraction,
+        "new_version": new_version,
+    }
     with session(ctx, address, as_json) as client:
         for file in (data, validation):
             if file is not None:
                 DatasetSource(file)  # raises where it cannot be read, before anything is sent
-        client.tuning.check(
-            strategy=strategy,
-            adapter=adapter,
-            config=config,
-            validation_fraction=validation_fraction,
-            new_version=new_version,
-        )
+        client.tuning.check(**wanted)
         dataset = _upload(client, data, as_json)
         held_out = _upload(client, validation, as_json) if validation is not None else None
-        job = client.tuning.create(
-            strategy=strategy,
-            dataset=dataset,
-            adapter=adapter,
-            config=config,
-            validation=held_out,
-            validation_fraction=validation_fraction,
-            load=load,
-            new_version=new_version,
-        )
+        job = client.tuning.create(**wanted, dataset=dataset, validation=held_out, load=load)
         if follow_it:
             if not as_json:
                 print(f"job {job.id}", flush=True)
@@ -89,24 +80,11 @@ def create(
 def list_(ctx: typer.Context, as_json: AsJson = False, address: Address = None) -> None:
     """List all jobs, newest first."""
     with session(ctx, address, as_json) as client:
-        jobs = [job.info for job in client.tuning.list()]
-        if as_json:
-            output.emit(jobs)
-            return
-        output.table(
+        output.listing(
+            [job.info for job in client.tuning.list()],
             ("JOB", "STATE", "STRATEGY", "ADAPTER", "STEP", "LOSS", "CREATED"),
-            (
-                (
-                    job.job_id,
-                    job.state,
-                    job.spec.strategy,
-                    job.spec.adapter_id,
-                    f"{job.progress.step}/{job.progress.total_steps}" if job.progress else None,
-                    f"{job.progress.loss:.4f}" if job.progress else None,
-                    job.create_time,
-                )
-                for job in jobs
-            ),
+            _row,
+            as_json,
         )
 
 
@@ -137,23 +115,21 @@ def cancel(ctx: typer.Context, job: JobId, as_json: AsJson = False, address: Add
     """Cancel a job; it publishes nothing."""
     with session(ctx, address, as_json) as client:
         handle = client.tuning.get(job).cancel()
-        if as_json:
-            output.emit(handle.info)
-        else:
-            print(f"job {handle.id} {handle.state}")
+        output.say(handle.info, f"job {handle.id} {handle.state}", as_json)
 
 
 @app.command()
 def delete(ctx: typer.Context, job: JobId, yes: Yes = False, as_json: AsJson = False, address: Address = None) -> None:
     """Delete a job that has ended, with its events. The version that it published stays. Asks first on a terminal."""
     with session(ctx, address, as_json) as client:
-        client.tuning.get(job)  # a mistyped id is told before the question
-        confirm(f"delete job {job} and its events?", yes)
-        client.tuning.delete(job)
-        if as_json:
-            output.emit({"job_id": job})
-        else:
-            print(f"deleted {job}")
+        delete_by_id(client.tuning, job, f"delete job {job} and its events?", yes)
+        output.say({"job_id": job}, f"deleted {job}", as_json)
+
+
+def _row(job: TuningJobInfo) -> tuple[Any, ...]:
+    loss = f"{job.progress.loss:.4f}" if job.progress else None
+    step = output.step(job.progress)
+    return job.job_id, job.state, job.spec.strategy, job.spec.adapter_id, step, loss, job.create_time
 
 
 def _config(settings: list[str]) -> dict[str, Any]:
@@ -214,7 +190,7 @@ def _show(job: TuningJobInfo, as_json: bool) -> None:
     if job.error:
         pairs.append(("error", f"{job.error} [{job.error_reason}]" if job.error_reason else job.error))
     if job.progress is not None and not job.done:
-        pairs.append(("step", f"{job.progress.step}/{job.progress.total_steps}"))
+        pairs.append(("step", output.step(job.progress)))
         pairs.append(("loss", f"{job.progress.loss:.4f}"))
     if job.result is not None:
         pairs += _result(job)

@@ -44,7 +44,7 @@ def create(
             adapter = client.adapters.create(
                 adapter_id, directory, strategy=strategy, new_version=new_version, load=load, on_progress=on_progress
             )
-        name = f"{adapter.adapter_id}@{adapter.version}"
+        name = _name(adapter)
         same = adapter.version == before
         _show(adapter, as_json, f"nothing new: {name} has the same files" if same else f"published {name}")
 
@@ -53,13 +53,11 @@ def create(
 def list_(ctx: typer.Context, as_json: AsJson = False, address: Address = None) -> None:
     """List all adapters."""
     with session(ctx, address, as_json) as client:
-        adapters = list(client.adapters.list())
-        if as_json:
-            output.emit(adapters)
-            return
-        output.table(
+        output.listing(
+            list(client.adapters.list()),
             ("ADAPTER", "VERSION", "STRATEGY", "LOADED", "PINNED", "RANK", "SIZE", "CREATED"),
-            ((a.adapter_id, a.version, a.strategy, *_state(a)) for a in adapters),
+            lambda adapter: (adapter.adapter_id, adapter.version, adapter.strategy, *_state(adapter)),
+            as_json,
         )
 
 
@@ -67,13 +65,11 @@ def list_(ctx: typer.Context, as_json: AsJson = False, address: Address = None) 
 def versions(ctx: typer.Context, adapter_id: AdapterId, as_json: AsJson = False, address: Address = None) -> None:
     """List an adapter's versions, newest first. ID@VERSION serves one of them."""
     with session(ctx, address, as_json) as client:
-        found = list(client.adapters.versions(adapter_id))
-        if as_json:
-            output.emit(found)
-            return
-        output.table(
+        output.listing(
+            list(client.adapters.versions(adapter_id)),
             ("VERSION", "STRATEGY", "LOADED", "PINNED", "RANK", "SIZE", "CREATED", "TUNING JOB"),
-            ((f"{a.adapter_id}@{a.version}", a.strategy, *_state(a), _job_id(a)) for a in found),
+            lambda version: (_name(version), version.strategy, *_state(version), _job_id(version)),
+            as_json,
         )
 
 
@@ -89,7 +85,7 @@ def load(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, addre
     """Load an adapter beside the base now. Its first request then need not wait."""
     with session(ctx, address, as_json) as client:
         loaded = client.adapters.load(adapter)
-        _show(loaded, as_json, f"loaded {loaded.adapter_id}@{loaded.version}")
+        _show(loaded, as_json, f"loaded {_name(loaded)}")
 
 
 @app.command()
@@ -97,11 +93,8 @@ def unload(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, add
     """Take an adapter off the device. That ends its pin, if it has one. Its next request loads it again."""
     with session(ctx, address, as_json) as client:
         unloaded = client.adapters.unload(adapter)
-        if as_json:
-            output.emit(unloaded)
-        else:
-            pin = "; it was pinned, and is no more" if unloaded.unpinned else ""
-            print(f"unloaded {unloaded.adapter_id}@{unloaded.version}{pin}")
+        pin = "; it was pinned, and is no more" if unloaded.unpinned else ""
+        output.say(unloaded, f"unloaded {_name(unloaded)}{pin}", as_json)
 
 
 @app.command()
@@ -109,7 +102,7 @@ def pin(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, addres
     """Load an adapter and keep it on the device. Over restarts too, until it is unpinned, unloaded or deleted."""
     with session(ctx, address, as_json) as client:
         pinned = client.adapters.pin(adapter)
-        _show(pinned, as_json, f"pinned {pinned.adapter_id}@{pinned.version}")
+        _show(pinned, as_json, f"pinned {_name(pinned)}")
 
 
 @app.command()
@@ -117,10 +110,7 @@ def unpin(ctx: typer.Context, adapter: AdapterRef, as_json: AsJson = False, addr
     """Let an adapter be evicted again when its room is needed."""
     with session(ctx, address, as_json) as client:
         unpinned = client.adapters.unpin(adapter)
-        if as_json:
-            output.emit(unpinned)
-        else:
-            print(f"unpinned {unpinned.adapter_id}@{unpinned.version}")
+        output.say(unpinned, f"unpinned {_name(unpinned)}", as_json)
 
 
 @app.command()
@@ -144,6 +134,10 @@ def delete(
             print(f"deleted {adapter}; {_left(client, adapter_id)}")
         else:
             print(f"deleted {adapter} ({count} version{'' if count == 1 else 's'})")
+
+
+def _name(adapter: Adapter) -> str:
+    return f"{adapter.adapter_id}@{adapter.version}"
 
 
 def _newest(client: Client, adapter_id: str) -> int | None:
@@ -175,7 +169,7 @@ def _show(adapter: Adapter, as_json: bool, headline: str = "") -> None:
     if headline:
         print(headline)
     pairs = [
-        ("adapter", f"{adapter.adapter_id}@{adapter.version}"),
+        ("adapter", _name(adapter)),
         ("follows", f"{adapter.adapter_id}@{adapter.follows_version}" if adapter.follows_version else None),
         ("strategy", adapter.strategy),
         ("digest", adapter.digest),
