@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, Unpack, overload
 from graftwork.client import AT_ONCE
 from graftwork.requests import generation as generation_requests
 from graftwork.requests import pooling as pooling_requests
-from graftwork.requests.generation import Generate, Prompt, Prompts
+from graftwork.requests.generation import GenerateCall, Prompt, Prompts
 from graftwork.requests.messages import Messages, Tools
 from graftwork.requests.pooling import TextInput
 from graftwork.requests.sampling import SamplingOptions
@@ -198,7 +198,7 @@ class AsyncClient:
         return running if stream else running.result()
 
     async def _answer_all(
-        self, calls: list[Generate], timeout: float | None, options: SamplingOptions
+        self, calls: list[GenerateCall], timeout: float | None, options: SamplingOptions
     ) -> list[Generation]:
         running = [AsyncGenerationStream(self._transport, call, timeout=timeout, options=options) for call in calls]
         at_once = asyncio.Semaphore(AT_ONCE)

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, Unpack, overload
 
 from graftwork.requests import generation as generation_requests
 from graftwork.requests import pooling as pooling_requests
-from graftwork.requests.generation import Generate, Prompt, Prompts
+from graftwork.requests.generation import GenerateCall, Prompt, Prompts
 from graftwork.requests.messages import Messages, Tools
 from graftwork.requests.pooling import TextInput
 from graftwork.requests.sampling import SamplingOptions
@@ -217,7 +217,9 @@ class Client:
         running = GenerationStream(self._transport, call, timeout=timeout, options=options)
         return running if stream else running.result()
 
-    def _answer_all(self, calls: list[Generate], timeout: float | None, options: SamplingOptions) -> list[Generation]:
+    def _answer_all(
+        self, calls: list[GenerateCall], timeout: float | None, options: SamplingOptions
+    ) -> list[Generation]:
         running = [GenerationStream(self._transport, call, timeout=timeout, options=options) for call in calls]
         threads = ThreadPoolExecutor(min(len(calls), AT_ONCE), "graftwork-generate")
         try:

@@ -11,13 +11,13 @@ from graftwork.requests.messages import Messages, Tools, chat_messages, json_tex
 from graftwork.requests.sampling import SamplingOptions, sampling_parameters
 from graftwork.responses import generation as responses
 from graftwork.transport.calls import Streaming, Unary
-from graftwork.v1 import generation_pb2
+from graftwork.v1 import generation_pb2 as pb
 
 Prompt: TypeAlias = str | Sequence[int]
 Prompts: TypeAlias = list[str] | list[list[int]] | tuple[str, ...]
 """Several prompts, each answered by itself."""
 
-Generate: TypeAlias = Streaming[generation_pb2.GenerateResponse, types.GenerationChunk]
+GenerateCall: TypeAlias = Streaming[pb.GenerateResponse, types.GenerationChunk]
 
 _SERVICE = "/graftwork.v1.GenerationService/"
 
@@ -30,7 +30,7 @@ def generate(
     priority: int | None,
     *,
     stream: bool,
-) -> Generate | list[Generate]:
+) -> GenerateCall | list[GenerateCall]:
     """Generate; of several prompts a call for each. Raises ValueError for several with stream."""
     if not isinstance(prompt, list | tuple) or not prompt or any(isinstance(one, int) for one in prompt):
         return _generate(model, cast("Prompt", prompt), options, cache_salt, priority)
@@ -41,9 +41,9 @@ def generate(
 
 def _generate(
     model: str, prompt: Prompt, options: SamplingOptions, cache_salt: str | None, priority: int | None
-) -> Generate:
+) -> GenerateCall:
     request = build(
-        generation_pb2.GenerateRequest,
+        pb.GenerateRequest,
         {"text": "prompt"},
         model=model,
         sampling=sampling_parameters(options),
@@ -51,9 +51,7 @@ def _generate(
         priority=priority or 0,
         **_prompt(prompt),
     )
-    return Streaming(
-        path=_SERVICE + "Generate", request=request, response=generation_pb2.GenerateResponse, parse=responses.chunk
-    )
+    return Streaming(_SERVICE + "Generate", request, pb.GenerateResponse, responses.chunk)
 
 
 def _prompt(prompt: Prompt, called: str = "prompt") -> dict[str, Any]:
@@ -62,7 +60,7 @@ def _prompt(prompt: Prompt, called: str = "prompt") -> dict[str, Any]:
         return {"text": prompt}
     if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
         raise TypeError(f"{called} is {prompt!r:.60}; a text or a list of token ids is accepted")
-    return {"token_ids": build(generation_pb2.TokenIds, {"ids": called}, ids=prompt)}
+    return {"token_ids": build(pb.TokenIds, {"ids": called}, ids=prompt)}
 
 
 def chat(
@@ -73,10 +71,10 @@ def chat(
     continue_final_message: bool,
     cache_salt: str | None,
     priority: int | None,
-) -> Streaming[generation_pb2.ChatResponse, types.GenerationChunk]:
+) -> Streaming[pb.ChatResponse, types.GenerationChunk]:
     """Chat. Raises ValueError for tools or tool calls that JSON cannot hold."""
     request = build(
-        generation_pb2.ChatRequest,
+        pb.ChatRequest,
         model=model,
         messages=chat_messages(messages),
         sampling=sampling_parameters(options),
@@ -85,39 +83,25 @@ def chat(
         cache_salt=cache_salt or "",
         priority=priority or 0,
     )
-    return Streaming(
-        path=_SERVICE + "Chat", request=request, response=generation_pb2.ChatResponse, parse=responses.chunk
-    )
+    return Streaming(_SERVICE + "Chat", request, pb.ChatResponse, responses.chunk)
 
 
-def score(model: str, prompt: Prompt, top_logprobs: int) -> Unary[generation_pb2.ScoreResponse, types.Score]:
+def score(model: str, prompt: Prompt, top_logprobs: int) -> Unary[pb.ScoreResponse, types.Score]:
     """Score."""
-    request = build(generation_pb2.ScoreRequest, model=model, top_logprobs=top_logprobs, **_prompt(prompt, "text"))
-    return Unary(
-        path=_SERVICE + "Score",
-        request=request,
-        response=generation_pb2.ScoreResponse,
-        parse=responses.score,
-        retry=True,
-    )
+    request = build(pb.ScoreRequest, model=model, top_logprobs=top_logprobs, **_prompt(prompt, "text"))
+    return Unary(_SERVICE + "Score", request, pb.ScoreResponse, responses.score, retry=True)
 
 
 def tokenize(
     given: str | Messages, model: str, tools: Tools | None, continue_final_message: bool
-) -> Unary[generation_pb2.TokenizeResponse, types.Tokenization]:
+) -> Unary[pb.TokenizeResponse, types.Tokenization]:
     """Tokenize, of a text or of a conversation."""
     request = build(
-        generation_pb2.TokenizeRequest,
+        pb.TokenizeRequest,
         text=given if isinstance(given, str) else "",
         messages=() if isinstance(given, str) else chat_messages(given),
         model=model,
         tools_json=json_text(tools),
         continue_final_message=continue_final_message,
     )
-    return Unary(
-        path=_SERVICE + "Tokenize",
-        request=request,
-        response=generation_pb2.TokenizeResponse,
-        parse=responses.tokenization,
-        retry=True,
-    )
+    return Unary(_SERVICE + "Tokenize", request, pb.TokenizeResponse, responses.tokenization, retry=True)

@@ -8,13 +8,13 @@ from typing import Any, TypeAlias
 
 from graftwork import types
 from graftwork.requests.fields import build
-from graftwork.v1 import generation_pb2
+from graftwork.v1 import generation_pb2 as pb
 
 Messages: TypeAlias = Sequence[types.Message | Mapping[str, Any]]
 Tools: TypeAlias = Sequence[Mapping[str, Any]]
 
 
-def chat_messages(messages: Messages) -> list[generation_pb2.ChatMessage]:
+def chat_messages(messages: Messages) -> list[pb.ChatMessage]:
     """A conversation as it is sent. Raises TypeError or ValueError naming the message and the field that is wrong."""
     given = () if isinstance(messages, str | Mapping) else tuple(messages)
     if isinstance(messages, str | Mapping) or not all(isinstance(message, Mapping) for message in given):
@@ -22,7 +22,7 @@ def chat_messages(messages: Messages) -> list[generation_pb2.ChatMessage]:
     return [_message(message, f"messages[{index}]") for index, message in enumerate(given)]
 
 
-def _message(message: Mapping[str, Any] | types.Message, called: str) -> generation_pb2.ChatMessage:
+def _message(message: Mapping[str, Any] | types.Message, called: str) -> pb.ChatMessage:
     if "role" not in message:
         raise ValueError(f'{called} has no "role"; it is "system", "user", "assistant" or another of the template\'s')
     fields = ("role", "content", "tool_call_id", "name")
@@ -36,7 +36,7 @@ def _message(message: Mapping[str, Any] | types.Message, called: str) -> generat
     if not isinstance(values["content"], str):
         values["content"] = _joined(values["content"], f"{called}.content")
     return build(
-        generation_pb2.ChatMessage,
+        pb.ChatMessage,
         {name: f"{called}.{name}" for name in fields},
         **values,
         tool_calls_json=json_text(message.get("tool_calls")),

@@ -9,18 +9,18 @@ from graftwork import types
 from graftwork.requests.fields import build
 from graftwork.responses import pooling as responses
 from graftwork.transport.calls import Unary
-from graftwork.v1 import generation_pb2
+from graftwork.v1 import generation_pb2 as pb
 
 TextInput: TypeAlias = str | tuple[str, str] | Sequence[int]
 """A text, two texts that belong together (a question and a passage), or token ids."""
 
-_POOLINGS: Mapping[str, generation_pb2.Pooling.ValueType] = {
-    "mean": generation_pb2.POOLING_MEAN,
-    "cls": generation_pb2.POOLING_CLS,
-    "last": generation_pb2.POOLING_LAST,
-    "max": generation_pb2.POOLING_MAX,
-    "mean_sqrt_len": generation_pb2.POOLING_MEAN_SQRT_LEN,
-    "weightedmean": generation_pb2.POOLING_WEIGHTED_MEAN,
+_POOLINGS: Mapping[str, pb.Pooling.ValueType] = {
+    "mean": pb.POOLING_MEAN,
+    "cls": pb.POOLING_CLS,
+    "last": pb.POOLING_LAST,
+    "max": pb.POOLING_MAX,
+    "mean_sqrt_len": pb.POOLING_MEAN_SQRT_LEN,
+    "weightedmean": pb.POOLING_WEIGHTED_MEAN,
 }
 
 _SERVICE = "/graftwork.v1.GenerationService/"
@@ -28,15 +28,10 @@ _SERVICE = "/graftwork.v1.GenerationService/"
 
 def classify(
     model: str, inputs: TextInput | Sequence[TextInput]
-) -> Unary[generation_pb2.ClassifyResponse, types.ClassificationResult]:
+) -> Unary[pb.ClassifyResponse, types.ClassificationResult]:
     """Classify."""
-    return Unary(
-        path=_SERVICE + "Classify",
-        request=build(generation_pb2.ClassifyRequest, model=model, inputs=_inputs(inputs)),
-        response=generation_pb2.ClassifyResponse,
-        parse=responses.classifications,
-        retry=True,
-    )
+    request = build(pb.ClassifyRequest, model=model, inputs=_inputs(inputs))
+    return Unary(_SERVICE + "Classify", request, pb.ClassifyResponse, responses.classifications, retry=True)
 
 
 def embed(
@@ -45,28 +40,22 @@ def embed(
     pooling: types.Pooling | None,
     normalize: bool,
     dimensions: int | None,
-) -> Unary[generation_pb2.EmbedResponse, types.EmbeddingResult]:
+) -> Unary[pb.EmbedResponse, types.EmbeddingResult]:
     """Embed. Raises ValueError for a pooling that there is not."""
     if pooling is not None and pooling not in _POOLINGS:
         raise ValueError(f"pooling is {pooling!r}; {', '.join(_POOLINGS)} are accepted")
     request = build(
-        generation_pb2.EmbedRequest,
+        pb.EmbedRequest,
         model=model,
         inputs=_inputs(inputs),
-        pooling=_POOLINGS[pooling] if pooling else generation_pb2.POOLING_UNSPECIFIED,
+        pooling=_POOLINGS[pooling] if pooling else pb.POOLING_UNSPECIFIED,
         normalize=normalize,
         dimensions=dimensions,
     )
-    return Unary(
-        path=_SERVICE + "Embed",
-        request=request,
-        response=generation_pb2.EmbedResponse,
-        parse=responses.embeddings,
-        retry=True,
-    )
+    return Unary(_SERVICE + "Embed", request, pb.EmbedResponse, responses.embeddings, retry=True)
 
 
-def _inputs(inputs: TextInput | Sequence[TextInput]) -> list[generation_pb2.TextInput]:
+def _inputs(inputs: TextInput | Sequence[TextInput]) -> list[pb.TextInput]:
     if not isinstance(inputs, str | list | tuple):
         raise TypeError(f"inputs is {inputs!r:.60}; a text, token ids, or a list of these is accepted")
     is_one = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], int))
@@ -74,12 +63,12 @@ def _inputs(inputs: TextInput | Sequence[TextInput]) -> list[generation_pb2.Text
     return [_text_input(one, f"inputs[{index}]") for index, one in enumerate(all_inputs)]
 
 
-def _text_input(one: TextInput, name: str) -> generation_pb2.TextInput:
+def _text_input(one: TextInput, name: str) -> pb.TextInput:
     names = {"text": name, "text_pair": f"{name}[1]"}
     if isinstance(one, str):
-        return build(generation_pb2.TextInput, names, text=one)
+        return build(pb.TextInput, names, text=one)
     if not isinstance(one, list | tuple):
         raise TypeError(f"{name} is {one!r:.60}; a text, a pair of texts, or a list of token ids is accepted")
     if len(one) == 2 and isinstance(one[0], str) and isinstance(one[1], str):
-        return build(generation_pb2.TextInput, names, text=one[0], text_pair=one[1])
-    return generation_pb2.TextInput(token_ids=build(generation_pb2.TokenIds, {"ids": name}, ids=one))
+        return build(pb.TextInput, names, text=one[0], text_pair=one[1])
+    return pb.TextInput(token_ids=build(pb.TokenIds, {"ids": name}, ids=one))

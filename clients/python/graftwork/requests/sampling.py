@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from graftwork.requests.fields import build
-from graftwork.v1 import generation_pb2
+from graftwork.v1 import generation_pb2 as pb
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -56,7 +56,7 @@ class SamplingOptions(TypedDict, total=False):
     lark: str | None
 
 
-def sampling_parameters(options: SamplingOptions) -> generation_pb2.SamplingParameters:
+def sampling_parameters(options: SamplingOptions) -> pb.SamplingParameters:
     """SamplingParameters of SamplingOptions; what is None stays unset, so that the server's default holds.
 
     Raises TypeError for an option that there is not, ValueError for two that exclude each other.
@@ -75,7 +75,7 @@ def sampling_parameters(options: SamplingOptions) -> generation_pb2.SamplingPara
         raise ValueError(f"{' and '.join(formats)}: give at most one of them")
     if formats:
         values["structured_output"] = _structured(**formats)
-    return build(generation_pb2.SamplingParameters, **values)
+    return build(pb.SamplingParameters, **values)
 
 
 def _structured(
@@ -83,13 +83,13 @@ def _structured(
     choice: Sequence[str] | None = None,
     regex: str | None = None,
     lark: str | None = None,
-) -> generation_pb2.StructuredOutput:
+) -> pb.StructuredOutput:
     if json_schema is not None:
         schema = json_schema if isinstance(json_schema, str) else json.dumps(json_schema, ensure_ascii=False)
-        return build(generation_pb2.StructuredOutput, json_schema=schema)
+        return build(pb.StructuredOutput, json_schema=schema)
     if choice is not None:
-        choices = build(generation_pb2.Choices, {"texts": "choice"}, texts=choice)
-        return generation_pb2.StructuredOutput(choice=choices)
+        choices = build(pb.Choices, {"texts": "choice"}, texts=choice)
+        return pb.StructuredOutput(choice=choices)
     if regex is not None:
-        return build(generation_pb2.StructuredOutput, regex=regex)
-    return build(generation_pb2.StructuredOutput, lark=lark or "")
+        return build(pb.StructuredOutput, regex=regex)
+    return build(pb.StructuredOutput, lark=lark or "")

@@ -5,17 +5,12 @@ from __future__ import annotations
 from graftwork import types
 from graftwork.responses import server as responses
 from graftwork.transport.calls import Unary
-from graftwork.v1 import server_pb2
+from graftwork.v1 import server_pb2 as pb
 
 _SERVICE = "/graftwork.v1.ServerService/"
 
 
-def get_server() -> Unary[server_pb2.GetServerResponse, types.ServerInfo]:
+def get_server() -> Unary[pb.GetServerResponse, types.ServerInfo]:
     """GetServer."""
-    return Unary(
-        path=_SERVICE + "GetServer",
-        request=server_pb2.GetServerRequest(),
-        response=server_pb2.GetServerResponse,
-        parse=responses.server,
-        retry=True,
-    )
+    request = pb.GetServerRequest()
+    return Unary(_SERVICE + "GetServer", request, pb.GetServerResponse, responses.server, retry=True)

@@ -7,28 +7,18 @@ from graftwork.requests.fields import build
 from graftwork.requests.names import resource_name
 from graftwork.responses import strategies as responses
 from graftwork.transport.calls import Page, Unary
-from graftwork.v1 import strategies_pb2
+from graftwork.v1 import strategies_pb2 as pb
 
 _SERVICE = "/graftwork.v1.StrategyService/"
 
 
-def list_strategies(page_size: int, token: str) -> Unary[strategies_pb2.ListStrategiesResponse, Page[types.Strategy]]:
+def list_strategies(page_size: int, token: str) -> Unary[pb.ListStrategiesResponse, Page[types.Strategy]]:
     """ListStrategies, one page."""
-    return Unary(
-        path=_SERVICE + "ListStrategies",
-        request=build(strategies_pb2.ListStrategiesRequest, page_size=page_size, page_token=token),
-        response=strategies_pb2.ListStrategiesResponse,
-        parse=responses.strategy_page,
-        retry=True,
-    )
+    request = build(pb.ListStrategiesRequest, page_size=page_size, page_token=token)
+    return Unary(_SERVICE + "ListStrategies", request, pb.ListStrategiesResponse, responses.strategy_page, retry=True)
 
 
-def get_strategy(strategy: str) -> Unary[strategies_pb2.GetStrategyResponse, types.Strategy]:
+def get_strategy(strategy: str) -> Unary[pb.GetStrategyResponse, types.Strategy]:
     """GetStrategy, by id or resource name."""
-    return Unary(
-        path=_SERVICE + "GetStrategy",
-        request=build(strategies_pb2.GetStrategyRequest, name=resource_name("strategies", strategy)),
-        response=strategies_pb2.GetStrategyResponse,
-        parse=responses.strategy,
-        retry=True,
-    )
+    request = build(pb.GetStrategyRequest, name=resource_name("strategies", strategy))
+    return Unary(_SERVICE + "GetStrategy", request, pb.GetStrategyResponse, responses.strategy, retry=True)

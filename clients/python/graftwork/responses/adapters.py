@@ -41,3 +41,8 @@ def adapter_page(message: adapters_pb2.ListAdaptersResponse) -> Page[types.Adapt
 def version_page(message: adapters_pb2.ListVersionsResponse) -> Page[types.Adapter]:
     """One page of an adapter's versions."""
     return Page(tuple(_adapter(item) for item in message.versions), message.next_page_token)
+
+
+def deleted_versions(message: adapters_pb2.DeleteAdapterResponse) -> int:
+    """How many versions were deleted."""
+    return message.deleted_versions

@@ -6,7 +6,7 @@ requests/ builds them, the transports carry them out; so the sync and the async 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 
@@ -23,7 +23,7 @@ R = TypeVar("R", bound=Message)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Unary(Generic[R, T]):
     """One request, one response. retry: sending it twice does no more than sending it once."""
 
@@ -31,10 +31,10 @@ class Unary(Generic[R, T]):
     request: Message
     response: type[R]
     parse: Callable[[R], T]
-    retry: bool
+    retry: bool = field(kw_only=True)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Upload(Generic[R, T]):
     """A stream of requests, one response. messages is called anew for each attempt."""
 
@@ -44,7 +44,7 @@ class Upload(Generic[R, T]):
     parse: Callable[[R], T]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Streaming(Generic[R, T]):
     """One request, a stream of responses."""
 
