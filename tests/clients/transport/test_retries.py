@@ -178,3 +178,12 @@ def test_backoff_grows_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert longest[0] <= retries.FIRST_BACKOFF_S
     assert longest[1] > retries.FIRST_BACKOFF_S
     assert longest[3] <= retries.LONGEST_BACKOFF_S
+
+
+def test_watch_has_a_deadline_and_a_bound_on_its_waits() -> None:
+    watch = retries.Watch(after_sequence=0, timeout=0.05)
+    assert 0 < watch.attach_timeout_s() <= 0.05
+    time.sleep(0.06)
+    assert watch.timed_out()
+    assert watch.attach_timeout_s() == 0.0
+    assert retries.Watch(after_sequence=0, timeout=None).attach_timeout_s() == retries.ATTACH_S

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -227,6 +228,7 @@ async def test_validate(server: ScriptedServer, client: graftwork.Client, aclien
     assert sent[0].check == t.DatasetCheck(max_sequence_tokens=64)
     assert sent[1].data == b"ab"
     assert [message.check.dataset for message in stored] == ["datasets/d1"]
-    for arguments in ({}, {"source": b"", "dataset": "d1"}):
+    wrong: list[dict[str, Any]] = [{}, {"source": b"", "dataset": "d1"}]
+    for arguments in wrong:
         with pytest.raises(ValueError, match="either"):
             client.datasets.validate(**arguments)
