@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from graftwork import types
@@ -14,14 +14,8 @@ from graftwork.v1 import generation_pb2 as pb
 TextInput: TypeAlias = str | tuple[str, str] | Sequence[int]
 """A text, two texts that belong together (a question and a passage), or token ids."""
 
-_POOLINGS: Mapping[str, pb.Pooling.ValueType] = {
-    "mean": pb.POOLING_MEAN,
-    "cls": pb.POOLING_CLS,
-    "last": pb.POOLING_LAST,
-    "max": pb.POOLING_MAX,
-    "mean_sqrt_len": pb.POOLING_MEAN_SQRT_LEN,
-    "weightedmean": pb.POOLING_WEIGHTED_MEAN,
-}
+_POOLINGS = {name: value for value, name in responses.POOLINGS.items() if name != "several"}
+"""What may be asked for, by name; "several" is an answer only."""
 
 _SERVICE = "/graftwork.v1.GenerationService/"
 

@@ -7,32 +7,32 @@ from collections.abc import Mapping
 from graftwork import types
 from graftwork.responses.fields import from_message, time
 from graftwork.transport.calls import Page
-from graftwork.v1 import tuning_pb2
+from graftwork.v1 import tuning_pb2 as pb
 
 _FORMS: Mapping[int, types.DatasetForm] = {
-    tuning_pb2.DATASET_FORMAT_CHAT: "chat",
-    tuning_pb2.DATASET_FORMAT_PROMPT_COMPLETION: "prompt_completion",
-    tuning_pb2.DATASET_FORMAT_INSTRUCTION: "instruction",
-    tuning_pb2.DATASET_FORMAT_TEXT: "text",
+    pb.DATASET_FORMAT_CHAT: "chat",
+    pb.DATASET_FORMAT_PROMPT_COMPLETION: "prompt_completion",
+    pb.DATASET_FORMAT_INSTRUCTION: "instruction",
+    pb.DATASET_FORMAT_TEXT: "text",
 }
 
 
-def dataset(message: tuning_pb2.UploadDatasetResponse | tuning_pb2.GetDatasetResponse) -> types.Dataset:
+def dataset(message: pb.UploadDatasetResponse | pb.GetDatasetResponse) -> types.Dataset:
     """A stored data set."""
     return _dataset(message.dataset)
 
 
-def dataset_page(message: tuning_pb2.ListDatasetsResponse) -> Page[types.Dataset]:
+def dataset_page(message: pb.ListDatasetsResponse) -> Page[types.Dataset]:
     """One page of data sets."""
     return Page(tuple(_dataset(item) for item in message.datasets), message.next_page_token)
 
 
-def _dataset(data: tuning_pb2.Dataset) -> types.Dataset:
+def _dataset(data: pb.Dataset) -> types.Dataset:
     form = _FORMS.get(data.format, "unspecified")
     return from_message(types.Dataset, data, format=form, create_time=time(data, "create_time"))
 
 
-def dataset_report(message: tuning_pb2.ValidateDatasetResponse) -> types.DatasetReport:
+def dataset_report(message: pb.ValidateDatasetResponse) -> types.DatasetReport:
     """What a check of a data set found."""
     return from_message(
         types.DatasetReport,

@@ -31,7 +31,7 @@ def optional(message: Any, field: str) -> Any:
 def time(message: Any, field: str) -> datetime | None:
     """A timestamp field in UTC; None where the message does not say."""
     stamp: timestamp_pb2.Timestamp | None = optional(message, field)
-    return stamp.ToDatetime(tzinfo=UTC) if stamp else None
+    return None if stamp is None else stamp.ToDatetime(tzinfo=UTC)
 
 
 def json_value(message: struct_pb2.Struct | struct_pb2.Value) -> Any:

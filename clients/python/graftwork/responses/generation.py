@@ -6,20 +6,20 @@ from collections.abc import Iterable, Mapping
 
 from graftwork import types
 from graftwork.responses.fields import from_message, optional
-from graftwork.v1 import generation_pb2
+from graftwork.v1 import generation_pb2 as pb
 
 _FINISH: Mapping[int, types.FinishReason] = {
-    generation_pb2.FINISH_REASON_STOP: "stop",
-    generation_pb2.FINISH_REASON_LENGTH: "length",
+    pb.FINISH_REASON_STOP: "stop",
+    pb.FINISH_REASON_LENGTH: "length",
 }
 
 
-def usage(message: generation_pb2.Usage) -> types.Usage:
+def usage(message: pb.Usage) -> types.Usage:
     """Token counts."""
     return from_message(types.Usage, message)
 
 
-def chunk(message: generation_pb2.GenerateResponse | generation_pb2.ChatResponse) -> types.GenerationChunk:
+def chunk(message: pb.GenerateResponse | pb.ChatResponse) -> types.GenerationChunk:
     """One piece of a generation or of an answer; both messages have the same fields."""
     return from_message(
         types.GenerationChunk,
@@ -33,17 +33,17 @@ def chunk(message: generation_pb2.GenerateResponse | generation_pb2.ChatResponse
     )
 
 
-def score(message: generation_pb2.ScoreResponse) -> types.Score:
+def score(message: pb.ScoreResponse) -> types.Score:
     """The log probabilities of a given text."""
     return from_message(types.Score, message, tokens=_token_logprobs(message.tokens))
 
 
-def tokenization(message: generation_pb2.TokenizeResponse) -> types.Tokenization:
+def tokenization(message: pb.TokenizeResponse) -> types.Tokenization:
     """Token ids and their texts."""
     return types.Tokenization(tuple(message.token_ids), tuple(message.tokens), message.context_tokens)
 
 
-def _token_logprobs(entries: Iterable[generation_pb2.TokenLogprob]) -> tuple[types.TokenLogprob, ...]:
+def _token_logprobs(entries: Iterable[pb.TokenLogprob]) -> tuple[types.TokenLogprob, ...]:
     """Tokens with their log probabilities and the alternatives."""
     return tuple(
         from_message(

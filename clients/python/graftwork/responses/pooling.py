@@ -7,25 +7,25 @@ from collections.abc import Mapping
 from graftwork import types
 from graftwork.responses.fields import from_message, optional
 from graftwork.responses.generation import usage
-from graftwork.v1 import generation_pb2
+from graftwork.v1 import generation_pb2 as pb
 
-_POOLINGS: Mapping[int, types.AnsweredPooling] = {
-    generation_pb2.POOLING_MEAN: "mean",
-    generation_pb2.POOLING_CLS: "cls",
-    generation_pb2.POOLING_LAST: "last",
-    generation_pb2.POOLING_MAX: "max",
-    generation_pb2.POOLING_MEAN_SQRT_LEN: "mean_sqrt_len",
-    generation_pb2.POOLING_WEIGHTED_MEAN: "weightedmean",
-    generation_pb2.POOLING_SEVERAL: "several",
+POOLINGS: Mapping[int, types.AnsweredPooling] = {
+    pb.POOLING_MEAN: "mean",
+    pb.POOLING_CLS: "cls",
+    pb.POOLING_LAST: "last",
+    pb.POOLING_MAX: "max",
+    pb.POOLING_MEAN_SQRT_LEN: "mean_sqrt_len",
+    pb.POOLING_WEIGHTED_MEAN: "weightedmean",
+    pb.POOLING_SEVERAL: "several",
 }
 _PROBLEM_TYPES: Mapping[int, types.ProblemType] = {
-    generation_pb2.PROBLEM_TYPE_SINGLE_LABEL: "single_label",
-    generation_pb2.PROBLEM_TYPE_MULTI_LABEL: "multi_label",
-    generation_pb2.PROBLEM_TYPE_REGRESSION: "regression",
+    pb.PROBLEM_TYPE_SINGLE_LABEL: "single_label",
+    pb.PROBLEM_TYPE_MULTI_LABEL: "multi_label",
+    pb.PROBLEM_TYPE_REGRESSION: "regression",
 }
 
 
-def classifications(message: generation_pb2.ClassifyResponse) -> types.ClassificationResult:
+def classifications(message: pb.ClassifyResponse) -> types.ClassificationResult:
     """The labels of every input."""
     return from_message(
         types.ClassificationResult,
@@ -39,16 +39,16 @@ def classifications(message: generation_pb2.ClassifyResponse) -> types.Classific
     )
 
 
-def _label_score(message: generation_pb2.LabelScore) -> types.LabelScore:
+def _label_score(message: pb.LabelScore) -> types.LabelScore:
     return from_message(types.LabelScore, message, probability=optional(message, "probability"))
 
 
-def embeddings(message: generation_pb2.EmbedResponse) -> types.EmbeddingResult:
+def embeddings(message: pb.EmbedResponse) -> types.EmbeddingResult:
     """The vector of every input."""
     return from_message(
         types.EmbeddingResult,
         message,
         embeddings=tuple(types.Embedding(tuple(one.values), one.input_tokens) for one in message.embeddings),
-        pooling=_POOLINGS.get(message.pooling, "mean"),
+        pooling=POOLINGS.get(message.pooling, "mean"),
         usage=usage(message.usage),
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from graftwork import types
 from graftwork.responses.fields import from_message, time
 from graftwork.responses.tuning import job
-from graftwork.v1 import server_pb2
+from graftwork.v1 import server_pb2 as pb
 
 
-def server(message: server_pb2.GetServerResponse) -> types.ServerInfo:
+def server(message: pb.GetServerResponse) -> types.ServerInfo:
     """A server."""
     found = message.server
     return from_message(

@@ -8,10 +8,10 @@ from typing import Any
 from graftwork import types
 from graftwork.responses.fields import from_message
 from graftwork.transport.calls import Page
-from graftwork.v1 import strategies_pb2
+from graftwork.v1 import strategies_pb2 as pb
 
 
-def _strategy(message: strategies_pb2.Strategy) -> types.Strategy:
+def _strategy(message: pb.Strategy) -> types.Strategy:
     try:
         schema: Any = json.loads(message.config_json_schema or "{}")
     except ValueError:
@@ -25,11 +25,11 @@ def _strategy(message: strategies_pb2.Strategy) -> types.Strategy:
     )
 
 
-def strategy(message: strategies_pb2.GetStrategyResponse) -> types.Strategy:
+def strategy(message: pb.GetStrategyResponse) -> types.Strategy:
     """A strategy."""
     return _strategy(message.strategy)
 
 
-def strategy_page(message: strategies_pb2.ListStrategiesResponse) -> Page[types.Strategy]:
+def strategy_page(message: pb.ListStrategiesResponse) -> Page[types.Strategy]:
     """One page of strategies."""
     return Page(tuple(_strategy(item) for item in message.strategies), message.next_page_token)

@@ -8,19 +8,19 @@ from typing import Any
 from graftwork import types
 from graftwork.responses.fields import from_message, json_value, optional, time
 from graftwork.transport.calls import Page
-from graftwork.v1 import tuning_pb2
+from graftwork.v1 import tuning_pb2 as pb
 
 _STATES: Mapping[int, types.JobState] = {
-    tuning_pb2.TUNING_JOB_STATE_PENDING: "pending",
-    tuning_pb2.TUNING_JOB_STATE_RUNNING: "running",
-    tuning_pb2.TUNING_JOB_STATE_PAUSED: "paused",
-    tuning_pb2.TUNING_JOB_STATE_SUCCEEDED: "succeeded",
-    tuning_pb2.TUNING_JOB_STATE_FAILED: "failed",
-    tuning_pb2.TUNING_JOB_STATE_CANCELLED: "cancelled",
+    pb.TUNING_JOB_STATE_PENDING: "pending",
+    pb.TUNING_JOB_STATE_RUNNING: "running",
+    pb.TUNING_JOB_STATE_PAUSED: "paused",
+    pb.TUNING_JOB_STATE_SUCCEEDED: "succeeded",
+    pb.TUNING_JOB_STATE_FAILED: "failed",
+    pb.TUNING_JOB_STATE_CANCELLED: "cancelled",
 }
 
 
-def job(message: tuning_pb2.TuningJob) -> types.TuningJobInfo:
+def job(message: pb.TuningJob) -> types.TuningJobInfo:
     """A tuning job."""
     return from_message(
         types.TuningJobInfo,
@@ -40,27 +40,27 @@ def job(message: tuning_pb2.TuningJob) -> types.TuningJobInfo:
     )
 
 
-def _progress(message: tuning_pb2.TuningProgress) -> types.TuningProgress:
+def _progress(message: pb.TuningProgress) -> types.TuningProgress:
     return from_message(types.TuningProgress, message)
 
 
-def _result(message: tuning_pb2.TuningResult) -> types.TuningResult:
+def _result(message: pb.TuningResult) -> types.TuningResult:
     return from_message(types.TuningResult, message, validation_loss=optional(message, "validation_loss"))
 
 
 def job_of(
-    message: tuning_pb2.CreateTuningJobResponse | tuning_pb2.GetTuningJobResponse | tuning_pb2.CancelTuningJobResponse,
+    message: pb.CreateTuningJobResponse | pb.GetTuningJobResponse | pb.CancelTuningJobResponse,
 ) -> types.TuningJobInfo:
     """The tuning job of an answer."""
     return job(message.job)
 
 
-def job_page(message: tuning_pb2.ListTuningJobsResponse) -> Page[types.TuningJobInfo]:
+def job_page(message: pb.ListTuningJobsResponse) -> Page[types.TuningJobInfo]:
     """One page of jobs."""
     return Page(tuple(job(item) for item in message.jobs), message.next_page_token)
 
 
-def event(message: tuning_pb2.WatchTuningJobResponse) -> types.TuningEvent:
+def event(message: pb.WatchTuningJobResponse) -> types.TuningEvent:
     """Something that happened to a job. One that only a newer client knows has the kind "unknown"."""
     item = message.event
     base: dict[str, Any] = {"sequence": item.sequence, "time": time(item, "time")}
