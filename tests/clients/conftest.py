@@ -6,7 +6,7 @@ import pytest
 from tests.clients.scripted_server import ScriptedServer
 
 import graftwork
-from graftwork import retries
+from graftwork.transport import retries
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,21 @@ from graftwork.v1 import adapters_pb2 as a
 from graftwork.v1 import generation_pb2 as g
 from graftwork.v1 import tuning_pb2 as t
 
+LABELS = [g.LabelScore(label="good", logit=1.5, probability=0.75), g.LabelScore(label="bad", logit=0.25)]
+CLASSIFIED = g.ClassifyResponse(
+    results=[g.Classification(labels=LABELS, predicted_label="good", input_tokens=4)],
+    problem_type=g.PROBLEM_TYPE_MULTI_LABEL,
+    usage=g.Usage(prompt_tokens=4),
+    model="mood",
+    version=2,
+)
+EMBEDDED = g.EmbedResponse(
+    embeddings=[g.Embedding(values=[0.5, -0.5, 0.25, 0.0, 1.0], input_tokens=3)],
+    pooling=g.POOLING_CLS,
+    usage=g.Usage(prompt_tokens=3),
+    model="base",
+)
+
 
 def piece(text: str, *ids: int, model: str = "", version: int = 0, logprobs: list[float] | None = None) -> Any:
     entries = [g.TokenLogprob(token_id=i, text=text, logprob=p) for i, p in zip(ids, logprobs or [], strict=False)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +78,7 @@ class ScriptedServer:
             self._server.stop(None).wait(5)
             self._server = None
 
-    def on(self, method: str, *steps: Step | Message | list[Message]) -> None:
+    def on(self, method: str, *steps: Step | Message | Sequence[Message]) -> None:
         self._scripts[method] = [step if callable(step) else answer(step) for step in steps]
 
     def requests(self, method: str) -> list[Any]:
@@ -106,7 +106,7 @@ class ScriptedServer:
         return step(request, context)
 
 
-def answer(response: Message | list[Message]) -> Step:
+def answer(response: Message | Sequence[Message]) -> Step:
     """A step that answers with a message, or with a stream of them."""
     return lambda request, context: response
 

@@ -51,7 +51,7 @@ def test_a_server_told_to_end_while_it_imports(module: str, number: int, code: i
 
 
 @pytest.mark.parametrize(
-    "module", ["typing", "importlib.metadata", "typer", "grpc", "graftwork.client", "graftwork.cli.adapter"]
+    "module", ["typing", "importlib.metadata", "typer", "grpc", "graftwork.client", "graftwork.cli.commands.adapter"]
 )
 def test_a_command_interrupted_while_it_imports(module: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", AT_IMPORT, "graftwork", str(int(signal.SIGINT)), module, "adapter", "list"]

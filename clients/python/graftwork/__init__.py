@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         UploadError,
     )
     from graftwork.jobs import AsyncTuningJob, TuningJob
-    from graftwork.requests import SamplingOptions
+    from graftwork.requests.sampling import SamplingOptions
     from graftwork.streams import AsyncGenerationStream, GenerationStream
     from graftwork.types import (
         Adapter,
@@ -141,7 +141,7 @@ __all__ = [
     "__version__",
 ]
 
-_MODULES = ("async_client", "client", "errors", "jobs", "requests", "streams", "types")
+_MODULES = ("async_client", "client", "errors", "jobs", "requests.sampling", "streams", "types")
 
 
 def __getattr__(name: str) -> Any:

@@ -7,20 +7,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Coroutine, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, Unpack, cast, overload
+from typing import Any, Literal, Self, Unpack, overload
 
-from graftwork import requests
-from graftwork.async_transport import AsyncTransport
-from graftwork.calls import Streaming
 from graftwork.client import AT_ONCE
-from graftwork.requests import Messages, Prompt, Prompts, SamplingOptions, TextInput, Tools
+from graftwork.requests import generation as generation_requests
+from graftwork.requests import pooling as pooling_requests
+from graftwork.requests.generation import GenerateCall, Prompt, Prompts
+from graftwork.requests.messages import Messages, Tools
+from graftwork.requests.pooling import TextInput
+from graftwork.requests.sampling import SamplingOptions
 from graftwork.resources.adapters import AsyncAdapters
 from graftwork.resources.datasets import AsyncDatasets
 from graftwork.resources.server import AsyncServer
 from graftwork.resources.strategies import AsyncStrategies
 from graftwork.resources.tuning import AsyncTuning
 from graftwork.streams import AsyncGenerationStream
-from graftwork.transport import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, Settings
+from graftwork.transport.async_transport import AsyncTransport
+from graftwork.transport.calls import Streaming
+from graftwork.transport.settings import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, Settings
 from graftwork.types import (
     ClassificationResult,
     EmbeddingResult,
@@ -123,12 +127,9 @@ class AsyncClient:
         **options: Unpack[SamplingOptions],
     ) -> Awaitable[Generation | AsyncGenerationStream | list[Generation]]:
         """As Client.generate, to be awaited; with stream=True, for async for or async with, awaited or not."""
-        prompts = requests.several(prompt)
-        if prompts is not None:
-            requests.one_prompt(stream)
-            calls = [requests.generate(model, one, options, cache_salt, priority) for one in prompts]
-            return self._answer_all(calls, timeout, options)
-        call = requests.generate(model, cast("Prompt", prompt), options, cache_salt, priority)
+        call = generation_requests.generate(model, prompt, options, cache_salt, priority, stream=stream)
+        if isinstance(call, list):
+            return self._answer_all(call, timeout, options)
         return self._answer(call, stream, timeout, options)
 
     @overload
@@ -187,7 +188,7 @@ class AsyncClient:
         **options: Unpack[SamplingOptions],
     ) -> Awaitable[Generation | AsyncGenerationStream]:
         """As Client.chat, to be awaited; with stream=True, for async for or async with, awaited or not."""
-        call = requests.chat(model, messages, options, tools, continue_final_message, cache_salt, priority)
+        call = generation_requests.chat(model, messages, options, tools, continue_final_message, cache_salt, priority)
         return self._answer(call, stream, timeout, options)
 
     def _answer(
@@ -197,7 +198,7 @@ class AsyncClient:
         return running if stream else running.result()
 
     async def _answer_all(
-        self, calls: list[Streaming[Any, GenerationChunk]], timeout: float | None, options: SamplingOptions
+        self, calls: list[GenerateCall], timeout: float | None, options: SamplingOptions
     ) -> list[Generation]:
         running = [AsyncGenerationStream(self._transport, call, timeout=timeout, options=options) for call in calls]
         at_once = asyncio.Semaphore(AT_ONCE)
@@ -215,13 +216,13 @@ class AsyncClient:
 
     async def score(self, model: str, text: Prompt, *, top_logprobs: int = 0, timeout: float | None = None) -> Score:
         """As Client.score."""
-        return await self._transport.unary(requests.score(model, text, top_logprobs), timeout)
+        return await self._transport.unary(generation_requests.score(model, text, top_logprobs), timeout)
 
     async def classify(
         self, model: str, inputs: TextInput | Sequence[TextInput], *, timeout: float | None = None
     ) -> ClassificationResult:
         """As Client.classify."""
-        return await self._transport.unary(requests.classify(model, inputs), timeout)
+        return await self._transport.unary(pooling_requests.classify(model, inputs), timeout)
 
     async def embed(
         self,
@@ -234,7 +235,9 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> EmbeddingResult:
         """As Client.embed."""
-        return await self._transport.unary(requests.embed(model, inputs, pooling, normalize, dimensions), timeout)
+        return await self._transport.unary(
+            pooling_requests.embed(model, inputs, pooling, normalize, dimensions), timeout
+        )
 
     async def tokenize(
         self,
@@ -246,7 +249,7 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> Tokenization:
         """As Client.tokenize."""
-        call = requests.tokenize(text, model, tools, continue_final_message)
+        call = generation_requests.tokenize(text, model, tools, continue_final_message)
         return await self._transport.unary(call, timeout)
 
     async def close(self) -> None:

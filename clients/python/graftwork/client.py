@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Literal, Self, Unpack, cast, overload
+from typing import Any, Literal, Self, Unpack, overload
 
-from graftwork import requests
-from graftwork.calls import Streaming
-from graftwork.requests import Messages, Prompt, Prompts, SamplingOptions, TextInput, Tools
+from graftwork.requests import generation as generation_requests
+from graftwork.requests import pooling as pooling_requests
+from graftwork.requests.generation import GenerateCall, Prompt, Prompts
+from graftwork.requests.messages import Messages, Tools
+from graftwork.requests.pooling import TextInput
+from graftwork.requests.sampling import SamplingOptions
 from graftwork.resources.adapters import Adapters
 from graftwork.resources.datasets import Datasets
 from graftwork.resources.server import Server
 from graftwork.resources.strategies import Strategies
 from graftwork.resources.tuning import Tuning
 from graftwork.streams import GenerationStream
-from graftwork.transport import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, Settings, Transport
+from graftwork.transport.calls import Streaming
+from graftwork.transport.settings import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, Settings
+from graftwork.transport.sync_transport import Transport
 from graftwork.types import (
     ClassificationResult,
     EmbeddingResult,
@@ -136,12 +141,9 @@ class Client:
         prompts a list of generations, in their order, or the first error.
         Raises NotFoundError for an unknown model, InvalidArgumentError with the wrong field, and APIError.
         """
-        prompts = requests.several(prompt)
-        if prompts is not None:
-            requests.one_prompt(stream)
-            calls = [requests.generate(model, one, options, cache_salt, priority) for one in prompts]
-            return self._answer_all(calls, timeout, options)
-        call = requests.generate(model, cast("Prompt", prompt), options, cache_salt, priority)
+        call = generation_requests.generate(model, prompt, options, cache_salt, priority, stream=stream)
+        if isinstance(call, list):
+            return self._answer_all(call, timeout, options)
         return self._answer(call, stream, timeout, options)
 
     @overload
@@ -206,7 +208,7 @@ class Client:
         Other options, return value and errors are those of generate; FailedPreconditionError: the base model has no
         chat template.
         """
-        call = requests.chat(model, messages, options, tools, continue_final_message, cache_salt, priority)
+        call = generation_requests.chat(model, messages, options, tools, continue_final_message, cache_salt, priority)
         return self._answer(call, stream, timeout, options)
 
     def _answer(
@@ -216,7 +218,7 @@ class Client:
         return running if stream else running.result()
 
     def _answer_all(
-        self, calls: list[Streaming[Any, GenerationChunk]], timeout: float | None, options: SamplingOptions
+        self, calls: list[GenerateCall], timeout: float | None, options: SamplingOptions
     ) -> list[Generation]:
         running = [GenerationStream(self._transport, call, timeout=timeout, options=options) for call in calls]
         threads = ThreadPoolExecutor(min(len(calls), AT_ONCE), "graftwork-generate")
@@ -232,7 +234,7 @@ class Client:
 
         top_logprobs: alternatives to return at each position, 0 to 20. Raises NotFoundError, InvalidArgumentError.
         """
-        return self._transport.unary(requests.score(model, text, top_logprobs), timeout)
+        return self._transport.unary(generation_requests.score(model, text, top_logprobs), timeout)
 
     def classify(
         self, model: str, inputs: TextInput | Sequence[TextInput], *, timeout: float | None = None
@@ -242,7 +244,7 @@ class Client:
         inputs: a text, token ids, or a list of at most 256 of these; a list may hold pairs of texts too. Raises
         FailedPreconditionError where there is no head, NotFoundError, InvalidArgumentError.
         """
-        return self._transport.unary(requests.classify(model, inputs), timeout)
+        return self._transport.unary(pooling_requests.classify(model, inputs), timeout)
 
     def embed(
         self,
@@ -261,7 +263,7 @@ class Client:
         encoders. normalize: scale vectors to length 1. dimensions: keep so many first values. Raises NotFoundError,
         InvalidArgumentError, FailedPreconditionError if the files ask for what is not done and no pooling is named.
         """
-        return self._transport.unary(requests.embed(model, inputs, pooling, normalize, dimensions), timeout)
+        return self._transport.unary(pooling_requests.embed(model, inputs, pooling, normalize, dimensions), timeout)
 
     def tokenize(
         self,
@@ -276,7 +278,7 @@ class Client:
 
         tools and continue_final_message are as in chat.
         """
-        return self._transport.unary(requests.tokenize(text, model, tools, continue_final_message), timeout)
+        return self._transport.unary(generation_requests.tokenize(text, model, tools, continue_final_message), timeout)
 
     def close(self) -> None:
         """Closes the connection; calls in flight end with CancelledError."""

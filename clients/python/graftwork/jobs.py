@@ -5,15 +5,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Iterator
-from typing import Self
+from typing import Any, Self
 
-from graftwork import responses, tuning_requests
-from graftwork.async_transport import AsyncTransport
 from graftwork.errors import APIError, JobFailedError, JobTimeoutError
-from graftwork.retries import Watch, backoff_s
-from graftwork.transport import Transport
+from graftwork.requests import tuning as requests
+from graftwork.transport.async_transport import AsyncTransport
+from graftwork.transport.retries import Watch, backoff_s
+from graftwork.transport.sync_transport import Transport
 from graftwork.types import JobState, TuningEvent, TuningJobInfo, TuningProgress, TuningResult
 
 
@@ -55,7 +56,15 @@ class _JobView:
         return self._info.result
 
     def _note(self, event: TuningEvent) -> None:
-        self._info = responses.with_event(self._info, event)
+        """Brings the job up to date: state, progress and held-out loss follow what was streamed."""
+        changes: dict[str, Any] = {}
+        if event.state is not None:
+            changes["state"] = event.state
+        if event.progress is not None:
+            changes["progress"] = event.progress
+        if event.evaluation is not None:
+            changes["validation_loss"] = event.evaluation.loss
+        self._info = dataclasses.replace(self._info, **changes)
         self._last_sequence = max(self._last_sequence, event.sequence)
 
     def _outcome(self) -> TuningResult:
@@ -80,7 +89,7 @@ class TuningJob(_JobView):
 
     def refresh(self) -> Self:
         """Asks the server for the job's present state and returns this handle. Raises APIError."""
-        self._info = self._transport.unary(tuning_requests.get_job(self._info.name))
+        self._info = self._transport.unary(requests.get_job(self._info.name))
         return self
 
     def cancel(self) -> Self:
@@ -88,7 +97,7 @@ class TuningJob(_JobView):
 
         FailedPreconditionError: it has ended already.
         """
-        self._info = self._transport.unary(tuning_requests.cancel_job(self._info.name))
+        self._info = self._transport.unary(requests.cancel_job(self._info.name))
         return self
 
     def events(self, after_sequence: int = 0, *, timeout: float | None = None) -> Iterator[TuningEvent]:
@@ -99,7 +108,7 @@ class TuningJob(_JobView):
         """
         watch = Watch(after_sequence=after_sequence, timeout=timeout)
         while True:
-            call = tuning_requests.watch_job(self._info.name, watch.last_sequence)
+            call = requests.watch_job(self._info.name, watch.last_sequence)
             stream = self._transport.stream(call, watch.attach_timeout_s())
             try:
                 for event in stream:
@@ -141,19 +150,19 @@ class AsyncTuningJob(_JobView):
 
     async def refresh(self) -> Self:
         """As TuningJob.refresh."""
-        self._info = await self._transport.unary(tuning_requests.get_job(self._info.name))
+        self._info = await self._transport.unary(requests.get_job(self._info.name))
         return self
 
     async def cancel(self) -> Self:
         """As TuningJob.cancel."""
-        self._info = await self._transport.unary(tuning_requests.cancel_job(self._info.name))
+        self._info = await self._transport.unary(requests.cancel_job(self._info.name))
         return self
 
     async def events(self, after_sequence: int = 0, *, timeout: float | None = None) -> AsyncIterator[TuningEvent]:
         """As TuningJob.events, for async for."""
         watch = Watch(after_sequence=after_sequence, timeout=timeout)
         while True:
-            call = tuning_requests.watch_job(self._info.name, watch.last_sequence)
+            call = requests.watch_job(self._info.name, watch.last_sequence)
             stream = self._transport.stream(call, watch.attach_timeout_s())
             try:
                 async for event in stream:

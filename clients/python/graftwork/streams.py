@@ -6,47 +6,50 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Generator, Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
-from graftwork.async_transport import AsyncServerStream, AsyncTransport
-from graftwork.calls import Streaming
 from graftwork.errors import APIError
-from graftwork.requests import SamplingOptions
-from graftwork.responses import Collector
-from graftwork.transport import ServerStream, Transport
+from graftwork.requests.sampling import SamplingOptions
+from graftwork.responses.collector import Collector
+from graftwork.transport.async_transport import AsyncServerStream, AsyncTransport
+from graftwork.transport.calls import Streaming
+from graftwork.transport.sync_transport import ServerStream, Transport
 from graftwork.types import Generation, GenerationChunk
 
-
-def _collector(options: SamplingOptions) -> Collector:
-    return Collector(
-        wants_logprobs=options.get("logprobs") is not None,
-        wants_prompt_logprobs=options.get("prompt_logprobs") is not None,
-    )
+TransportT = TypeVar("TransportT", Transport, AsyncTransport)
+StreamT = TypeVar("StreamT")
 
 
-class GenerationStream:
+class _Generation(Generic[TransportT, StreamT]):
+    """What both kinds of stream know: the call, its attempts, and what has come so far."""
+
+    def __init__(
+        self,
+        transport: TransportT,
+        call: Streaming[Any, GenerationChunk],
+        *,
+        timeout: float | None,
+        options: SamplingOptions,
+    ) -> None:
+        self._transport: TransportT = transport
+        self._call = call
+        self._attempts = transport.settings.attempts(retry=True, timeout=timeout)
+        self._collector = Collector(
+            wants_logprobs=options.get("logprobs") is not None,
+            wants_prompt_logprobs=options.get("prompt_logprobs") is not None,
+        )
+        self._stream: StreamT | None = None
+        self._request_id = ""
+        self._closed = False
+
+
+class GenerationStream(_Generation[Transport, ServerStream[GenerationChunk]]):
     """The chunks of one generation; those of several completions come mixed, told apart by index.
 
     Iterate over it; closing it, or leaving its with block, cancels the call, and the server ends the sequence. The call
     starts with the first chunk asked for, and is sent again after a transient failure only before that chunk came.
     Iterating raises APIError, InternalError among them if the answer was cut short.
     """
-
-    def __init__(
-        self,
-        transport: Transport,
-        call: Streaming[Any, GenerationChunk],
-        *,
-        timeout: float | None,
-        options: SamplingOptions,
-    ) -> None:
-        self._transport = transport
-        self._call = call
-        self._attempts = transport.settings.attempts(retry=True, timeout=timeout)
-        self._collector = _collector(options)
-        self._stream: ServerStream[GenerationChunk] | None = None
-        self._request_id = ""
-        self._closed = False
 
     def __iter__(self) -> Iterator[GenerationChunk]:
         return self
@@ -95,24 +98,8 @@ class GenerationStream:
         self.close()
 
 
-class AsyncGenerationStream:
+class AsyncGenerationStream(_Generation[AsyncTransport, AsyncServerStream[GenerationChunk]]):
     """The chunks of one generation, as GenerationStream, for async for and async with. Awaiting it gives itself."""
-
-    def __init__(
-        self,
-        transport: AsyncTransport,
-        call: Streaming[Any, GenerationChunk],
-        *,
-        timeout: float | None,
-        options: SamplingOptions,
-    ) -> None:
-        self._transport = transport
-        self._call = call
-        self._attempts = transport.settings.attempts(retry=True, timeout=timeout)
-        self._collector = _collector(options)
-        self._stream: AsyncServerStream[GenerationChunk] | None = None
-        self._request_id = ""
-        self._closed = False
 
     def __await__(self) -> Generator[Any, None, Self]:
         async def itself() -> Self:

@@ -1,10 +1,10 @@
-"""The graftwork command line: one file per command group; app.py puts them together."""
+"""The graftwork command line: commands/ has a file for each command, app.py puts them together."""
 
 import os
 import signal
 import sys
 
-INTERRUPTED = 130
+from graftwork.cli.exit_codes import INTERRUPTED
 
 
 def main() -> None:

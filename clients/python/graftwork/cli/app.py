@@ -1,4 +1,4 @@
-"""The command tree, the options before the command, and what --help says about exit codes."""
+"""The command tree, the options before the command."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ from typing import Annotated
 
 import typer
 
-from graftwork.cli import adapter, chat, dataset, generate, pooled, serve, status, strategy, tune
-from graftwork.transport import DEFAULT_ADDRESS
+from graftwork.cli.commands import (
+    adapter,
+    chat,
+    classify,
+    dataset,
+    embed,
+    generate,
+    score,
+    serve,
+    status,
+    strategy,
+    tune,
+)
+from graftwork.cli.exit_codes import EXPLAINED
+from graftwork.transport.settings import DEFAULT_ADDRESS
 from graftwork.version import VERSION
-
-_EPILOG = """\b
-Exit codes:
-  0    done
-  1    the request failed, or what was checked is not valid
-  2    bad usage: wrong arguments, or a file that cannot be sent
-  3    server unreachable
-  4    no such adapter, version, data set, job or strategy
-  5    the tuning job failed or was cancelled
-  130  interrupted
-  141  the reader of the output went away
-"""
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    epilog=_EPILOG,
+    epilog=EXPLAINED,
     help="One base model, many variants hot-loaded onto it, served and tuned by name.",
 )
 
@@ -61,9 +62,9 @@ app.command(
 app.command()(status.status)
 app.command()(generate.generate)
 app.command()(chat.chat)
-app.command()(generate.score)
-app.command()(pooled.classify)
-app.command()(pooled.embed)
+app.command()(score.score)
+app.command()(classify.classify)
+app.command()(embed.embed)
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(strategy.app, name="strategy")
 app.add_typer(tune.app, name="tune")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, TypeAlias
+from typing import Annotated, Protocol, TypeAlias
 
 import typer
 
-from graftwork.cli.session import FAILED
+from graftwork.cli.exit_codes import FAILED
 
 Yes: TypeAlias = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")]
 
@@ -24,3 +24,20 @@ def confirm(question: str, yes: bool) -> None:
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         print("nothing was done", file=sys.stderr)
         raise typer.Exit(FAILED)
+
+
+class Deletable(Protocol):
+    """What client.datasets and client.tuning have in common."""
+
+    def get(self, resource_id: str, /) -> object:
+        """Raises NotFoundError."""
+
+    def delete(self, resource_id: str, /) -> None:
+        """Deletes it for good."""
+
+
+def delete_by_id(resources: Deletable, resource_id: str, question: str, yes: bool) -> None:
+    """Deletes what has an id, once the question is answered. Raises NotFoundError for a mistyped id, before it asks."""
+    resources.get(resource_id)
+    confirm(question, yes)
+    resources.delete(resource_id)

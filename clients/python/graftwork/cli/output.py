@@ -9,9 +9,13 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
+
+from graftwork.types import GenerationChunk, TokenLogprob, TuningProgress
+
+T = TypeVar("T")
 
 _LEAST_ROOM = 20
 """Columns; in fewer a text is not wrapped."""
@@ -38,9 +42,48 @@ def emit(value: Any) -> None:
     print(json.dumps(plain(value), ensure_ascii=False), flush=True)
 
 
+def say(value: Any, line: str, as_json: bool) -> None:
+    """Prints what a command did: a value as JSON, or a line for people."""
+    if as_json:
+        emit(value)
+    else:
+        print(line)
+
+
 def readable(text: str) -> str:
     """Text for stdout. On a terminal without control characters: a model's answer must not be able to steer it."""
     return _CONTROL.sub("\ufffd", text) if sys.stdout.isatty() else text
+
+
+def stream(chunks: Iterable[GenerationChunk]) -> None:
+    """Prints a generation's text as it comes."""
+    started = False
+    try:
+        for chunk in chunks:
+            started = True
+            print(readable(chunk.text), end="", flush=True)
+    finally:
+        if started:
+            print(flush=True)  # also when interrupted: the shell's prompt gets a line of its own
+
+
+def logprobs(entries: Sequence[TokenLogprob]) -> None:
+    """Prints a table of tokens with their log probabilities and, if there are any, the most likely ones."""
+    rows = []
+    for entry in entries:
+        top = " ".join(f"{item.text!r}:{item.logprob:.4f}" for item in entry.top)
+        rows.append((entry.token_id, repr(entry.text), "-" if entry.logprob is None else f"{entry.logprob:.6f}", top))
+    header: tuple[str, ...] = ("token", "text", "logprob", "most likely")
+    with_top = any(entry.top for entry in entries)
+    table(header if with_top else header[:3], rows if with_top else [row[:3] for row in rows])
+
+
+def listing(items: Sequence[T], header: Sequence[str], row: Callable[[T], Sequence[Any]], as_json: bool) -> None:
+    """Prints items as one JSON list, or as a table with a row for each."""
+    if as_json:
+        emit(items)
+    else:
+        table(header, map(row, items))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -100,3 +143,13 @@ def duration(milliseconds: float) -> str:
     if minutes < 60:
         return f"{minutes}m{rest:02d}s"
     return f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def step(progress: TuningProgress | None) -> str | None:
+    """How far a job is, such as 3/40."""
+    return f"{progress.step}/{progress.total_steps}" if progress else None
+
+
+def shortened(text: str, characters: int = 60) -> str:
+    """A text as far as a table has room."""
+    return text if len(text) <= characters else text[: characters - 3] + "..."

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graftwork.requests import SamplingOptions
+from graftwork.requests.sampling import SamplingOptions
 
 
 def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from graftwork.cli import INTERRUPTED
+from graftwork.cli import exit_codes
 from graftwork.cli.output import plain
 from graftwork.client import Client
 from graftwork.errors import (
@@ -25,8 +25,6 @@ from graftwork.errors import (
     UploadError,
     in_words,
 )
-
-FAILED, USAGE, UNREACHABLE, NOT_FOUND, JOB_FAILED, PIPE_CLOSED = 1, 2, 3, 4, 5, 141
 
 
 @contextmanager
@@ -45,9 +43,9 @@ def session(ctx: typer.Context, address: str | None, as_json: bool) -> Iterator[
     except BrokenPipeError:
         # Python flushes stdout once more at exit and would complain then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(PIPE_CLOSED) from None
+        raise typer.Exit(exit_codes.PIPE_CLOSED) from None
     except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(exit_codes.INTERRUPTED) from None
     except (GraftworkError, ValueError, OverflowError) as error:
         # ValueError: an argument that fits no request, such as an adapter "x@y" or a token id below 0.
         _report(error, as_json, address or ctx.obj, _options(ctx))
@@ -60,15 +58,15 @@ def session(ctx: typer.Context, address: str | None, as_json: bool) -> Iterator[
 def _exit_code(error: Exception) -> int:
     match error:
         case NotFoundError():
-            return NOT_FOUND
+            return exit_codes.NOT_FOUND
         case UnavailableError():
-            return UNREACHABLE
+            return exit_codes.UNREACHABLE
         case JobFailedError():
-            return JOB_FAILED
+            return exit_codes.JOB_FAILED
         case UploadError() | ValueError() | OverflowError():
-            return USAGE
+            return exit_codes.USAGE
         case _:
-            return FAILED
+            return exit_codes.FAILED
 
 
 def _report(error: Exception, as_json: bool, address: str, options: Mapping[str, str]) -> None:

@@ -8,12 +8,12 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 
-from graftwork import requests
-from graftwork.async_transport import AsyncTransport
+from graftwork.requests import adapters as requests
 from graftwork.resources.paging import async_pages, pages
-from graftwork.transport import Transport
+from graftwork.transport.async_transport import AsyncTransport
+from graftwork.transport.sync_transport import Transport
+from graftwork.transport.uploads import AdapterFiles, Progress
 from graftwork.types import Adapter
-from graftwork.uploads import AdapterFiles, Progress
 
 
 class Adapters:

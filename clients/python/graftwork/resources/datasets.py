@@ -7,12 +7,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 
-from graftwork import tuning_requests
-from graftwork.async_transport import AsyncTransport
+from graftwork.requests import datasets as requests
 from graftwork.resources.paging import async_pages, pages
-from graftwork.transport import Transport
+from graftwork.transport.async_transport import AsyncTransport
+from graftwork.transport.sync_transport import Transport
+from graftwork.transport.uploads import DatasetSource, Progress, Source
 from graftwork.types import Dataset, DatasetReport
-from graftwork.uploads import DatasetSource, Progress, Source
 
 
 class Datasets:
@@ -36,7 +36,7 @@ class Datasets:
         and those after them by kind, among its field_violations; UploadError if the file cannot be read, and APIError.
         """
         return self._transport.upload(
-            tuning_requests.upload_dataset(DatasetSource(source, on_progress), display_name), timeout
+            requests.upload_dataset(DatasetSource(source, on_progress), display_name), timeout
         )
 
     def validate(
@@ -54,19 +54,19 @@ class Datasets:
         Bad lines are reported, not raised. Raises ValueError unless exactly one of the two is given, and APIError.
         """
         sent = None if source is None else DatasetSource(source, on_progress)
-        return self._transport.upload(tuning_requests.validate_dataset(sent, dataset, max_sequence_tokens), timeout)
+        return self._transport.upload(requests.validate_dataset(sent, dataset, max_sequence_tokens), timeout)
 
     def get(self, dataset: str | Dataset, *, timeout: float | None = None) -> Dataset:
         """Returns a data set, by id. Raises NotFoundError."""
-        return self._transport.unary(tuning_requests.get_dataset(dataset), timeout)
+        return self._transport.unary(requests.get_dataset(dataset), timeout)
 
     def list(self, *, page_size: int = 0, timeout: float | None = None) -> Iterator[Dataset]:
         """Yields all data sets, newest first, fetching page after page. page_size: 0: the server's."""
-        return pages(self._transport, lambda token: tuning_requests.list_datasets(page_size, token), timeout)
+        return pages(self._transport, lambda token: requests.list_datasets(page_size, token), timeout)
 
     def delete(self, dataset: str | Dataset, *, timeout: float | None = None) -> None:
         """Deletes a data set. Raises NotFoundError, FailedPreconditionError while a job needs it. Never sent twice."""
-        self._transport.unary(tuning_requests.delete_dataset(dataset), timeout)
+        self._transport.unary(requests.delete_dataset(dataset), timeout)
 
 
 class AsyncDatasets:
@@ -85,7 +85,7 @@ class AsyncDatasets:
     ) -> Dataset:
         """As Datasets.upload. Files are read and on_progress is called in a thread."""
         sent = await asyncio.to_thread(DatasetSource, source, on_progress)
-        return await self._transport.upload(tuning_requests.upload_dataset(sent, display_name), timeout)
+        return await self._transport.upload(requests.upload_dataset(sent, display_name), timeout)
 
     async def validate(
         self,
@@ -98,17 +98,17 @@ class AsyncDatasets:
     ) -> DatasetReport:
         """As Datasets.validate."""
         sent = None if source is None else await asyncio.to_thread(DatasetSource, source, on_progress)
-        call = tuning_requests.validate_dataset(sent, dataset, max_sequence_tokens)
+        call = requests.validate_dataset(sent, dataset, max_sequence_tokens)
         return await self._transport.upload(call, timeout)
 
     async def get(self, dataset: str | Dataset, *, timeout: float | None = None) -> Dataset:
         """As Datasets.get."""
-        return await self._transport.unary(tuning_requests.get_dataset(dataset), timeout)
+        return await self._transport.unary(requests.get_dataset(dataset), timeout)
 
     def list(self, *, page_size: int = 0, timeout: float | None = None) -> AsyncIterator[Dataset]:
         """As Datasets.list, for async for."""
-        return async_pages(self._transport, lambda token: tuning_requests.list_datasets(page_size, token), timeout)
+        return async_pages(self._transport, lambda token: requests.list_datasets(page_size, token), timeout)
 
     async def delete(self, dataset: str | Dataset, *, timeout: float | None = None) -> None:
         """As Datasets.delete."""
-        await self._transport.unary(tuning_requests.delete_dataset(dataset), timeout)
+        await self._transport.unary(requests.delete_dataset(dataset), timeout)

@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from graftwork.async_transport import AsyncTransport
-from graftwork.calls import Page, T, Unary
-from graftwork.transport import Transport
+from graftwork.transport.async_transport import AsyncTransport
+from graftwork.transport.calls import Page, T, Unary
+from graftwork.transport.sync_transport import Transport
 
 
 def pages(transport: Transport, page: Callable[[str], Unary[Any, Page[T]]], timeout: float | None) -> Iterator[T]:

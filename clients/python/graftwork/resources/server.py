@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
-from graftwork import requests
-from graftwork.async_transport import AsyncTransport
-from graftwork.transport import Transport
+from graftwork.requests import server as requests
+from graftwork.transport.async_transport import AsyncTransport
+from graftwork.transport.sync_transport import Transport
 from graftwork.types import ServerInfo
 
 

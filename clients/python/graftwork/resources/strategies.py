@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 
-from graftwork import requests
-from graftwork.async_transport import AsyncTransport
+from graftwork.requests import strategies as requests
 from graftwork.resources.paging import async_pages, pages
-from graftwork.transport import Transport
+from graftwork.transport.async_transport import AsyncTransport
+from graftwork.transport.sync_transport import Transport
 from graftwork.types import Strategy
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
-from graftwork import tuning_requests
-from graftwork.async_transport import AsyncTransport
 from graftwork.jobs import AsyncTuningJob, TuningJob
+from graftwork.requests import tuning as requests
 from graftwork.resources.paging import async_pages, pages
-from graftwork.transport import Transport
+from graftwork.transport.async_transport import AsyncTransport
+from graftwork.transport.sync_transport import Transport
 from graftwork.types import Dataset
 
 
@@ -45,7 +45,7 @@ class Tuning:
         repeated call returns the first one's job. What the server chose is in job.info.choices, with the reasons.
         Raises InvalidArgumentError with the wrong settings, NotFoundError.
         """
-        call = tuning_requests.create_job(
+        call = requests.create_job(
             strategy=strategy,
             dataset=dataset,
             adapter=adapter,
@@ -72,7 +72,7 @@ class Tuning:
 
         To be asked before a large data set is uploaded. Arguments and errors are those of create.
         """
-        call = tuning_requests.create_job(
+        call = requests.create_job(
             strategy=strategy,
             dataset=None,
             adapter=adapter,
@@ -85,11 +85,11 @@ class Tuning:
 
     def get(self, job: str, *, timeout: float | None = None) -> TuningJob:
         """Returns the handle of a job, by id. Raises NotFoundError."""
-        return TuningJob(self._transport, self._transport.unary(tuning_requests.get_job(job), timeout))
+        return TuningJob(self._transport, self._transport.unary(requests.get_job(job), timeout))
 
     def list(self, *, page_size: int = 0, timeout: float | None = None) -> Iterator[TuningJob]:
         """Yields the handles of all jobs, newest first, fetching page after page. page_size: 0: the server's."""
-        infos = pages(self._transport, lambda token: tuning_requests.list_jobs(page_size, token), timeout)
+        infos = pages(self._transport, lambda token: requests.list_jobs(page_size, token), timeout)
         return (TuningJob(self._transport, info) for info in infos)
 
     def delete(self, job: str, *, timeout: float | None = None) -> None:
@@ -97,7 +97,7 @@ class Tuning:
 
         Raises NotFoundError, FailedPreconditionError for a job that has not ended.
         """
-        self._transport.unary(tuning_requests.delete_job(job), timeout)
+        self._transport.unary(requests.delete_job(job), timeout)
 
 
 class AsyncTuning:
@@ -121,7 +121,7 @@ class AsyncTuning:
         timeout: float | None = None,
     ) -> AsyncTuningJob:
         """As Tuning.create."""
-        call = tuning_requests.create_job(
+        call = requests.create_job(
             strategy=strategy,
             dataset=dataset,
             adapter=adapter,
@@ -145,7 +145,7 @@ class AsyncTuning:
         timeout: float | None = None,
     ) -> None:
         """As Tuning.check."""
-        call = tuning_requests.create_job(
+        call = requests.create_job(
             strategy=strategy,
             dataset=None,
             adapter=adapter,
@@ -158,13 +158,13 @@ class AsyncTuning:
 
     async def get(self, job: str, *, timeout: float | None = None) -> AsyncTuningJob:
         """As Tuning.get."""
-        return AsyncTuningJob(self._transport, await self._transport.unary(tuning_requests.get_job(job), timeout))
+        return AsyncTuningJob(self._transport, await self._transport.unary(requests.get_job(job), timeout))
 
     def list(self, *, page_size: int = 0, timeout: float | None = None) -> AsyncIterator[AsyncTuningJob]:
         """As Tuning.list, for async for."""
-        infos = async_pages(self._transport, lambda token: tuning_requests.list_jobs(page_size, token), timeout)
+        infos = async_pages(self._transport, lambda token: requests.list_jobs(page_size, token), timeout)
         return (AsyncTuningJob(self._transport, info) async for info in infos)
 
     async def delete(self, job: str, *, timeout: float | None = None) -> None:
         """As Tuning.delete."""
-        await self._transport.unary(tuning_requests.delete_job(job), timeout)
+        await self._transport.unary(requests.delete_job(job), timeout)

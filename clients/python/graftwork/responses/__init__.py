@@ -1,0 +1,1 @@
+"""Protobuf answers to the values of types/; a file each, as there."""
