@@ -1,4 +1,4 @@
-"""A causal model from its files, by transformers; what they hold or ask for and is not done is refused, or said."""
+"""A model from its files, by transformers; what they hold or ask for and is not done is refused, or said."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from graftwork_server.errors import FailedPrecondition
-from graftwork_server.kernels.attention import packed
+from graftwork_server.kernels.attention import bidirectional, packed
 
 log = logging.getLogger("graftwork.engine")
 
@@ -39,24 +39,11 @@ def causal_model(source: str, dtype: torch.dtype) -> Any:
                 "--quantization",
                 reason="MODEL_UNSUPPORTED",
             )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            attn_implementation=packed.NAME,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
     except FailedPrecondition:
         raise
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and safetensors' own, as it happens
-        text = " ".join(str(error).split())[:300].rstrip(".")
-        raise FailedPrecondition(
-            f"cannot load the model {source!r}: {text}. It must be a directory with config.json and safetensors "
-            "weights of a causal language model",
-            reason="MODEL_UNUSABLE",
-        ) from None
-    model, report = loaded
+    except Exception as error:
+        raise _unusable(source, "a causal language model", error) from None
+    model, report = _loaded(AutoModelForCausalLM, source, dtype, packed.NAME, "a causal language model")
     if missing := sorted(report["missing_keys"]):
         # transformers makes them up, each time anew.
         raise FailedPrecondition(
@@ -64,6 +51,48 @@ def causal_model(source: str, dtype: torch.dtype) -> Any:
         )
     _tell_what_is_not_done(model, sorted(report["unexpected_keys"]))
     return model.eval().requires_grad_(False)
+
+
+def encoder_model(source: str, dtype: torch.dtype, *, with_head: bool) -> tuple[Any, list[str]]:
+    """The transformers model of a directory, frozen, in evaluation mode, with attention over packed rows, and its
+    parameters that the checkpoint has no weights for: a pooler's at most. with_head: a classifier.
+
+    Raises FailedPrecondition (MODEL_UNUSABLE), saying what is wrong.
+    """
+    kind = AutoModelForSequenceClassification if with_head else AutoModel
+    model, report = _loaded(kind, source, dtype, bidirectional.NAME, "an encoder")
+    missing = sorted(report["missing_keys"])
+    needed = [name for name in missing if with_head or not name.startswith("pooler.")]
+    if needed:
+        raise FailedPrecondition(
+            f"cannot load the model {source!r}: the checkpoint has no {', '.join(needed[:3])}", reason="MODEL_UNUSABLE"
+        )
+    return model.eval().requires_grad_(False), missing
+
+
+def _loaded(kind: Any, source: str, dtype: torch.dtype, attention: str, what: str) -> Any:
+    """The model, and transformers' report of what the files have and lack."""
+    try:
+        return kind.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise _unusable(source, what, error) from None
+
+
+def _unusable(source: str, what: str, error: Exception) -> FailedPrecondition:
+    # transformers raises OSError, ValueError, KeyError and safetensors' own, as it happens.
+    text = " ".join(str(error).split())[:300].rstrip(".")
+    return FailedPrecondition(
+        f"cannot load the model {source!r}: {text}. It must be a directory with config.json and safetensors weights of "
+        f"{what}",
+        reason="MODEL_UNUSABLE",
+    )
 
 
 def _tell_what_is_not_done(model: Any, unexpected: list[str]) -> None:

@@ -28,7 +28,7 @@ def told() -> queue.Queue[JobEvent]:
 @pytest.fixture
 def tuners(told: queue.Queue[JobEvent]) -> Tuners:
     weights = SharedWeightsInfo(device="cpu", size_bytes=0, layout=[])
-    return Tuners(weights, model_info(OPTIONS), 0, threads=1, yield_ms=0, send=told.put)
+    return Tuners(weights, model_info(OPTIONS), threads=1, yield_ms=0, send=told.put)
 
 
 def job(**config: Any) -> JobSpec:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from graftwork_server.base.describe import plain_name
+from graftwork_server.base.tokenizer import resolved_tokenizer
 from graftwork_server.base.weights import SharedWeights, assign_tensors, empty_model, pack
 from graftwork_server.layers.attention.kv_cache import LayerShape
 from graftwork_server.layers.fused_layers import AttentionSettings
 from graftwork_server.layers.head import BoundHead
 from graftwork_server.layers.models.model import EngineModel
+from graftwork_server.text import ModelFacts
 from graftwork_server.types import ModelInfo
 
 
@@ -75,3 +79,33 @@ def resident_model(base: BaseModel) -> torch.nn.Module:
 def unwrapped_state(base: BaseModel) -> dict[str, torch.Tensor]:
     """The base's tensors by their names in the plain transformers model."""
     return {plain_name(name): tensor for name, tensor in base.engine_model.model.state_dict().items()}
+
+
+def model_info(
+    model: Any,
+    source: str,
+    dtype: torch.dtype,
+    print_of_base: str,
+    weights: SharedWeights,
+    cache_dir: Path,
+    **more: Any,
+) -> ModelInfo:
+    """What is to be known of a base. model: transformers', with its head if it has one; more: fields that differ from
+    those of a causal model, `eos_token_ids` among them."""
+    config = model.config.get_text_config()
+    vocab_size, ends = int(config.vocab_size), list(more.get("eos_token_ids", ()))
+    fields: dict[str, Any] = {"context_tokens": int(config.max_position_embeddings), "eos_token_ids": ends} | more
+    return ModelInfo(
+        fingerprint=print_of_base,
+        source=source,
+        architecture=type(model).__name__,
+        model_type=config.model_type,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(weights.device),
+        vocab_size=vocab_size,
+        weight_bytes=weights.size_bytes,
+        tokenizer_dir=resolved_tokenizer(source, cache_dir, print_of_base, ModelFacts(ends, vocab_size)),
+        kv_tokens=0,
+        max_sequences=0,
+        **fields,
+    )

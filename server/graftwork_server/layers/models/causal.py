@@ -1,4 +1,4 @@
-"""Loading the base model and making it ready for packed forwards; building whole tuned checkpoints beside it."""
+"""Loading a causal model and making it ready for packed forwards."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import torch
 from graftwork_server.base.describe import fingerprint
 from graftwork_server.base.pretrained import causal_model
 from graftwork_server.base.quantization import check_available, quantize_linears
-from graftwork_server.base.tokenizer import resolved_tokenizer
 from graftwork_server.base.weights import SharedWeights
-from graftwork_server.errors import FailedPrecondition
 from graftwork_server.kernels.attention.rotary import rotate_by_length
 from graftwork_server.kernels.native import native_kernels
 from graftwork_server.kernels.triton import triton_kernels
@@ -21,17 +19,19 @@ from graftwork_server.layers.attention.kv_cache import KVCache, LayerShape
 from graftwork_server.layers.attention.paged import Chunk, plan_attention
 from graftwork_server.layers.changes import changeable_modules
 from graftwork_server.layers.fused_layers import AttentionSettings
-from graftwork_server.layers.models.base_model import BaseModel
+from graftwork_server.layers.models.base_model import BaseModel, model_info
 from graftwork_server.layers.models.model import EngineModel
-from graftwork_server.layers.models.probe import PROBE_ROWS, logprobs_alone, logprobs_packed, probe_layers
-from graftwork_server.text import ModelFacts
-from graftwork_server.types import ModelInfo
+from graftwork_server.layers.models.probe import (
+    PROBE_ROWS,
+    check_packing,
+    logprobs_alone,
+    logprobs_packed,
+    probe_layers,
+)
 
 log = logging.getLogger("graftwork.engine")
-_PROBE_TOLERANCE = 2e-3
-"""Largest difference of a probe's log probabilities, packed against one by one, in float32."""
-_ROUNDED_PROBE_TOLERANCE = 0.25
-"""The same for coarser dtypes, as a mean: rounding alone moves single values by more than 0.1."""
+_ROUNDED_MEAN = 0.25
+"""What log probabilities of dtypes coarser than float32 may differ by: rounding alone moves single ones by 0.1."""
 
 
 def load_base(
@@ -68,44 +68,29 @@ def load_base(
     # int8 rounds what goes into each layer: the smallest difference may become one of a 127th.
     _check_probe(engine_model, expected, exact=dtype == torch.float32 and quantization != "int8")
     _fuse_layers(engine_model, shapes, settings, device)
-    config = model.config.get_text_config()
-    ends = _eos_token_ids(model)
-    info = ModelInfo(
-        fingerprint=print_of_base,
-        source=source,
-        architecture=type(model).__name__,
-        model_type=config.model_type,
-        dtype=str(dtype).removeprefix("torch."),
-        device=str(device),
-        vocab_size=int(config.vocab_size),
-        context_tokens=int(config.max_position_embeddings),
+    info = model_info(
+        model,
+        source,
+        dtype,
+        print_of_base,
+        weights,
+        cache_dir,
         parameter_count=parameter_count,
-        weight_bytes=weights.size_bytes,
-        eos_token_ids=ends,
-        tokenizer_dir=resolved_tokenizer(source, cache_dir, print_of_base, ModelFacts(ends, int(config.vocab_size))),
-        kv_tokens=0,
-        max_sequences=0,
+        eos_token_ids=_eos_token_ids(model),
         quantization=quantization,
     )
     return BaseModel(engine_model, weights, info, shapes, settings)
 
 
 def _check_probe(engine_model: EngineModel, expected: torch.Tensor, exact: bool) -> None:
-    """Runs the probe's rows packed into one forward and refuses a model whose answers change by that: it would be
-    served wrong answers (a layer that mixes tokens outside attention, say)."""
+    """Runs the probe's rows packed into one forward, and refuses a model whose answers change by that."""
     model: Any = engine_model.model
     found, row_dims = logprobs_packed(model)
     engine_model.changeable = changeable_modules(model, row_dims, model.get_output_embeddings())
     for group in engine_model.groups:
         group.forget()
-    differences = (found - expected).abs()
-    difference = (differences.max() if exact else differences.mean()).item()
-    if not difference <= (_PROBE_TOLERANCE if exact else _ROUNDED_PROBE_TOLERANCE):
-        raise FailedPrecondition(
-            f"{type(model).__name__} cannot be served: packing sequences into one forward changes its log "
-            f"probabilities by {difference:.2g}",
-            reason="MODEL_UNSUPPORTED",
-        )
+    differences = [(found - expected).abs()]
+    check_packing(type(model).__name__, "log probabilities", differences, exact=exact, rounded_mean=_ROUNDED_MEAN)
 
 
 def _fuse_layers(
@@ -117,7 +102,7 @@ def _fuse_layers(
     expected = _trial_logprobs(engine_model, shapes, device)
     engine_model.fuse_layers(settings)
     difference = (_trial_logprobs(engine_model, shapes, device) - expected).abs().mean().item()
-    if engine_model.fused_layers and not difference <= _ROUNDED_PROBE_TOLERANCE / 4:
+    if engine_model.fused_layers and not difference <= _ROUNDED_MEAN / 4:
         log.warning("whole layers are not computed by kernels: log probabilities would differ by %.2g", difference)
         engine_model.unfuse_layers()
 

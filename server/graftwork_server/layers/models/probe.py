@@ -7,6 +7,7 @@ position of a forward (LongRoPE's factors) would show.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,8 @@ PROBE_ROWS = ([3, 1, 4, 1, 5], [2, 7, 1, 8, 2, 8, 1, 8])
 """At the beginning of the context. 13 tokens, and 23 with _LAST_ROW: numbers that no dimension of a model is likely to
 have, see record_row_dims."""
 _LAST_ROW = [1, 6, 1, 8, 0, 3, 3, 9, 8, 8]
+_EXACT_TOLERANCE = 2e-3
+"""Largest difference of what a model answers, packed against one by one, in float32."""
 _RECORDED = "graftwork_probe"
 """Name of the attention that records what layers hand to it."""
 _LONGEST_LOOK = 1 << 20
@@ -138,3 +141,20 @@ def logprobs_packed(model: Any) -> tuple[torch.Tensor, dict[str, int]]:
             hook.remove()
         model.set_attn_implementation(before)
     return output.logits[0].float().log_softmax(-1), row_dims
+
+
+def check_packing(
+    architecture: str, what: str, differences: Sequence[torch.Tensor], *, exact: bool, rounded_mean: float
+) -> None:
+    """Raises FailedPrecondition (MODEL_UNSUPPORTED) where packing sequences into one forward changed `what` the model
+    answers: it would be served wrong answers (a layer that mixes tokens outside attention, say).
+
+    exact: computed in float32, where single values are looked at. rounded_mean: what coarser dtypes may differ by, as a
+    mean: rounding alone moves single values further."""
+    difference = max((values.max() if exact else values.mean()).item() for values in differences)
+    if not difference <= (_EXACT_TOLERANCE if exact else rounded_mean):
+        raise FailedPrecondition(
+            f"{architecture} cannot be served: packing sequences into one forward changes its {what} by "
+            f"{difference:.2g}",
+            reason="MODEL_UNSUPPORTED",
+        )
