@@ -415,10 +415,10 @@ async def test_nothing_of_a_connection_has_a_name(options, monkeypatch, tmp_path
     await client.stop()
 
 
-def test_the_front_imports_no_torch():
+def test_the_front_imports_no_torch_and_no_hub_library():
     code = (
         "import sys, graftwork_server.front.serve, graftwork_server.front.rpc.server\n"
-        "heavy = {'torch', 'transformers', 'peft', 'accelerate'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'peft', 'accelerate', 'huggingface_hub'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -151,6 +151,8 @@ class AdapterTexts:
         document = {"version": "1.0", "added_tokens": mine.get("added_tokens") or [], **rules, "model": model}
         try:
             return Tokenizer.from_str(json.dumps(document))
+        except MemoryError:
+            raise  # whoever bounds it says so, and knows whose file went over the limit
         except Exception as error:  # tokenizers raises plain Exception
             raise _invalid(str(error)[:200]) from error
 
@@ -200,6 +202,8 @@ def _written(rule: str, value: Any) -> Any:
     empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
     try:
         return json.loads(Tokenizer.from_str(json.dumps(empty | {rule: value})).to_str()).get(rule)
+    except MemoryError:
+        raise  # see _tokenizer
     except Exception as error:  # tokenizers raises plain Exception
         raise _invalid(f"{rule} cannot be read") from error
 
