@@ -4,7 +4,8 @@
 
 One real server with as many threads as cores, and a stream of one request: alone, beside a busy process of the same
 priority, and beside one that steps back as the server's own helper processes do. With 300,000 spins a wait, which is
-libgomp's default, and with those that the server sets (graftwork_server/process/priority.py). Medians over alternating rounds.
+libgomp's default, and with those that the server sets (graftwork_server/process/priority.py). Medians over alternating
+rounds.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from benchmarks.options import circumstances, parser_of, server_options, store
 from benchmarks.server_process import ServerProcess, end_on_sigterm
 from benchmarks.shapes import make_model
 from graftwork import Client
-from graftwork_server.helper_main import NICENESS
 from graftwork_server.process.priority import yielding
+from graftwork_server.text.strangers.helper import NICENESS
 
 PROMPT = list(range(100, 164))
 LIBRARY_SPINS = "300000"

@@ -27,7 +27,6 @@ from graftwork_server.errors import (
     Internal,
     InvalidArgument,
 )
-from graftwork_server.process.priority import step_back
 from graftwork_server.text import TextProcessor
 from graftwork_server.text.chat_template import ChatTemplate, Message
 from graftwork_server.text.strangers.adapter_text import AdapterTexts
@@ -56,8 +55,6 @@ MAX_TEMPLATE_CHARACTERS = 256 << 10
 METHODS = frozenset(
     {"encode", "encode_pair", "encode_plain", "encode_following", "encode_chat", "render_chat", "end_tokens"}
 )
-NICENESS = 10
-"""With 5, the front's small calls beside templates that loop took three times as long (benchmarks/neighbours.py)."""
 _KEPT = 8
 _PR_SET_PDEATHSIG = 1
 _TRIAL = "The fox: 1, 2.\n\n\u00e9\u4e16\U0001f98a"
@@ -222,7 +219,6 @@ def main(
 ) -> None:
     """Answers requests until the socket is closed."""
     _end_with_front(int(front_pid))
-    step_back(NICENESS, oom_score=1000)
     with socket.socket(fileno=int(descriptor)) as front:
         strangers = _Strangers(int(vocab_size), base_dir, source_dir)
         front.sendall(encode_frame(Ready()))

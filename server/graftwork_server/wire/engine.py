@@ -62,8 +62,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
 
 class Pool(msgspec.Struct, frozen=True, array_like=True):
     """What is wanted of a sequence in the place of tokens. kind: "classify", the logits of the head; "embed", one
-    hidden state. pooling: for embed, one of POOLINGS of base/sentence_files.py or several joined by "+". dimensions: so many first
-    values of it, 0: all."""
+    hidden state. pooling: for embed, one of POOLINGS of base/sentence_files.py or several joined by "+". dimensions: so
+    many first values of it, 0: all."""
 
     kind: str
     pooling: str = ""

@@ -16,8 +16,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, text
 
-from graftwork_server.hub.database.connection import Database
 from graftwork_server.hub.database import connection as database_module
+from graftwork_server.hub.database.connection import Database
 from graftwork_server.hub.database.records import StateChanged
 from graftwork_server.hub.database.tables import Base
 from graftwork_server.hub.datasets import Datasets
