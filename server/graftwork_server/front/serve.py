@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graftwork_server import logs
-from graftwork_server.config import ConfigError, ServerConfig, load_config
+from graftwork_server.config import ServerConfig
+from graftwork_server.config_sources import ConfigError, load_config
 from graftwork_server.errors import GraftworkServerError
 from graftwork_server.front.front import Front
 from graftwork_server.front.rpc.server import ListenError, resolve_listen
