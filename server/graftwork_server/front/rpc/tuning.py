@@ -21,10 +21,11 @@ from graftwork_server.front.rpc.convert import (
 )
 from graftwork_server.front.rpc.interceptors import Drain
 from graftwork_server.front.rpc.names import dataset_id, job_id
-from graftwork_server.front.rpc.streaming import Uploads, check_chunk, first_payload, to_its_end
+from graftwork_server.front.rpc.streaming import Uploads, check_chunk, first_payload
 from graftwork_server.hub.files.uploads import DatasetUpload
 from graftwork_server.hub.hub import Hub
 from graftwork_server.logs import log_event, note
+from graftwork_server.process.threads import run_to_end
 from graftwork_server.tuning.data.check import DatasetChecker, refuse_bad_lines
 from graftwork_server.tuning.jobs.manager import JobManager
 
@@ -68,7 +69,7 @@ class TuningService(TuningServiceServicer):
                 report = await self._checker.check(received.path)
                 refuse_bad_lines(report)
                 assert report.format is not None
-                dataset = await to_its_end(
+                dataset = await run_to_end(
                     self._hub.datasets.store,
                     received,
                     display_name=upload.display_name,
@@ -114,7 +115,7 @@ class TuningService(TuningServiceServicer):
     async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Context) -> pb.DeleteDatasetResponse:
         """Forgets a data set that no job needs."""
         identifier = dataset_id(request.name, "name")
-        await to_its_end(self._hub.datasets.delete, identifier)
+        await run_to_end(self._hub.datasets.delete, identifier)
         log_event(log, "data set deleted", dataset=identifier)
         return pb.DeleteDatasetResponse()
 
@@ -196,5 +197,5 @@ async def _receive(
         if request.WhichOneof("payload") != "data":
             raise InvalidArgument("only the first message is no data", reason="UPLOAD_OUT_OF_ORDER", field="payload")
         check_chunk(request.data, "data")
-        await to_its_end(received.write, request.data)
-    await to_its_end(received.finish)
+        await run_to_end(received.write, request.data)
+    await run_to_end(received.finish)

@@ -30,7 +30,8 @@ from graftwork_server.text import TextProcessor
 from graftwork_server.tuning.automatic import choose_held_out, given_settings
 from graftwork_server.tuning.data import DatasetReport, check_dataset, read_lines
 from graftwork_server.tuning.data.check import refuse_bad_lines
-from graftwork_server.tuning.jobs.run import EngineCalls, EngineStatus, JobRun, Surroundings, check_strategy
+from graftwork_server.tuning.jobs.context import EngineCalls, EngineStatus, JobContext, check_strategy
+from graftwork_server.tuning.jobs.run import JobRun
 from graftwork_server.tuning.schedule import held_out_count
 from graftwork_server.types import JobState, ModelInfo, SettingChoice, StrategyInfo, require_generation
 from graftwork_server.wire.tuning import JobEvent
@@ -71,7 +72,7 @@ class JobManager:
         self._check = check or self._check_in_thread
         self._max_concurrent = max_concurrent_jobs
         self._status = EngineStatus()
-        self._around = Surroundings(hub, engine, self._status, model.fingerprint, strategies, self._notify)
+        self._context = JobContext(hub, engine, self._status, model.fingerprint, strategies, self._notify)
         self._active: dict[str, tuple[JobRun, asyncio.Task[None]]] = {}
         self._choosing = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
@@ -250,7 +251,7 @@ class JobManager:
             waiting = [job for job in unfinished if job.job_id not in self._active]
             waiting.sort(key=lambda job: job.state is JobState.PENDING)
             for job in waiting[: self._max_concurrent - len(self._active)]:
-                run = JobRun(job, self._around)
+                run = JobRun(job, self._context)
                 task = asyncio.create_task(run.run(), name=f"job {job.job_id}")
                 self._active[job.job_id] = (run, task)
                 task.add_done_callback(partial(self._ended, job.job_id))
