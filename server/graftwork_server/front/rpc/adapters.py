@@ -21,7 +21,7 @@ from graftwork_server.front.rpc.generation.service import text_of
 from graftwork_server.front.rpc.names import adapter_id, adapter_version, version_name
 from graftwork_server.front.rpc.streaming import Uploads, check_chunk, first_payload
 from graftwork_server.hub.database.records import VersionRecord
-from graftwork_server.hub.files.store import uploaded_end_tokens
+from graftwork_server.hub.files.manifest import uploaded_end_tokens
 from graftwork_server.hub.files.uploads import ArtifactUpload, UploadFile
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.registry import RequestKey, check_adapter_id, request_key
@@ -206,6 +206,7 @@ class AdapterService(AdapterServiceServicer):
                 end_token_ids=ends,
                 adapter_may_exist=upload.new_version,
                 request=key,
+                sha256=received.sha256,
             )
 
     async def _end_tokens(self, folder: Path) -> list[int]:

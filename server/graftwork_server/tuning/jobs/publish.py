@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from graftwork_server.durable import storage_errors
 from graftwork_server.errors import GraftworkServerError, Unavailable
 from graftwork_server.hub.database.records import JobHappening, NewVersion, Publication
+from graftwork_server.hub.files.manifest import artifact_files, write_manifest
 from graftwork_server.hub.files.safetensors_check import check_safetensors
-from graftwork_server.hub.files.store import StoredArtifact, artifact_files, digest_of, write_manifest
+from graftwork_server.hub.files.store import StoredArtifact
 from graftwork_server.logs import log_event
 from graftwork_server.process import failpoints
 from graftwork_server.tuning.jobs.context import JobContext, check_still_possible
@@ -27,6 +28,7 @@ class JobPublisher:
     def __init__(self, job: RunningJob, context: JobContext) -> None:
         self._job = job
         self._context = context
+        self._hub = context.hub
 
     async def publish(self, result: TuningResult) -> bool:
         """Makes what the tuner left a version; false if the engine was lost, which has to look at it first.
@@ -48,9 +50,9 @@ class JobPublisher:
         if announced is None:
             return False
         check_still_possible(self._job.record, self._context)
-        if not self._context.hub.store.has_artifact(announced.digest):
+        if not self._hub.store.has_artifact(announced.digest):
             if not self._job.artifact.is_dir():
-                await self._job.in_thread(lambda: self._context.hub.jobs.announce(self._job.job_id, None))
+                await self._job.in_thread(lambda: self._hub.jobs.announce(self._job.job_id, None))
                 return False
             again = announced
             announced = await self._job.in_thread(
@@ -64,7 +66,7 @@ class JobPublisher:
             for name in artifact_files(self._job.artifact):
                 if name.endswith(".safetensors"):
                     check_safetensors(self._job.artifact / name)
-            write_manifest(
+            digest = write_manifest(
                 self._job.artifact,
                 strategy=self._job.record.spec.strategy,
                 base_fingerprint=self._job.record.base_fingerprint,
@@ -73,15 +75,14 @@ class JobPublisher:
                 created_by="tuning",
                 end_token_ids=result.end_token_ids,
             )
-            digest = digest_of(self._job.artifact)
         publication = Publication(digest=digest, parameter_count=parameter_count, rank=rank, result=result)
-        self._context.hub.jobs.announce(self._job.job_id, publication)
+        self._hub.jobs.announce(self._job.job_id, publication)
         failpoints.reach("publish.announced")
         return publication
 
     async def _complete(self, publication: Publication) -> None:
         claim = contextlib.ExitStack()
-        claim.enter_context(self._context.hub.leases.claimed(publication.digest))
+        claim.enter_context(self._hub.leases.claimed(publication.digest))
         try:
             stored = await self._job.in_thread(lambda: self._move_to_store(publication.digest))
             notes = await self._load_if_asked(stored)
@@ -92,8 +93,8 @@ class JobPublisher:
 
     def _move_to_store(self, digest: str) -> StoredArtifact:
         if self._job.artifact.is_dir():
-            return self._context.hub.store.adopt(self._job.artifact, digest)
-        return self._context.hub.store.stored(digest)
+            return self._hub.store.adopt(self._job.artifact, digest)
+        return self._hub.store.stored(digest)
 
     async def _load_if_asked(self, stored: StoredArtifact) -> list[JobHappening]:
         if not self._job.record.spec.load:
@@ -119,7 +120,7 @@ class JobPublisher:
             end_token_ids=publication.result.end_token_ids,
         )
         failpoints.reach("publish.before_commit")
-        _, published = self._context.hub.jobs.publish(self._job.job_id, version, publication.result, notes)
+        _, published = self._hub.jobs.publish(self._job.job_id, version, publication.result, notes)
         result = publication.result
         log_event(
             _log,

@@ -10,7 +10,6 @@ Each appears by a rename, so one that is there was finished; the digest finds wh
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +19,8 @@ import msgspec
 import torch
 from safetensors.torch import load_file
 
-from graftwork_server.tuning.tuner.files import remove, write_folder, write_json, write_tensors
+from graftwork_server.durable import remove, sha256_of, write_folder, write_json
+from graftwork_server.tuning.tuner.artifact import write_tensors
 
 KEPT = 2
 """Newest checkpoints that are kept, so that one damaged file does not cost the run."""
@@ -100,7 +100,7 @@ class Checkpoints:
             document = {
                 "identity": self._identity,
                 "progressed": msgspec.to_builtins(progressed),
-                "tensors_sha256": _sha256(path),
+                "tensors_sha256": sha256_of(path),
             }
             write_json(temporary / "state.json", document)
 
@@ -168,7 +168,7 @@ def _parameter_tensors(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     document = json.loads((folder / "state.json").read_bytes())
     path = folder / "tensors.safetensors"
-    if _sha256(path) != document["tensors_sha256"]:
+    if sha256_of(path) != document["tensors_sha256"]:
         raise ValueError("its tensors are not those that were written")
     return document, load_file(path)
 
@@ -195,8 +195,3 @@ def _put(
 def _put_parameters(parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
     for name, parameter in parameters.items():
         parameter.copy_(tensors[f"parameter/{name}"])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
