@@ -55,7 +55,7 @@ MAX_TEMPLATE_CHARACTERS = 256 << 10
 METHODS = frozenset(
     {"encode", "encode_pair", "encode_plain", "encode_following", "encode_chat", "render_chat", "end_tokens"}
 )
-_KEPT = 8
+_CACHED_TEXTS = 8
 _PR_SET_PDEATHSIG = 1
 _TRIAL = "The fox: 1, 2.\n\n\u00e9\u4e16\U0001f98a"
 
@@ -109,7 +109,7 @@ class _Strangers:
         if not folder:
             return self._base
         if folder not in self._texts:
-            while len(self._texts) >= _KEPT:
+            while len(self._texts) >= _CACHED_TEXTS:
                 self._texts.popitem(last=False)
             self._texts[folder] = self._readers.read(folder)
         self._texts.move_to_end(folder)

@@ -16,7 +16,7 @@ from graftwork_server.errors import GraftworkServerError, Internal, Unavailable,
 from graftwork_server.front.engine_process import ENGINE_COMMAND, EngineProcess
 from graftwork_server.front.engine_supervisor import EngineListener, EngineSupervisor, engine_restarting
 from graftwork_server.front.output_stream import OutputStream
-from graftwork_server.front.suspects import UnderWay
+from graftwork_server.front.suspects import InFlight
 from graftwork_server.logs import log_event
 from graftwork_server.types import AdapterRef, ArtifactInfo, LoadReport, ModelInfo, StrategyInfo
 from graftwork_server.wire.engine import (
@@ -63,12 +63,12 @@ class EngineClient:
         self._next_id = 1
         self._streams: dict[int, OutputStream] = {}
         self._calls: dict[int, asyncio.Future[Result]] = {}
-        self._under_way = UnderWay()
+        self._in_flight = InFlight()
         self.loaded: set[str] = set()
         """Digests on the device now."""
         self._names: dict[str, str] = {}
         """What was asked for last by these digests, for the log."""
-        self._supervisor = EngineSupervisor(self._process, self, self._under_way)
+        self._supervisor = EngineSupervisor(self._process, self, self._in_flight)
         self.failure = self._supervisor.failure
         """Done once restarts were given up, with the error that says why."""
 
@@ -165,12 +165,12 @@ class EngineClient:
             case StepOutputs():
                 for output in message.outputs:
                     if output.finish:
-                        self._under_way.done(output.id)
+                        self._in_flight.done(output.id)
                     stream = self._streams.get(output.id)
                     if stream is not None:
                         stream.push(output)
             case Reply():
-                self._under_way.done(message.call_id)
+                self._in_flight.done(message.call_id)
                 call = self._calls.pop(message.call_id, None)
                 if call is not None and not call.done():
                     if message.error is not None:
@@ -205,9 +205,9 @@ class EngineClient:
 
     def _begin(self, id: int, message: Any) -> None:
         """Sends what is answered. Raises FailedPrecondition (ENGINE_DIED_BEFORE) for what engines died under."""
-        self._under_way.check(message, self.loaded)
+        self._in_flight.check(message, self.loaded)
         self._send(message)
-        self._under_way.begin(id, message)
+        self._in_flight.begin(id, message)
 
     def _take_id(self) -> int:
         self._next_id += 1
@@ -250,7 +250,7 @@ class EngineClient:
                 yield await stream.next()
         finally:
             self._streams.pop(sequence_id, None)
-            self._under_way.leave(sequence_id)
+            self._in_flight.leave(sequence_id)
             if not stream.ended and self._writer is not None:
                 self._send(Cancel(id=sequence_id))
 

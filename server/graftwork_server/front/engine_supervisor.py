@@ -20,7 +20,7 @@ from graftwork_server.errors import (
     from_body,
 )
 from graftwork_server.front.engine_process import EngineProcess
-from graftwork_server.front.suspects import UnderWay
+from graftwork_server.front.suspects import InFlight
 from graftwork_server.wire.engine import Hello
 from graftwork_server.wire.tuning import JobEvent
 
@@ -76,10 +76,10 @@ class Conversation(Protocol):
 class EngineSupervisor:
     """One engine after another, for one conversation."""
 
-    def __init__(self, process: EngineProcess, conversation: Conversation, under_way: UnderWay) -> None:
+    def __init__(self, process: EngineProcess, conversation: Conversation, in_flight: InFlight) -> None:
         self._process = process
         self._conversation = conversation
-        self._under_way = under_way
+        self._in_flight = in_flight
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self._failures = 0
@@ -158,7 +158,7 @@ class EngineSupervisor:
         log.error("%s; %d sequences were running", error.message, running)
         is_fast = time.monotonic() - self._started < FAST_FAILURE_SECONDS
         # What a client's input did says nothing of the engine, whose start proved that it can compute.
-        has_suspects = self._under_way.died(loaded, killed=self._process.was_killed)
+        has_suspects = self._in_flight.died(loaded, killed=self._process.was_killed)
         self._failures = 0 if has_suspects else self._failures + 1 if is_fast else 1
         return error
 

@@ -41,7 +41,7 @@ from graftwork_server.errors import (
     Unavailable,
 )
 from graftwork_server.front.rpc.convert import job_message
-from graftwork_server.hub.database.records import JobEventRecord, JobRecord, StateChanged, TuningSpec
+from graftwork_server.hub.database.records import JobEventRecord, JobRecord, StateChanged, TuningJobSpec
 from graftwork_server.hub.files import store as store_module
 from graftwork_server.hub.files.manifest import digest_of
 from graftwork_server.hub.hub import Hub
@@ -53,8 +53,8 @@ from graftwork_server.wire.tuning import Checkpointed, Failed, Finished, JobSpec
 Say = Callable[[TunerEvent], None]
 
 
-def spec(dataset_id: str, **changes: Any) -> TuningSpec:
-    return TuningSpec(**({"strategy": "lora", "dataset_id": dataset_id, "adapter_id": "a"} | changes))
+def spec(dataset_id: str, **changes: Any) -> TuningJobSpec:
+    return TuningJobSpec(**({"strategy": "lora", "dataset_id": dataset_id, "adapter_id": "a"} | changes))
 
 
 async def create(hub: Hub, manager: JobManager, **changes: Any) -> JobRecord:

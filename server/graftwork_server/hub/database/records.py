@@ -64,7 +64,7 @@ class DatasetRecord(msgspec.Struct, frozen=True, kw_only=True):
     create_time: datetime.datetime
 
 
-class TuningSpec(msgspec.Struct, frozen=True, kw_only=True):
+class TuningJobSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What a tuning job is to do, see tuning.proto; "" for no validation data set."""
 
     strategy: str
@@ -94,7 +94,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One tuning job."""
 
     job_id: str
-    spec: TuningSpec
+    spec: TuningJobSpec
     """With the strategy's defaults filled in."""
     base_fingerprint: str
     state: JobState
@@ -121,7 +121,7 @@ class StateChanged(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     state: JobState
 
 
-JobHappening = StateChanged | Progress | Evaluated | Checkpointed | Note
+RecordedEvent = StateChanged | Progress | Evaluated | Checkpointed | Note
 
 
 class JobEventRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,4 +129,4 @@ class JobEventRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     sequence: int
     time: datetime.datetime
-    event: JobHappening
+    event: RecordedEvent

@@ -121,8 +121,8 @@ class Job(Base):
     end_time: Mapped[datetime.datetime | None] = mapped_column(UtcTime)
 
 
-class JobEvent(Base):
-    """Something that happened to a job; `payload` is JSON of a records.JobHappening."""
+class JobEventRow(Base):
+    """Something that happened to a job; `payload` is JSON of a records.RecordedEvent."""
 
     __tablename__ = "job_events"
 

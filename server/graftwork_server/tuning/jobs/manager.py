@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument, Unavailable
-from graftwork_server.hub.database.records import JobEventRecord, JobRecord, StateChanged, TuningSpec
+from graftwork_server.hub.database.records import JobEventRecord, JobRecord, StateChanged, TuningJobSpec
 from graftwork_server.hub.hub import Hub
 from graftwork_server.hub.registry import check_adapter_id, request_key
 from graftwork_server.logs import log_event
@@ -118,7 +118,7 @@ class JobManager:
 
     # ------------------------------------------------------------------------------------------ calls
 
-    async def create(self, spec: TuningSpec, request_id: str = "") -> JobRecord:
+    async def create(self, spec: TuningJobSpec, request_id: str = "") -> JobRecord:
         """Checks everything that can be checked before training, and queues the job.
 
         Raises InvalidArgument (fields named, DATASET_INVALID, DATASET_NO_LOSS, REQUEST_ID_REUSED), NotFound
@@ -160,7 +160,7 @@ class JobManager:
         self._later(self._start_next())
         return job
 
-    async def check(self, spec: TuningSpec) -> None:
+    async def check(self, spec: TuningJobSpec) -> None:
         """Checks what can be checked without the data: strategy, settings, adapter. Raises as create does."""
         await self._check_spec(spec)
         await self._engine.prepare_job(spec.strategy, spec.config, _NOMINAL_ROWS, _NOMINAL_TOKENS, 0)
@@ -278,13 +278,13 @@ class JobManager:
 
         return await asyncio.to_thread(check)
 
-    async def _check_spec(self, spec: TuningSpec) -> None:
+    async def _check_spec(self, spec: TuningJobSpec) -> None:
         require_generation(self._model, "tuning")
         _check_ranges(spec)
         check_strategy(self._strategies(), spec.strategy, "spec.strategy")
         await asyncio.to_thread(self._hub.jobs.check_target, spec)
 
-    async def _checked_dataset(self, spec: TuningSpec, dataset_id: str, field: str) -> DatasetReport:
+    async def _checked_dataset(self, spec: TuningJobSpec, dataset_id: str, field: str) -> DatasetReport:
         if self._text is None:
             raise FailedPrecondition(
                 "the base model has no tokenizer, so nothing can be tuned on text", reason="TOKENIZER_MISSING"
@@ -294,7 +294,7 @@ class JobManager:
         refuse_bad_lines(report, f"data set {dataset_id}", field)
         return report
 
-    def _row_limit(self, spec: TuningSpec) -> int:
+    def _row_limit(self, spec: TuningJobSpec) -> int:
         """Tokens that rows are cut to. A setting that is no such number is the strategy's to refuse."""
         limit = spec.config.get("max_sequence_tokens")
         context = self._model.context_tokens
@@ -303,7 +303,7 @@ class JobManager:
         return context
 
 
-def _held_out_fraction(spec: TuningSpec, row_count: int) -> tuple[float, list[SettingChoice]]:
+def _held_out_fraction(spec: TuningJobSpec, row_count: int) -> tuple[float, list[SettingChoice]]:
     """The fraction of rows to hold out, and where it comes from."""
     key = "validation_fraction"
     if spec.validation_dataset_id:
@@ -316,7 +316,7 @@ def _held_out_fraction(spec: TuningSpec, row_count: int) -> tuple[float, list[Se
     return choice.value, [SettingChoice(key=key, value=choice.value, reason=choice.reason)]
 
 
-def _check_ranges(spec: TuningSpec) -> None:
+def _check_ranges(spec: TuningJobSpec) -> None:
     check_adapter_id(spec.adapter_id, "spec.adapter_id")
     fraction = spec.validation_fraction or 0.0
     if not 0 <= fraction <= MAX_VALIDATION_FRACTION:  # false for NaN, too

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from graftwork_server.durable import storage_errors
 from graftwork_server.errors import GraftworkServerError, Unavailable
-from graftwork_server.hub.database.records import JobHappening, NewVersion, Publication
+from graftwork_server.hub.database.records import NewVersion, Publication, RecordedEvent
 from graftwork_server.hub.files.manifest import artifact_files, write_manifest
 from graftwork_server.hub.files.safetensors_check import check_safetensors
 from graftwork_server.hub.files.store import StoredArtifact
@@ -96,7 +96,7 @@ class JobPublisher:
             return self._hub.store.adopt(self._job.artifact, digest)
         return self._hub.store.stored(digest)
 
-    async def _load_if_asked(self, stored: StoredArtifact) -> list[JobHappening]:
+    async def _load_if_asked(self, stored: StoredArtifact) -> list[RecordedEvent]:
         if not self._job.record.spec.load:
             return []
         name = f"adapters/{self._job.record.spec.adapter_id}"
@@ -107,7 +107,7 @@ class JobPublisher:
             return [Note(text=f"published, but not loaded: {error.message}")]
         return []
 
-    def _commit(self, publication: Publication, stored: StoredArtifact, notes: Sequence[JobHappening]) -> None:
+    def _commit(self, publication: Publication, stored: StoredArtifact, notes: Sequence[RecordedEvent]) -> None:
         version = NewVersion(
             adapter_id=self._job.record.spec.adapter_id,
             digest=stored.digest,

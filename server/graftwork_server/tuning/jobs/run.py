@@ -23,7 +23,7 @@ from graftwork_server.errors import (
     body_of,
     from_body,
 )
-from graftwork_server.hub.database.records import JobHappening, JobRecord, StateChanged
+from graftwork_server.hub.database.records import JobRecord, RecordedEvent, StateChanged
 from graftwork_server.logs import log_event
 from graftwork_server.tuning.jobs.context import JobContext, check_still_possible
 from graftwork_server.tuning.jobs.publish import JobPublisher
@@ -150,7 +150,7 @@ class JobRun:
 
     async def _follow(self, engine_number: int) -> TuningResult | None:
         while True:
-            happenings: list[JobHappening] = []
+            events: list[RecordedEvent] = []
             try:
                 for item in await self._next_batch():
                     match item:
@@ -169,10 +169,10 @@ class JobRun:
                         case _:
                             if isinstance(item, Checkpointed):
                                 self._job.has_progressed()
-                            happenings.append(item)
+                            events.append(item)
             finally:
-                if happenings:
-                    await self._job.write(happenings)
+                if events:
+                    await self._job.write(events)
 
     async def _next_batch(self) -> Sequence[TunerEvent | _EngineLost | _EngineReady | _Cancel]:
         batch = [await self._inbox.get()]
@@ -212,7 +212,7 @@ class JobRun:
     async def _end_failed(self, error: ErrorBody) -> None:
         await self._end([Note(text=error.message), StateChanged(state=JobState.FAILED)], error)
 
-    async def _end(self, happenings: Sequence[JobHappening], error: ErrorBody | None = None) -> None:
+    async def _end(self, events: Sequence[RecordedEvent], error: ErrorBody | None = None) -> None:
         """Stops the tuner and ends the job. Files go first: on a full disk, the row needs their place."""
         with contextlib.suppress(GraftworkServerError):  # Unavailable: the tuner went with its engine
             await self._engine.stop_job(self._job.job_id)
@@ -220,7 +220,7 @@ class JobRun:
         delay = 0.5
         while True:
             try:
-                await self._job.write_once(happenings, error=error)
+                await self._job.write_once(events, error=error)
                 return
             except GraftworkServerError as raised:
                 if raised.reason == "JOB_ENDED":

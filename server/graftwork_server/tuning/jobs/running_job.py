@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from graftwork_server.errors import ErrorBody, GraftworkServerError
-from graftwork_server.hub.database.records import JobHappening, JobRecord, StateChanged
+from graftwork_server.hub.database.records import JobRecord, RecordedEvent, StateChanged
 from graftwork_server.process.threads import run_to_end
 from graftwork_server.tuning.jobs.context import JobContext
 from graftwork_server.types import JobState
@@ -49,17 +49,17 @@ class RunningJob:
         return self.record.job_id
 
     async def write(
-        self, happenings: Sequence[JobHappening], *, error: ErrorBody | None = None, engine_losses: int | None = None
+        self, events: Sequence[RecordedEvent], *, error: ErrorBody | None = None, engine_losses: int | None = None
     ) -> None:
         """Appends to the job's events, and to its row what follows from them; where the disk is full, later."""
         self.record = await self.in_thread(
-            lambda: self._jobs.record(self.job_id, happenings, error=error, engine_losses=engine_losses)
+            lambda: self._jobs.record(self.job_id, events, error=error, engine_losses=engine_losses)
         )
         self._context.changed(self.job_id)
 
-    async def write_once(self, happenings: Sequence[JobHappening], error: ErrorBody | None = None) -> None:
+    async def write_once(self, events: Sequence[RecordedEvent], error: ErrorBody | None = None) -> None:
         """As write, but raises ResourceExhausted (STORAGE_FULL) where the disk is full."""
-        self.record = await run_to_end(self._jobs.record, self.job_id, happenings, error=error)
+        self.record = await run_to_end(self._jobs.record, self.job_id, events, error=error)
         self._context.changed(self.job_id)
 
     async def discard_files(self) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from graftwork_server.durable import remove, sha256_of, write_folder, write_json
 from graftwork_server.tuning.tuner.artifact import write_tensors
 
-KEPT = 2
+KEPT_CHECKPOINTS = 2
 """Newest checkpoints that are kept, so that one damaged file does not cost the run."""
 
 _DIGITS = "[0-9]" * 8
@@ -111,12 +111,12 @@ class Checkpoints:
         checkpoints that are kept: a run that goes on from one of them has to find them again."""
         newest_first = self._newest_first()
         needed = {_named("best", progressed.best_step)}
-        for folder in newest_first[:KEPT]:
+        for folder in newest_first[:KEPT_CHECKPOINTS]:
             with contextlib.suppress(Exception):  # a damaged one is passed over when it is read
                 document = json.loads((folder / "state.json").read_bytes())
                 needed.add(_named("best", msgspec.convert(document["progressed"], Progressed).best_step))
         best = [folder for folder in self._folder.glob("best-" + _DIGITS) if folder.name not in needed]
-        for old in [*newest_first[KEPT:], *best]:
+        for old in [*newest_first[KEPT_CHECKPOINTS:], *best]:
             remove(old)
 
     def restore(
@@ -148,8 +148,8 @@ class Checkpoints:
         parameters: Mapping[str, torch.nn.Parameter],
         tensors: Mapping[str, torch.Tensor],
     ) -> None:
-        for key, mine in self._identity.items():
-            if document["identity"].get(key) != mine:
+        for key, expected in self._identity.items():
+            if document["identity"].get(key) != expected:
                 raise CheckpointMismatch(f"its {key} is {document['identity'].get(key)}, this run's is {mine}")
         shapes = {f"parameter/{name}": parameter.shape for name, parameter in parameters.items()}
         saved = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("parameter/")}

@@ -103,16 +103,16 @@ def embed_pool(request: pb.EmbedRequest, model: ModelInfo, adapter: AdapterRef |
     """How the request's vectors are made, defaults filled in. Raises InvalidArgument naming each wrong field,
     FailedPrecondition (POOLING_UNSUPPORTED) where the model's or the adapter's files ask for what is not done and the
     request for nothing."""
-    wrong = []
+    violations = []
     if request.pooling != pb.POOLING_UNSPECIFIED and request.pooling not in _POOLINGS:
         accepted = ", ".join(pb.Pooling.Name(value) for value in sorted(_POOLING_VALUES.values()))
-        wrong.append(Violation("pooling", f"is {request.pooling}; {accepted} are accepted"))
+        violations.append(Violation("pooling", f"is {request.pooling}; {accepted} are accepted"))
     pooling = _POOLINGS.get(request.pooling, model.default_pooling)
     size = model.hidden_size * len(pooling.split("+"))
     if request.HasField("dimensions") and not 1 <= request.dimensions <= size:
-        wrong.append(Violation("dimensions", f"is {request.dimensions}; 1 to {size} is accepted"))
-    if wrong:
-        raise invalid(wrong)
+        violations.append(Violation("dimensions", f"is {request.dimensions}; 1 to {size} is accepted"))
+    if violations:
+        raise invalid(violations)
     undone = f"the base model's files ask for {model.undone_pooling}" if model.undone_pooling else ""
     if adapter is not None and (Path(adapter.path) / "modules.json").is_file():
         undone = "the adapter's modules.json, of sentence-transformers, asks for a pooling of its own"
