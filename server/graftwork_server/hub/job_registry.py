@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from graftwork_server.errors import ErrorBody, FailedPrecondition, NotFound
 from graftwork_server.hub.database.connection import Database, now
-from graftwork_server.hub.database.pages import check_page_size, page_after, page_token
+from graftwork_server.hub.database.pages import check_page_size, one_page, page_after
 from graftwork_server.hub.database.records import (
     JobEventRecord,
     JobRecord,
@@ -100,10 +100,8 @@ class JobRegistry:
         if before is not None:
             query = query.where(Job.position < int(before))
         with self._database.read() as session:
-            rows = session.scalars(query).all()
-            more = len(rows) > size
-            next_token = page_token("tuningJobs", str(rows[size - 1].position)) if more else ""
-            return [_record(row) for row in rows[:size]], next_token
+            rows, following = one_page("tuningJobs", session.scalars(query).all(), size, lambda row: str(row.position))
+            return [_record(row) for row in rows], following
 
     def unfinished(self) -> Sequence[JobRecord]:
         """Jobs that have not ended, in the order they were created."""

@@ -10,7 +10,6 @@ from google.protobuf import json_format, struct_pb2, timestamp_pb2
 
 from graftwork.v1 import adapters_pb2, strategies_pb2, tuning_pb2
 from graftwork_server.errors import InvalidArgument, Violation
-from graftwork_server.front.rpc.names import dataset_id
 from graftwork_server.hub.database.records import (
     DatasetRecord,
     JobEventRecord,
@@ -19,6 +18,7 @@ from graftwork_server.hub.database.records import (
     TuningJobSpec,
     VersionRecord,
 )
+from graftwork_server.names import parse_dataset
 from graftwork_server.tuning.data import DatasetReport
 from graftwork_server.types import (
     DatasetFormat,
@@ -140,8 +140,8 @@ def tuning_spec(spec: tuning_pb2.TuningJobSpec) -> TuningJobSpec:
     validation = spec.validation_dataset
     return TuningJobSpec(
         strategy=spec.strategy,
-        dataset_id=dataset_id(spec.dataset, "spec.dataset") if spec.dataset else "",
-        validation_dataset_id=dataset_id(validation, "spec.validation_dataset") if validation else "",
+        dataset_id=parse_dataset(spec.dataset, "spec.dataset") if spec.dataset else "",
+        validation_dataset_id=parse_dataset(validation, "spec.validation_dataset") if validation else "",
         validation_fraction=spec.validation_fraction if spec.HasField("validation_fraction") else None,
         adapter_id=spec.adapter_id,
         config={key: _plain(value) for key, value in json_format.MessageToDict(spec.config).items()},

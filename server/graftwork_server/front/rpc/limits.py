@@ -39,7 +39,7 @@ class SequenceLimit:
         """Holds places while the block runs. Raises ResourceExhausted (QUEUE_FULL) if there are too few."""
         if self.held + sequences > self.limit:
             raise ResourceExhausted(
-                f"{self.admitted} sequences wait or run, {self.limit} may; send it again later",
+                f"{self.held} sequences wait or run, {self.limit} may; send it again later",
                 reason="QUEUE_FULL",
                 metadata={"retry_after_ms": str(RETRY_AFTER_MS)},
             )

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from graftwork_server.errors import ErrorBody
+from graftwork_server.names import version_name
 from graftwork_server.types import DatasetFormat, JobState, SettingChoice, TuningEstimate, TuningProgress, TuningResult
 from graftwork_server.wire.tuning import Checkpointed, Evaluated, Note, Progress
 
@@ -36,7 +37,7 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         """Resource name: "adapters/{id}/versions/{n}"."""
-        return f"adapters/{self.adapter_id}/versions/{self.number}"
+        return version_name(self.adapter_id, self.number)
 
 
 class NewVersion(msgspec.Struct, frozen=True, kw_only=True):

@@ -66,8 +66,8 @@ def write_manifest(
     the same content has the same digest.
     """
     known = sha256 or {}
-    files = {
-        name: {"size_bytes": (folder / name).stat().st_size, "sha256": known.get(name) or sha256_of(folder / name)}
+    hashed = {
+        name: ((folder / name).stat().st_size, known.get(name) or sha256_of(folder / name))
         for name in artifact_files(folder)
         if name != MANIFEST
     }
@@ -78,15 +78,14 @@ def write_manifest(
         "parameter_count": parameter_count,
         "rank": rank,
         "created_by": created_by,
-        "files": files,
+        "files": {name: {"size_bytes": size, "sha256": digest} for name, (size, digest) in hashed.items()},
     }
     if end_token_ids:
         manifest["end_token_ids"] = list(end_token_ids)
     with storage_errors("writing a manifest"):
         text = json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n"
         (folder / MANIFEST).write_bytes(text)
-    itself = {"size_bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-    return _digest({name: (file["size_bytes"], file["sha256"]) for name, file in (files | {MANIFEST: itself}).items()})
+    return _digest(hashed | {MANIFEST: (len(text), hashlib.sha256(text).hexdigest())})
 
 
 def digest_of(folder: Path) -> str:

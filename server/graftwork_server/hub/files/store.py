@@ -27,14 +27,14 @@ import msgspec
 from graftwork_server.durable import storage_errors, sync
 from graftwork_server.hub.files.data_dir import open_data_dir
 from graftwork_server.hub.files.manifest import artifact_files
+from graftwork_server.names import DATASET_ID, DIGEST, JOB_ID
 from graftwork_server.process import failpoints
 
-_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _OURS = {
     "staging": re.compile(r"([0-9a-f]{16}(\.jsonl)?|deleted-[0-9a-f]{16})"),
     "artifacts": re.compile(r"[0-9a-f]{64}"),
-    "datasets": re.compile(r"ds-[0-9a-f]{32}\.jsonl"),
-    "jobs": re.compile(r"job-[0-9a-f]{16}"),
+    "datasets": re.compile(DATASET_ID.pattern + r"\.jsonl"),
+    "jobs": JOB_ID,
 }
 """Names that the server gives, by folder."""
 
@@ -81,7 +81,7 @@ class Store:
 
     def artifact_path(self, digest: str) -> Path:
         """Where the files of `digest` are, or would be."""
-        match = _DIGEST.fullmatch(digest)
+        match = DIGEST.fullmatch(digest)
         if match is None:
             raise ValueError(f"{digest!r} is no digest")
         return self.artifacts / match[1]

@@ -18,6 +18,7 @@ from graftwork_server.errors import InvalidArgument
 from graftwork_server.hub.files.manifest import MAX_FILES, check_file_name
 from graftwork_server.hub.files.safetensors_check import check_safetensors
 from graftwork_server.hub.files.store import Store
+from graftwork_server.names import dataset_id_of
 
 
 class UploadFile(msgspec.Struct, frozen=True):
@@ -191,7 +192,7 @@ class DatasetUpload:
             )
         with storage_errors("storing a data set"):
             self._file.close()
-        return f"ds-{self._sha256.hexdigest()[:32]}"
+        return dataset_id_of(self._sha256.hexdigest())
 
     def store(self) -> Path:
         """Makes the data set durable and gives its place. The registry's row comes after this."""

@@ -271,7 +271,7 @@ def _check_size(own: Path | None, base: Path | None) -> None:
     most = max(MAX_FILE_BYTES, 2 * base.stat().st_size if base else 0)
     if own.stat().st_size > most:
         raise FailedPrecondition(
-            f"{mine.name}: it has {mine.stat().st_size} bytes; at most {most} are accepted with this base model",
+            f"{own.name}: it has {own.stat().st_size} bytes; at most {most} are accepted with this base model",
             reason="TOKENIZER_MISMATCH",
             field=own.name,
         )

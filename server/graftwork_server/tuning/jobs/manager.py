@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,9 @@ import msgspec
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument, Unavailable
 from graftwork_server.hub.database.records import JobEventRecord, JobRecord, StateChanged, TuningJobSpec
 from graftwork_server.hub.hub import Hub
-from graftwork_server.hub.registry import check_adapter_id, request_key
+from graftwork_server.hub.registry import request_key
 from graftwork_server.logs import log_event
+from graftwork_server.names import check_adapter_id, new_job_id
 from graftwork_server.text import TextProcessor
 from graftwork_server.tuning.automatic import choose_held_out, given_settings
 from graftwork_server.tuning.data import DatasetReport, check_dataset, read_lines
@@ -143,9 +143,8 @@ class JobManager:
         complete = msgspec.structs.replace(
             spec, validation_fraction=fraction, config=prepared.config, choices=[*choices, *prepared.choices]
         )
-        job_id = f"job-{secrets.token_hex(8)}"
         job = await asyncio.to_thread(
-            self._hub.jobs.create, job_id, complete, prepared.estimate, self._model.fingerprint, request
+            self._hub.jobs.create, new_job_id(), complete, prepared.estimate, self._model.fingerprint, request
         )
         log_event(
             _log,

@@ -150,7 +150,7 @@ class Checkpoints:
     ) -> None:
         for key, expected in self._identity.items():
             if document["identity"].get(key) != expected:
-                raise CheckpointMismatch(f"its {key} is {document['identity'].get(key)}, this run's is {mine}")
+                raise CheckpointMismatch(f"its {key} is {document['identity'].get(key)}, this run's is {expected}")
         shapes = {f"parameter/{name}": parameter.shape for name, parameter in parameters.items()}
         saved = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("parameter/")}
         if shapes != saved:

@@ -130,6 +130,7 @@ def embed_pool(request: pb.EmbedRequest, model: ModelInfo, adapter: AdapterRef |
 
 
 def token_count(rows: Sequence[Row]) -> int:
+    """Tokens of all rows."""
     return sum(len(row.ids) for row in rows)
 
 

@@ -41,9 +41,10 @@ from graftwork_server.front.rpc.limits import (
 from graftwork_server.hub.leases import Leases
 from graftwork_server.hub.resolver import Resolved, Resolver
 from graftwork_server.logs import note, note_first_token
+from graftwork_server.names import BASE
 from graftwork_server.text import IncrementalDetokenizer, TextProcessor
 from graftwork_server.text.strangers.isolated_text import IsolatedTexts
-from graftwork_server.types import BASE, require_generation
+from graftwork_server.types import require_generation
 from graftwork_server.wire.engine import Pool, Sampling, SequenceOutput, TokenLogprobs
 
 Context = grpc.aio.ServicerContext
