@@ -42,7 +42,7 @@ from graftwork_server.text.strangers.helper import (
     Value,
     request_decoder,
 )
-from graftwork_server.tuning.data import check_dataset, read_lines
+from graftwork_server.tuning.data import check_dataset_file
 from graftwork_server.wire.frames import encode_frame, receive_frame
 
 MEMORY_BYTES = 512 << 20
@@ -101,8 +101,7 @@ class _Strangers:
             case CallText(folder, method, arguments):
                 return Value(self._call(folder, method, json.loads(arguments)))
             case CheckDataset(path, max_sequence_tokens, context_tokens):
-                with Path(path).open("rb") as file:
-                    report = check_dataset(read_lines(file), self._base, max_sequence_tokens, context_tokens)
+                report = check_dataset_file(Path(path), self._base, max_sequence_tokens, context_tokens)
                 return Value(msgspec.to_builtins(report))
 
     def _text(self, folder: str) -> TextProcessor | None:

@@ -110,7 +110,7 @@ def check_messages(messages: Sequence[pb.ChatMessage]) -> None:
         raise invalid(violations)
 
 
-async def off_loop_if_large(size: int, work: Callable[[], T]) -> T:
+async def in_thread_if_large(size: int, work: Callable[[], T]) -> T:
     """The result of `work`, in a thread if `size` (characters) is so large that other streams would stutter."""
     return await asyncio.to_thread(work) if size > LARGE_TEXT_CHARACTERS else work()
 

@@ -28,7 +28,7 @@ from graftwork_server.logs import log_event
 from graftwork_server.names import check_adapter_id, new_job_id
 from graftwork_server.text import TextProcessor
 from graftwork_server.tuning.automatic import choose_held_out, given_settings
-from graftwork_server.tuning.data import DatasetReport, check_dataset, read_lines
+from graftwork_server.tuning.data import DatasetReport, check_dataset_file
 from graftwork_server.tuning.data.check import refuse_bad_lines
 from graftwork_server.tuning.jobs.context import EngineCalls, EngineStatus, JobContext, check_strategy
 from graftwork_server.tuning.jobs.run import JobRun
@@ -271,11 +271,8 @@ class JobManager:
         task.add_done_callback(self._background.discard)
 
     async def _check_in_thread(self, path: Path, max_sequence_tokens: int) -> DatasetReport:
-        def check() -> DatasetReport:
-            with path.open("rb") as file:
-                return check_dataset(read_lines(file), self._text, max_sequence_tokens, self._model.context_tokens)
-
-        return await asyncio.to_thread(check)
+        context = self._model.context_tokens
+        return await asyncio.to_thread(check_dataset_file, path, self._text, max_sequence_tokens, context)
 
     async def _check_spec(self, spec: TuningJobSpec) -> None:
         require_generation(self._model, "tuning")

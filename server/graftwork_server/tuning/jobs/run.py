@@ -33,7 +33,7 @@ from graftwork_server.wire.tuning import Checkpointed, Failed, Finished, JobSpec
 
 MAX_ENGINE_LOSSES = 3
 """Engines that may die under a job, without a checkpoint in between, before it is given up."""
-LINGER_SECONDS = 0.1
+BATCH_SECONDS = 0.1
 """Steps reported within this time are written together."""
 MAX_BATCH = 1000
 MAX_RETRY_SECONDS = 60.0
@@ -177,7 +177,7 @@ class JobRun:
     async def _next_batch(self) -> Sequence[TunerEvent | _EngineLost | _EngineReady | _Cancel]:
         batch = [await self._inbox.get()]
         if isinstance(batch[0], Progress):
-            await asyncio.sleep(LINGER_SECONDS)
+            await asyncio.sleep(BATCH_SECONDS)
         while not self._inbox.empty() and len(batch) < MAX_BATCH:
             batch.append(self._inbox.get_nowait())
         return batch

@@ -14,7 +14,7 @@ import msgspec
 from graftwork.v1 import generation_pb2 as pb
 from graftwork_server.errors import FailedPrecondition, Internal, InvalidArgument, Violation
 from graftwork_server.front.engine_client import EngineClient
-from graftwork_server.front.rpc.limits import check_prompt, invalid, off_loop_if_large
+from graftwork_server.front.rpc.limits import check_prompt, in_thread_if_large, invalid
 from graftwork_server.hub.resolver import Resolved
 from graftwork_server.text import TextProcessor
 from graftwork_server.text.strangers.isolated_text import IsolatedTexts
@@ -172,7 +172,7 @@ async def classify_response(answers: Sequence[Pooled], rows: Sequence[Row], reso
     if scores > MAX_LABEL_SCORES:
         accepted = f"{MAX_LABEL_SCORES // len(head.labels)} are accepted, as the head has {len(head.labels)} labels"
         raise invalid([Violation("inputs", f"has {len(answers)} texts; at most {accepted}")])
-    return await off_loop_if_large(
+    return await in_thread_if_large(
         scores,
         lambda: pb.ClassifyResponse(
             results=[_classification(_floats(a), head, len(r.ids)) for a, r in zip(answers, rows, strict=True)],
@@ -188,7 +188,7 @@ async def embed_response(
     answers: Sequence[Pooled], rows: Sequence[Row], pool: Pool, resolved: Resolved
 ) -> pb.EmbedResponse:
     """The vector of every input."""
-    return await off_loop_if_large(
+    return await in_thread_if_large(
         sum(len(answer.values) for answer in answers),
         lambda: pb.EmbedResponse(
             embeddings=[

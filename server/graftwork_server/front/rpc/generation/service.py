@@ -35,8 +35,8 @@ from graftwork_server.front.rpc.limits import (
     check_prompt_logprobs,
     check_scheduling,
     context_limit,
+    in_thread_if_large,
     invalid,
-    off_loop_if_large,
 )
 from graftwork_server.hub.leases import Leases
 from graftwork_server.hub.resolver import Resolved, Resolver
@@ -156,7 +156,7 @@ class GenerationService(GenerationServiceServicer):
                 ids = await chat_ids(request, tokenizer, self._texts)
             else:
                 ids = await self._text_ids(request.text, tokenizer)
-            return await off_loop_if_large(
+            return await in_thread_if_large(
                 len(ids),
                 lambda: pb.TokenizeResponse(
                     token_ids=ids,
