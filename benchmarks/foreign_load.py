@@ -4,8 +4,8 @@
 
 One real server with as many threads as cores, and a stream of one request: alone, beside a busy process of the same
 priority, and beside one that steps back as the server's own helper processes do. With 300,000 spins a wait, which is
-libgomp's default, and with those that the server sets (graftwork_server/process/priority.py). Medians over
-alternating rounds.
+libgomp's default, and with those that the server sets (graftwork_server/process/priority.py). Medians over alternating
+rounds.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from benchmarks.common.server_process import ServerProcess, end_on_sigterm
 from benchmarks.common.shapes import make_model
 from benchmarks.workloads.cases import PROMPT
 from graftwork import Client
-from graftwork_server.helper_main import NICENESS
 from graftwork_server.process.priority import yielding
+from graftwork_server.text.strangers.helper import NICENESS
 
 LIBRARY_SPINS = "300000"
 SPINS = {"libgomp's own": LIBRARY_SPINS, "the server's": yielding({})["GOMP_SPINCOUNT"]}

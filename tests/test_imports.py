@@ -19,7 +19,7 @@ MOST_FILES = 13
 """Python files in a folder."""
 FLOORS: dict[str, list[tuple[str, ...]]] = {
     "graftwork_server": [
-        ("errors", "types", "config", "logs", "durable", "printable", "process"),
+        ("errors", "names", "types", "config", "config_sources", "logs", "durable", "printable", "process"),
         ("wire",),
         ("text",),
         ("kernels",),

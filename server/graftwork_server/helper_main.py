@@ -27,7 +27,6 @@ from graftwork_server.errors import (
     Internal,
     InvalidArgument,
 )
-from graftwork_server.process.priority import step_back
 from graftwork_server.text import TextProcessor
 from graftwork_server.text.chat_template import ChatTemplate, Message
 from graftwork_server.text.strangers.adapter_text import AdapterTexts
@@ -43,7 +42,7 @@ from graftwork_server.text.strangers.helper import (
     Value,
     request_decoder,
 )
-from graftwork_server.tuning.data import check_dataset, read_lines
+from graftwork_server.tuning.data import check_dataset_file
 from graftwork_server.wire.frames import encode_frame, receive_frame
 
 MEMORY_BYTES = 512 << 20
@@ -56,9 +55,7 @@ MAX_TEMPLATE_CHARACTERS = 256 << 10
 METHODS = frozenset(
     {"encode", "encode_pair", "encode_plain", "encode_following", "encode_chat", "render_chat", "end_tokens"}
 )
-NICENESS = 10
-"""With 5, the front's small calls beside templates that loop took three times as long (benchmarks/neighbours.py)."""
-_KEPT = 8
+_CACHED_TEXTS = 8
 _PR_SET_PDEATHSIG = 1
 _TRIAL = "The fox: 1, 2.\n\n\u00e9\u4e16\U0001f98a"
 
@@ -104,15 +101,14 @@ class _Strangers:
             case CallText(folder, method, arguments):
                 return Value(self._call(folder, method, json.loads(arguments)))
             case CheckDataset(path, max_sequence_tokens, context_tokens):
-                with Path(path).open("rb") as file:
-                    report = check_dataset(read_lines(file), self._base, max_sequence_tokens, context_tokens)
+                report = check_dataset_file(Path(path), self._base, max_sequence_tokens, context_tokens)
                 return Value(msgspec.to_builtins(report))
 
     def _text(self, folder: str) -> TextProcessor | None:
         if not folder:
             return self._base
         if folder not in self._texts:
-            while len(self._texts) >= _KEPT:
+            while len(self._texts) >= _CACHED_TEXTS:
                 self._texts.popitem(last=False)
             self._texts[folder] = self._readers.read(folder)
         self._texts.move_to_end(folder)
@@ -222,7 +218,6 @@ def main(
 ) -> None:
     """Answers requests until the socket is closed."""
     _end_with_front(int(front_pid))
-    step_back(NICENESS, oom_score=1000)
     with socket.socket(fileno=int(descriptor)) as front:
         strangers = _Strangers(int(vocab_size), base_dir, source_dir)
         front.sendall(encode_frame(Ready()))

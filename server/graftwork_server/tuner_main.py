@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from graftwork_plugins import BaseModelHandle, Strategy, TrainingConfig, TrainingRow
-from graftwork_server.durable import FULL
+from graftwork_server.durable import FULL, write_json
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument, body_of
 from graftwork_server.logs import set_up
 from graftwork_server.process.last_words import exit_when_a_thread_dies
@@ -32,7 +32,7 @@ from graftwork_server.tuning.data import how_to_fit, no_end, read_lines, tokeniz
 from graftwork_server.tuning.data.rows import learned_ends, loss_tokens
 from graftwork_server.tuning.plugin_host import PluginHost, guard, is_out_of_memory, parse_config
 from graftwork_server.tuning.schedule import split_rows
-from graftwork_server.tuning.tuner.files import write_artifact, write_json
+from graftwork_server.tuning.tuner.artifact import write_artifact
 from graftwork_server.tuning.tuner.memory import peak_memory
 from graftwork_server.types import TuningResult
 from graftwork_server.wire.frames import encode_frame, receive_frame

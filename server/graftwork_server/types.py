@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import enum
-import re
 from typing import Any
 
 import msgspec
 
 from graftwork_server.errors import FailedPrecondition
-
-BASE = "base"
-"""The name under which the base model itself answers."""
-
-LATEST = "latest"
-"""In the place of a version's number: the newest one."""
-
-ADAPTER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""Pattern (fullmatch) of adapter ids; BASE is reserved."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

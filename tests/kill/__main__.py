@@ -26,7 +26,7 @@ from tests.e2e.rows import prompt_rows
 from tests.e2e.serving import Server, eventually
 
 from graftwork import Client, GraftworkError
-from graftwork_server.hub.files.store import digest_of
+from graftwork_server.hub.files.manifest import digest_of
 
 TARGETS = ("front", "engine", "tuner")
 FAILPOINTS = ("publish.announced", "publish.before_rename", "publish.after_rename", "publish.before_commit",

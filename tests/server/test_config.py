@@ -9,7 +9,8 @@ import tomllib
 import pytest
 
 from graftwork_server import config as config_module
-from graftwork_server.config import ConfigError, ServerConfig, load_config, parse_listen
+from graftwork_server.config import ServerConfig, parse_listen
+from graftwork_server.config_sources import ConfigError, load_config
 
 
 def load(*argv, environ=None):

@@ -1,13 +1,13 @@
-"""Where the base model's files are: in the directory that was named, or in the hub library's cache."""
+"""Where the base model's files are: in the directory that was named, or in the hub library's cache.
+
+The front asks local_dir at its start; the hub library, which takes a while to import, comes with what needs it.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 from pathlib import Path
-
-import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from graftwork_server.errors import FailedPrecondition
 
@@ -30,6 +30,8 @@ def model_dir(source: str) -> str:
     """
     if (local := local_dir(source)) is not None:
         return local
+    from huggingface_hub.errors import HFValidationError
+
     try:
         return _cached(source) or _fetched(source)
     except HFValidationError:
@@ -52,6 +54,8 @@ def local_dir(source: str) -> str | None:
 
 def _cached(repo_id: str) -> str | None:
     """The cached files of the id's main branch, if configuration and weights are all there."""
+    import huggingface_hub
+
     config = huggingface_hub.try_to_load_from_cache(repo_id, "config.json")
     if not isinstance(config, str):
         return None
@@ -65,6 +69,9 @@ def _cached(repo_id: str) -> str | None:
 
 def _fetched(repo_id: str) -> str:
     """Fetches the files of the id's main branch."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
         # First one question that is not repeated: the library asks for files for about a minute before it gives up.
         huggingface_hub.model_info(repo_id, timeout=HUB_SECONDS)

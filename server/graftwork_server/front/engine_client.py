@@ -1,29 +1,22 @@
-"""The front's side of the engine: starts the engine process, speaks with it, and starts it again when it dies.
+"""The front's side of the engine: what it is told, and what it says, handed to whoever waits for it.
 
-One reader task takes every frame from the socket and hands tokens to the streams that wait for them; one supervisor
-task watches over the process. Everything here runs on one event loop; nothing here imports torch.
+One task takes every frame from the socket and hands tokens to the streams that wait for them; the same one starts the
+engine again when it dies (engine_supervisor.py). Everything here runs on one event loop; nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any
 
-from graftwork_server.errors import (
-    FailedPrecondition,
-    GraftworkServerError,
-    Internal,
-    Unavailable,
-    body_of,
-    from_body,
-)
+from graftwork_server.errors import GraftworkServerError, Internal, Unavailable, from_body
 from graftwork_server.front.engine_process import ENGINE_COMMAND, EngineProcess
+from graftwork_server.front.engine_supervisor import EngineListener, EngineSupervisor, engine_restarting
 from graftwork_server.front.output_stream import OutputStream
-from graftwork_server.front.suspects import UnderWay
+from graftwork_server.front.suspects import InFlight
 from graftwork_server.logs import log_event
 from graftwork_server.types import AdapterRef, ArtifactInfo, LoadReport, ModelInfo, StrategyInfo
 from graftwork_server.wire.engine import (
@@ -55,27 +48,9 @@ from graftwork_server.wire.tuning import JobEvent, JobSpec, PreparedJob, Prepare
 
 log = logging.getLogger("graftwork.engine")
 
-MAX_FAST_FAILURES = 5
-FAST_FAILURE_SECONDS = 30.0
-FIRST_BACKOFF_SECONDS = 0.25
-LONGEST_BACKOFF_SECONDS = 10.0
-EXIT_SECONDS = 5.0
 SHOWN_DIGEST = 19
 """Characters of a digest that a log line has: "sha256:" and twelve more."""
 MAX_NAMES = 10_000
-
-
-class EngineListener(Protocol):
-    """Who wants to know what happens to the engine. Called on the event loop, in order; must not block."""
-
-    def on_engine_ready(self) -> None:
-        """An engine answers: the first one, or one that replaced a dead one."""
-
-    def on_engine_lost(self) -> None:
-        """The engine died; whatever ran in it, tuning jobs included, is gone."""
-
-    def on_job_event(self, event: JobEvent) -> None:
-        """A tuner said something."""
 
 
 class EngineClient:
@@ -83,21 +58,18 @@ class EngineClient:
 
     def __init__(self, settings: Mapping[str, Any], *, command: Sequence[str] = ENGINE_COMMAND) -> None:
         self._process = EngineProcess(settings, command)
-        self._listeners: list[EngineListener] = []
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
-        self._supervisor: asyncio.Task[None] | None = None
-        self._hello: Hello | None = None
-        self._stopping = False
         self._next_id = 1
         self._streams: dict[int, OutputStream] = {}
         self._calls: dict[int, asyncio.Future[Result]] = {}
-        self._under_way = UnderWay()
+        self._in_flight = InFlight()
         self.loaded: set[str] = set()
         """Digests on the device now."""
         self._names: dict[str, str] = {}
         """What was asked for last by these digests, for the log."""
-        self.failure: asyncio.Future[GraftworkServerError] = asyncio.get_running_loop().create_future()
+        self._supervisor = EngineSupervisor(self._process, self, self._in_flight)
+        self.failure = self._supervisor.failure
         """Done once restarts were given up, with the error that says why."""
 
     # ------------------------------------------------------------------------------------------ what it is
@@ -129,83 +101,33 @@ class EngineClient:
 
     def add_listener(self, listener: EngineListener) -> None:
         """`listener` hears of everything from now on."""
-        self._listeners.append(listener)
+        self._supervisor.listeners.append(listener)
 
     def _first_hello(self) -> Hello:
-        if self._hello is None:
+        if self._supervisor.hello is None:
             raise Unavailable("the engine has not started yet", reason="ENGINE_STARTING")
-        return self._hello
+        return self._supervisor.hello
 
     # ------------------------------------------------------------------------------------------ life
 
     async def start(self) -> Hello:
-        """Starts the engine and waits until the base model is loaded.
-
-        Raises the engine's own error when the model cannot be served, and Internal when the process just ended.
-        """
-        try:
-            hello = await self._connect()
-        except BaseException:
-            await self.stop()
-            raise
-        self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
-        self._tell(lambda listener: listener.on_engine_ready())
-        return hello
+        """Starts the engine and waits until the base model is loaded. Raises as EngineSupervisor.start does."""
+        return await self._supervisor.start()
 
     async def stop(self, drain_ms: int = 0) -> None:
         """Lets running sequences finish for at most `drain_ms`, then ends the engine. May be called twice."""
-        self._stopping = True
-        if self._writer is not None:
-            self._send(Shutdown(drain_ms=drain_ms))
-            await self._process.reap(drain_ms / 1000 + EXIT_SECONDS)
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.gather(self._supervisor, return_exceptions=True)
-        self._disconnect(Unavailable("the server is shutting down", reason="SHUTTING_DOWN"))
-        await self._process.reap()
+        await self._supervisor.stop(drain_ms)
 
-    async def _connect(self) -> Hello:
-        hello, reader, writer = await self._process.launch()
-        if self._hello is not None and hello.model.fingerprint != self._hello.model.fingerprint:
-            writer.close()
-            await self._process.reap()
-            raise FailedPrecondition("the base model's files changed while the server ran", reason="BASE_CHANGED")
-        self._reader, self._writer, self._hello = reader, writer, hello
-        return hello
+    def connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """See Conversation."""
+        self._reader, self._writer = reader, writer
 
-    async def _supervise(self) -> None:
-        failures, started = 0, time.monotonic()
-        while True:
-            await self._read_until_lost()
-            if self._stopping:
-                return
-            streams, loaded = len(self._streams), self.loaded
-            self._disconnect(_restarting())
-            self._tell(lambda listener: listener.on_engine_lost())
-            await self._process.reap()
-            error: GraftworkServerError = Internal(f"the engine ended {self._process.end}", reason="ENGINE_DIED")
-            log.error("%s; %d sequences were running", error.message, streams)
-            is_fast = time.monotonic() - started < FAST_FAILURE_SECONDS
-            # What a client's input did says nothing of the engine, whose start proved that it can compute.
-            has_suspects = self._under_way.died(loaded, killed=self._process.was_killed)
-            failures = 0 if has_suspects else failures + 1 if is_fast else 1
-            while not self.ready and not self._stopping:
-                if failures >= MAX_FAST_FAILURES:
-                    text = f"gave up after {failures} failures of the engine in a row; the last: {error.message}"
-                    self.failure.set_result(Internal(text, reason="ENGINE_GIVEN_UP"))
-                    return
-                await asyncio.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** max(failures - 1, 0), LONGEST_BACKOFF_SECONDS))
-                try:
-                    started = time.monotonic()
-                    await self._connect()
-                except Exception as raised:  # no socket or no process to be had: there may be the next time
-                    failures, error = failures + 1, from_body(body_of(raised))
-                    log.error("the engine did not start again: %s", error.message)
-            log.info("the engine is back (process %s)", self.process_id)
-            self._tell(lambda listener: listener.on_engine_ready())
+    def shut_down(self, drain_ms: int) -> None:
+        """See Conversation."""
+        self._send(Shutdown(drain_ms=drain_ms))
 
-    def _disconnect(self, error: GraftworkServerError) -> None:
-        """Ends every stream and call with `error`."""
+    def disconnect(self, error: GraftworkServerError) -> None:
+        """See Conversation."""
         if self._writer is not None:
             self._writer.close()
         self._reader = self._writer = None
@@ -224,17 +146,10 @@ class EngineClient:
             stream.fail(error)
             self._send(Cancel(id=sequence_id))
 
-    def _tell(self, what: Callable[[EngineListener], None]) -> None:
-        """What one listener makes of it is no other's matter, and not the engine's."""
-        for listener in self._listeners:
-            try:
-                what(listener)
-            except Exception:
-                log.exception("%s failed on news of the engine", type(listener).__name__)
-
     # ------------------------------------------------------------------------------------------ what it says
 
-    async def _read_until_lost(self) -> None:
+    async def read_until_lost(self) -> None:
+        """See Conversation."""
         assert self._reader is not None
         try:
             while True:
@@ -250,12 +165,12 @@ class EngineClient:
             case StepOutputs():
                 for output in message.outputs:
                     if output.finish:
-                        self._under_way.done(output.id)
+                        self._in_flight.done(output.id)
                     stream = self._streams.get(output.id)
                     if stream is not None:
                         stream.push(output)
             case Reply():
-                self._under_way.done(message.call_id)
+                self._in_flight.done(message.call_id)
                 call = self._calls.pop(message.call_id, None)
                 if call is not None and not call.done():
                     if message.error is not None:
@@ -265,7 +180,7 @@ class EngineClient:
             case LoadedChanged():
                 self._tell_loaded(set(message.digests))
             case JobEvent():
-                self._tell(lambda listener: listener.on_job_event(message))
+                self._supervisor.tell(lambda listener: listener.on_job_event(message))
             case _:
                 raise ValueError(f"{type(message).__name__} is no message for a running engine")
 
@@ -285,14 +200,14 @@ class EngineClient:
 
     def _send(self, message: Any) -> None:
         if self._writer is None:
-            raise _restarting()
+            raise engine_restarting()
         self._writer.write(encode_frame(message))
 
     def _begin(self, id: int, message: Any) -> None:
         """Sends what is answered. Raises FailedPrecondition (ENGINE_DIED_BEFORE) for what engines died under."""
-        self._under_way.check(message, self.loaded)
+        self._in_flight.check(message, self.loaded)
         self._send(message)
-        self._under_way.begin(id, message)
+        self._in_flight.begin(id, message)
 
     def _take_id(self) -> int:
         self._next_id += 1
@@ -335,7 +250,7 @@ class EngineClient:
                 yield await stream.next()
         finally:
             self._streams.pop(sequence_id, None)
-            self._under_way.leave(sequence_id)
+            self._in_flight.leave(sequence_id)
             if not stream.ended and self._writer is not None:
                 self._send(Cancel(id=sequence_id))
 
@@ -406,11 +321,3 @@ class EngineClient:
         """Reads an artifact and checks it against the base without loading it; `content` names what its files hold."""
         result: InspectReply = await self._call(Inspect, InspectReply, path=path, strategy=strategy, content=content)
         return result.info
-
-
-def _restarting() -> Unavailable:
-    return Unavailable(
-        "the engine is restarting; send the request again",
-        reason="ENGINE_RESTARTING",
-        metadata={"retry_after_ms": "1000"},
-    )

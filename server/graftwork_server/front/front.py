@@ -17,7 +17,7 @@ from graftwork_server.front.pins import Pins
 from graftwork_server.front.rpc.adapters import AdapterService
 from graftwork_server.front.rpc.generation.service import GenerationService
 from graftwork_server.front.rpc.interceptors import Drain
-from graftwork_server.front.rpc.limits import Admission
+from graftwork_server.front.rpc.limits import SequenceLimit
 from graftwork_server.front.rpc.server import HealthReporter, RpcServer
 from graftwork_server.front.rpc.status import ServerService
 from graftwork_server.front.rpc.strategies import StrategyService
@@ -50,7 +50,7 @@ class Front:
         self._pools: list[HelperPool] = []
         self._pins: Pins | None = None
         self.engine = EngineClient(config.model_dump(), command=engine_command)
-        self.admission = Admission(config.max_queue)
+        self.sequence_limit = SequenceLimit(config.max_queue)
 
     async def start(self, address: str) -> str:
         """Starts everything and returns the address with the real port.
@@ -92,11 +92,11 @@ class Front:
         self.engine.add_listener(pins)
         self.engine.add_listener(HealthReporter(self._rpc))
         await self._rpc.start(
-            GenerationService(self.engine, hub.resolver, hub.leases, texts, self.admission),
+            GenerationService(self.engine, hub.resolver, hub.leases, texts, self.sequence_limit),
             AdapterService(self.engine, hub, texts, pins, self._config.max_upload_bytes, uploads),
             TuningService(hub, jobs, checker, self._drain, self._config.max_dataset_bytes, uploads),
             StrategyService(self.engine),
-            ServerService(self._config, self.engine, hub, self.admission),
+            ServerService(self._config, self.engine, hub, self.sequence_limit),
         )
         pins.on_engine_ready()
         await jobs.start()

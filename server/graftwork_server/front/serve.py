@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graftwork_server import logs
-from graftwork_server.config import ConfigError, ServerConfig, load_config
+from graftwork_server.config import ServerConfig
+from graftwork_server.config_sources import ConfigError, load_config
 from graftwork_server.errors import GraftworkServerError
 from graftwork_server.front.front import Front
 from graftwork_server.front.rpc.server import ListenError, resolve_listen
@@ -47,18 +48,18 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
 
 async def serve(config: ServerConfig, address: str) -> int:
     """Starts everything, waits for a signal or for the engine to be given up, and ends everything."""
-    told_to_end = asyncio.Event()
+    stop_requested = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in signals.EXIT_CODES:
-        loop.add_signal_handler(number, _on_signal, told_to_end)
+        loop.add_signal_handler(number, _on_signal, stop_requested)
     front = Front(config)
     try:
         starting = asyncio.ensure_future(front.start(address))
-        if not await _first(starting, told_to_end):
+        if not await _first(starting, stop_requested):
             return 0
         bound = starting.result()
         print(_greeting(front.engine.model, config.base_name, bound), flush=True)
-        if await _first(front.engine.failure, told_to_end):
+        if await _first(front.engine.failure, stop_requested):
             return _fail(front.engine.failure.result().message, 1)
         log.info("draining; a second signal ends at once")
         await front.drain()
@@ -72,9 +73,9 @@ async def serve(config: ServerConfig, address: str) -> int:
         signals.end_at_once()
 
 
-async def _first(future: asyncio.Future[Any], told_to_end: asyncio.Event) -> bool:
+async def _first(future: asyncio.Future[Any], stop_requested: asyncio.Event) -> bool:
     """True once `future` is done, false if the server is told to end before; then `future` is cancelled."""
-    signalled = asyncio.ensure_future(told_to_end.wait())
+    signalled = asyncio.ensure_future(stop_requested.wait())
     try:
         await asyncio.wait({future, signalled}, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -87,11 +88,11 @@ async def _first(future: asyncio.Future[Any], told_to_end: asyncio.Event) -> boo
     return False
 
 
-def _on_signal(told_to_end: asyncio.Event) -> None:
-    if told_to_end.is_set():
+def _on_signal(stop_requested: asyncio.Event) -> None:
+    if stop_requested.is_set():
         # The engine and its tuners end by themselves when our socket closes with us.
         os._exit(130)
-    told_to_end.set()
+    stop_requested.set()
 
 
 def _greeting(model: ModelInfo, name: str, address: str) -> str:

@@ -48,7 +48,7 @@ def _of_content(message: Any) -> str:
     return f"{type(message).__name__} {hashlib.sha256(msgspec.msgpack.encode(message)).hexdigest()}"
 
 
-class UnderWay:
+class InFlight:
     """What the engine has not answered to its end, and deaths by suspect: each is forgotten when it is done once, or
     after ten minutes."""
 

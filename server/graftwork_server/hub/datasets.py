@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 import threading
@@ -12,9 +11,9 @@ from sqlalchemy import select
 
 from graftwork_server.errors import FailedPrecondition, NotFound
 from graftwork_server.hub.database.connection import Database, now
-from graftwork_server.hub.database.pages import check_page_size, page_after, page_token
+from graftwork_server.hub.database.pages import check_page_size, one_page, page_after
 from graftwork_server.hub.database.records import DatasetRecord
-from graftwork_server.hub.database.tables import Dataset, Job
+from graftwork_server.hub.database.tables import Dataset, Job, microseconds, time_of
 from graftwork_server.hub.files.store import Store
 from graftwork_server.hub.files.uploads import DatasetUpload
 from graftwork_server.hub.publishing import FINAL
@@ -77,13 +76,12 @@ class Datasets:
         query = select(Dataset).order_by(Dataset.create_time.desc(), Dataset.id.desc()).limit(size + 1)
         if before is not None:
             micros, _, dataset_id = before.partition(":")
-            time = _EPOCH + datetime.timedelta(microseconds=int(micros))
+            time = time_of(int(micros))
             same_time = (Dataset.create_time == time) & (Dataset.id < dataset_id)
             query = query.where((Dataset.create_time < time) | same_time)
         with self._database.read() as session:
             found = [_record(row) for row in session.scalars(query)]
-        more = len(found) > size
-        return found[:size], page_token("datasets", _position(found[size - 1])) if more else ""
+        return one_page("datasets", found, size, _position)
 
     def ids(self) -> set[str]:
         """Ids of all data sets."""
@@ -112,11 +110,8 @@ class Datasets:
             self._store.dataset_path(dataset_id).unlink(missing_ok=True)
 
 
-_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-
-
 def _position(dataset: DatasetRecord) -> str:
-    return f"{(dataset.create_time - _EPOCH) // datetime.timedelta(microseconds=1)}:{dataset.dataset_id}"
+    return f"{microseconds(dataset.create_time)}:{dataset.dataset_id}"
 
 
 def dataset_not_found(dataset_id: str, field: str) -> NotFound:

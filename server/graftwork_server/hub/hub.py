@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from graftwork_server.hub.database.connection import Database
 from graftwork_server.hub.database.records import NewVersion, VersionRecord
 from graftwork_server.hub.datasets import Datasets
 from graftwork_server.hub.files.data_dir import REGISTRY
-from graftwork_server.hub.files.store import Store, digest_of, write_manifest
+from graftwork_server.hub.files.manifest import write_manifest
+from graftwork_server.hub.files.store import Store
 from graftwork_server.hub.job_registry import JobRegistry
 from graftwork_server.hub.leases import Leases
 from graftwork_server.hub.registry import Registry, RequestKey
@@ -52,13 +53,14 @@ class Hub:
         adapter_may_exist: bool,
         end_token_ids: Sequence[int] = (),
         request: RequestKey | None = None,
+        sha256: Mapping[str, str] | None = None,
     ) -> VersionRecord:
         """Makes the uploaded files in `folder` the next version of an adapter, whole or not at all. Blocking.
 
-        `info` is what the engine found in them, `end_token_ids` what ends its texts. Raises AlreadyExists
-        (ADAPTER_EXISTS), storage errors.
+        `info` is what the engine found in them, `end_token_ids` what ends its texts, `sha256` what is known of their
+        hashes, by name. Raises AlreadyExists (ADAPTER_EXISTS), storage errors.
         """
-        write_manifest(
+        digest = write_manifest(
             folder,
             strategy=info.strategy,
             base_fingerprint=base_fingerprint,
@@ -66,8 +68,8 @@ class Hub:
             rank=info.rank,
             created_by="upload",
             end_token_ids=end_token_ids,
+            sha256=sha256,
         )
-        digest = digest_of(folder)
         with self.leases.claimed(digest):
             stored = self.store.adopt(folder, digest)
             version = NewVersion(

@@ -13,18 +13,18 @@ from sqlalchemy.orm import Session
 
 from graftwork_server.errors import ErrorBody, FailedPrecondition, NotFound
 from graftwork_server.hub.database.connection import Database, now
-from graftwork_server.hub.database.pages import check_page_size, page_after, page_token
+from graftwork_server.hub.database.pages import check_page_size, one_page, page_after
 from graftwork_server.hub.database.records import (
     JobEventRecord,
-    JobHappening,
     JobRecord,
     NewVersion,
     Publication,
+    RecordedEvent,
     StateChanged,
-    TuningSpec,
+    TuningJobSpec,
     VersionRecord,
 )
-from graftwork_server.hub.database.tables import Dataset, Job, JobEvent
+from graftwork_server.hub.database.tables import Dataset, Job, JobEventRow
 from graftwork_server.hub.publishing import FINAL, check_target, insert_version, newest_version
 from graftwork_server.hub.registry import RequestKey, recall, remember
 from graftwork_server.types import JobState, TuningEstimate, TuningProgress, TuningResult
@@ -41,7 +41,12 @@ class JobRegistry:
         self._database = database
 
     def create(
-        self, job_id: str, spec: TuningSpec, estimate: TuningEstimate, base_fingerprint: str, request: RequestKey | None
+        self,
+        job_id: str,
+        spec: TuningJobSpec,
+        estimate: TuningEstimate,
+        base_fingerprint: str,
+        request: RequestKey | None,
     ) -> JobRecord:
         """A new job, PENDING. Two calls with the same request create one job; both get it.
 
@@ -70,7 +75,7 @@ class JobRegistry:
                 remember(session, request, job_id)
             return _record(job)
 
-    def check_target(self, spec: TuningSpec) -> None:
+    def check_target(self, spec: TuningJobSpec) -> None:
         """Raises AlreadyExists (ADAPTER_EXISTS) if the job could not publish to its adapter."""
         with self._database.read() as session:
             _check_target(session, spec)
@@ -95,10 +100,8 @@ class JobRegistry:
         if before is not None:
             query = query.where(Job.position < int(before))
         with self._database.read() as session:
-            rows = session.scalars(query).all()
-            more = len(rows) > size
-            next_token = page_token("tuningJobs", str(rows[size - 1].position)) if more else ""
-            return [_record(row) for row in rows[:size]], next_token
+            rows, following = one_page("tuningJobs", session.scalars(query).all(), size, lambda row: str(row.position))
+            return [_record(row) for row in rows], following
 
     def unfinished(self) -> Sequence[JobRecord]:
         """Jobs that have not ended, in the order they were created."""
@@ -118,17 +121,17 @@ class JobRegistry:
 
     def events(self, job_id: str, after_sequence: int, limit: int) -> tuple[Sequence[JobEventRecord], bool]:
         """The next events, at most `limit`, and whether none can follow them."""
-        query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.sequence > after_sequence)
+        query = select(JobEventRow).where(JobEventRow.job_id == job_id, JobEventRow.sequence > after_sequence)
         with self._database.read() as session:
             job = _job(session, job_id)
-            rows = session.scalars(query.order_by(JobEvent.sequence).limit(limit)).all()
-            events = [JobEventRecord(sequence=r.sequence, time=r.time, event=_happening(r.payload)) for r in rows]
+            rows = session.scalars(query.order_by(JobEventRow.sequence).limit(limit)).all()
+            events = [JobEventRecord(sequence=r.sequence, time=r.time, event=_recorded_event(r.payload)) for r in rows]
             return events, len(events) < limit and JobState(job.state).final
 
     def record(
         self,
         job_id: str,
-        happenings: Sequence[JobHappening],
+        events: Sequence[RecordedEvent],
         *,
         error: ErrorBody | None = None,
         engine_losses: int | None = None,
@@ -138,10 +141,10 @@ class JobRegistry:
         Raises FailedPrecondition (JOB_ENDED) if the job has ended.
         """
         # Its state can be told on a full disk, too: that it is paused, and that it has ended, which frees its files.
-        changes_state = any(isinstance(happening, StateChanged) for happening in happenings)
+        changes_state = any(isinstance(event, StateChanged) for event in events)
         with self._database.write(makes_room=changes_state) as session:
             job = _open_job(session, job_id)
-            _append(session, job, happenings)
+            _append(session, job, events)
             if error is not None:
                 job.error = _to_json(error)
             if engine_losses is not None:
@@ -154,7 +157,7 @@ class JobRegistry:
             _open_job(session, job_id).publication = None if publication is None else _to_json(publication)
 
     def publish(
-        self, job_id: str, version: NewVersion, result: TuningResult, happenings: Sequence[JobHappening]
+        self, job_id: str, version: NewVersion, result: TuningResult, events: Sequence[RecordedEvent]
     ) -> tuple[JobRecord, VersionRecord]:
         """The version, the job's result, its events and its state SUCCEEDED: all in one transaction, or nothing."""
         with self._database.write() as session:
@@ -163,11 +166,11 @@ class JobRegistry:
             job.adapter_version = published.name
             job.follows = published.follows
             job.result = _to_json(result)
-            _append(session, job, [*happenings, StateChanged(state=JobState.SUCCEEDED)])
+            _append(session, job, [*events, StateChanged(state=JobState.SUCCEEDED)])
             return _record(job), published
 
 
-def _check_datasets(session: Session, spec: TuningSpec) -> None:
+def _check_datasets(session: Session, spec: TuningJobSpec) -> None:
     """In the job's own transaction: what is not there any more now was deleted since it was checked."""
     fields = (("spec.dataset", spec.dataset_id), ("spec.validation_dataset", spec.validation_dataset_id))
     for field, dataset_id in fields:
@@ -175,7 +178,7 @@ def _check_datasets(session: Session, spec: TuningSpec) -> None:
             raise NotFound(f"the data set {dataset_id} was deleted just now", reason="DATASET_NOT_FOUND", field=field)
 
 
-def _check_target(session: Session, spec: TuningSpec) -> None:
+def _check_target(session: Session, spec: TuningJobSpec) -> None:
     check_target(session, spec.adapter_id, may_exist=spec.new_version, field="spec.adapter_id")
 
 
@@ -193,14 +196,14 @@ def _open_job(session: Session, job_id: str) -> Job:
     return job
 
 
-def _append(session: Session, job: Job, happenings: Sequence[JobHappening]) -> None:
-    last = session.scalar(select(func.max(JobEvent.sequence)).where(JobEvent.job_id == job.id)) or 0
+def _append(session: Session, job: Job, events: Sequence[RecordedEvent]) -> None:
+    last = session.scalar(select(func.max(JobEventRow.sequence)).where(JobEventRow.job_id == job.id)) or 0
     time = now()
-    for sequence, happening in enumerate(_unknown(session, job, happenings), last + 1):
-        payload = _to_json(happening)
-        kind = type(happening).__name__
-        session.add(JobEvent(job_id=job.id, sequence=sequence, time=time, kind=kind, payload=payload))
-        match happening:
+    for sequence, event in enumerate(_unknown(session, job, events), last + 1):
+        payload = _to_json(event)
+        kind = type(event).__name__
+        session.add(JobEventRow(job_id=job.id, sequence=sequence, time=time, kind=kind, payload=payload))
+        match event:
             case StateChanged(state=state):
                 job.state = state.value
                 if state is JobState.RUNNING and job.start_time is None:
@@ -217,31 +220,31 @@ def _append(session: Session, job: Job, happenings: Sequence[JobHappening]) -> N
                 pass
 
 
-def _unknown(session: Session, job: Job, happenings: Sequence[JobHappening]) -> Sequence[JobHappening]:
-    """`happenings` without reports of steps that the job has already: a run that goes on makes some again."""
+def _unknown(session: Session, job: Job, events: Sequence[RecordedEvent]) -> Sequence[RecordedEvent]:
+    """`events` without reports of steps that the job has already: a run that goes on makes some again."""
     reached: dict[str, int] = {}
     new = []
-    for happening in happenings:
-        step = _step(happening)
+    for event in events:
+        step = _step(event)
         if step is not None:
-            kind = type(happening).__name__
+            kind = type(event).__name__
             if kind not in reached:
                 reached[kind] = _reached(session, job, kind)
             if step <= reached[kind]:
                 continue
             reached[kind] = step
-        new.append(happening)
+        new.append(event)
     return new
 
 
 def _reached(session: Session, job: Job, kind: str) -> int:
-    of_kind = select(JobEvent.payload).where(JobEvent.job_id == job.id, JobEvent.kind == kind)
-    newest = session.scalar(of_kind.order_by(JobEvent.sequence.desc()).limit(1))
-    return (_step(_happening(newest)) or 0) if newest is not None else 0
+    of_kind = select(JobEventRow.payload).where(JobEventRow.job_id == job.id, JobEventRow.kind == kind)
+    newest = session.scalar(of_kind.order_by(JobEventRow.sequence.desc()).limit(1))
+    return (_step(_recorded_event(newest)) or 0) if newest is not None else 0
 
 
-def _step(happening: JobHappening) -> int | None:
-    match happening:
+def _step(event: RecordedEvent) -> int | None:
+    match event:
         case Progress(progress=progress):
             return progress.step
         case Evaluated(step=step) | Checkpointed(step=step):
@@ -253,7 +256,7 @@ def _step(happening: JobHappening) -> int | None:
 def _record(job: Job) -> JobRecord:
     return JobRecord(
         job_id=job.id,
-        spec=msgspec.convert(json.loads(job.spec), TuningSpec),
+        spec=msgspec.convert(json.loads(job.spec), TuningJobSpec),
         base_fingerprint=job.base_fingerprint,
         state=JobState(job.state),
         estimate=msgspec.convert(json.loads(job.estimate), TuningEstimate),
@@ -271,8 +274,8 @@ def _record(job: Job) -> JobRecord:
     )
 
 
-def _happening(payload: str) -> JobHappening:
-    return msgspec.convert(json.loads(payload), JobHappening)
+def _recorded_event(payload: str) -> RecordedEvent:
+    return msgspec.convert(json.loads(payload), RecordedEvent)
 
 
 def _to_json(value: Any) -> str:

@@ -15,32 +15,14 @@ from sqlalchemy.orm import Session
 
 from graftwork_server.errors import InvalidArgument, NotFound
 from graftwork_server.hub.database.connection import Database, now
-from graftwork_server.hub.database.pages import check_page_size, page_after, page_token
+from graftwork_server.hub.database.pages import check_page_size, one_page, page_after
 from graftwork_server.hub.database.records import NewVersion, VersionRecord
 from graftwork_server.hub.database.tables import Adapter, DeletedAdapter, Request, Version
 from graftwork_server.hub.publishing import check_target, insert_version, newest_version, version_record
-from graftwork_server.types import ADAPTER_ID, BASE
+from graftwork_server.names import VERSION_NUMBER, check_adapter_id, parse_version
 
-VERSION_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 _MOST_REMEMBERED = 10_000
 _REQUEST_ID = re.compile(r"[!-~]{1,64}")
-
-
-def check_adapter_id(adapter_id: str, field: str) -> None:
-    """Raises InvalidArgument (ADAPTER_ID_INVALID) naming `field` unless an adapter may have this id."""
-    if adapter_id == BASE:
-        raise InvalidArgument(
-            f'the id "{BASE}" is reserved: it always means the base model; an adapter has another id',
-            reason="ADAPTER_ID_INVALID",
-            field=field,
-        )
-    if not ADAPTER_ID.fullmatch(adapter_id):
-        raise InvalidArgument(
-            f"{adapter_id[:100]!r} is no adapter id; it has 1 to 64 of a-z, A-Z, 0-9, '.', '_' and '-', the first a "
-            "letter or digit",
-            reason="ADAPTER_ID_INVALID",
-            field=field,
-        )
 
 
 class RequestKey(msgspec.Struct, frozen=True):
@@ -123,7 +105,7 @@ class Registry:
             self._remembered = _Remembered(writes)
         return self._remembered
 
-    def list_adapters(self, page_size: int = 0, token: str = "") -> tuple[list[VersionRecord], str]:
+    def list_adapters(self, page_size: int = 0, token: str = "") -> tuple[Sequence[VersionRecord], str]:
         """The newest version of each adapter by id, and the next page's token ("": there is none)."""
         size, after = check_page_size(page_size), page_after("adapters", token)
         newest = select(Version.adapter_id, func.max(Version.number).label("number")).group_by(Version.adapter_id)
@@ -137,10 +119,11 @@ class Registry:
         )
         with self._database.read() as session:
             found = [version_record(row) for row in session.scalars(query)]
-        more = len(found) > size
-        return found[:size], page_token("adapters", found[size - 1].adapter_id) if more else ""
+        return one_page("adapters", found, size, lambda version: version.adapter_id)
 
-    def list_versions(self, adapter_id: str, page_size: int = 0, token: str = "") -> tuple[list[VersionRecord], str]:
+    def list_versions(
+        self, adapter_id: str, page_size: int = 0, token: str = ""
+    ) -> tuple[Sequence[VersionRecord], str]:
         """An adapter's versions, newest first, and the next page's token. Raises NotFound (ADAPTER_NOT_FOUND)."""
         collection = f"adapters/{adapter_id}/versions"
         size, before = check_page_size(page_size), page_after(collection, token, VERSION_NUMBER)
@@ -151,8 +134,7 @@ class Registry:
             if session.get(Adapter, adapter_id) is None:
                 raise adapter_not_found(adapter_id, session.scalars(select(Adapter.id)).all(), "parent")
             found = [version_record(row) for row in session.scalars(query)]
-        more = len(found) > size
-        return found[:size], page_token(collection, str(found[size - 1].number)) if more else ""
+        return one_page(collection, found, size, lambda version: str(version.number))
 
     def delete_adapter(self, adapter_id: str) -> list[VersionRecord]:
         """Forgets an adapter and gives the versions that it had. Raises NotFound (ADAPTER_NOT_FOUND)."""
@@ -303,8 +285,7 @@ def adapter_not_found(adapter_id: str, known: Sequence[str], field: str) -> NotF
 
 
 def _version_by_name(session: Session, name: str) -> VersionRecord:
-    _, adapter_id, _, number = name.split("/")
-    row = session.get(Version, (adapter_id, int(number)))
+    row = session.get(Version, parse_version(name))
     if row is None:
         raise NotFound(
             f"{name}, which this request created, was deleted since", reason="VERSION_NOT_FOUND", field="request_id"

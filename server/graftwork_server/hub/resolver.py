@@ -6,11 +6,12 @@ import asyncio
 
 import msgspec
 
-from graftwork_server.errors import FailedPrecondition, InvalidArgument
+from graftwork_server.errors import FailedPrecondition
 from graftwork_server.hub.database.records import VersionRecord
 from graftwork_server.hub.files.store import Store
-from graftwork_server.hub.registry import VERSION_NUMBER, Registry, check_adapter_id
-from graftwork_server.types import BASE, LATEST, AdapterRef
+from graftwork_server.hub.registry import Registry
+from graftwork_server.names import BASE, parse_model
+from graftwork_server.types import AdapterRef
 
 
 class Resolved(msgspec.Struct, frozen=True):
@@ -67,23 +68,3 @@ class Resolver:
             end_token_ids=version.end_token_ids,
             name=version.name,
         )
-
-
-def parse_model(model: str, field: str = "model") -> tuple[str, int | None]:
-    """Adapter id and version number (None: newest) of "id", "id@latest" or "id@version".
-
-    Raises InvalidArgument naming `field`.
-    """
-    adapter_id, at, number = model.partition("@")
-    if not model:
-        raise InvalidArgument(f'give "{BASE}", an adapter id or "id@version"', reason="ADAPTER_ID_INVALID", field=field)
-    check_adapter_id(adapter_id, field)
-    if not at or number == LATEST:
-        return adapter_id, None
-    if not VERSION_NUMBER.fullmatch(number):
-        raise InvalidArgument(
-            f'{number[:20]!r} is no version number; versions count from 1, and "{LATEST}" is the newest',
-            reason="VERSION_INVALID",
-            field=field,
-        )
-    return adapter_id, int(number)

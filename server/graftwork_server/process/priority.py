@@ -13,24 +13,27 @@ _SPINS_VARIABLE = "GOMP_SPINCOUNT"
 _ATTEMPTS = 5
 
 
-def step_back(niceness: int, oom_score: int) -> None:
-    """Lowers this process's claim on processors, and offers it when the kernel kills for memory (0 to 1000, first).
+def step_back(niceness: int, oom_score: int, pid: int | None = None) -> None:
+    """Lowers a process's claim on processors, and offers it when the kernel kills for memory (0 to 1000, first).
 
+    `pid`: a process that this one has just started, before it has threads of its own; None: this process.
     Where Linux groups processes by session (sched(7), autogroup), niceness counts within a session only: a session's
     leader lowers the claim of all of it.
     """
-    os.nice(niceness)
-    if os.getsid(0) == os.getpid():
-        _write("autogroup", niceness)
-    _write("oom_score_adj", oom_score)
+    pid = os.getpid() if pid is None else pid
+    with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+        os.setpriority(os.PRIO_PROCESS, pid, os.getpriority(os.PRIO_PROCESS, pid) + niceness)
+        if os.getsid(pid) == pid:
+            _write(pid, "autogroup", niceness)
+        _write(pid, "oom_score_adj", oom_score)
 
 
-def _write(file: str, value: int) -> None:
-    """Tells the kernel about this process, where it can be told."""
+def _write(pid: int, file: str, value: int) -> None:
+    """Tells the kernel about a process, where it can be told."""
     with contextlib.suppress(OSError):
         for _ in range(_ATTEMPTS):
             try:
-                Path("/proc/self", file).write_text(str(value))
+                Path(f"/proc/{pid}", file).write_text(str(value))
             except BlockingIOError:  # it takes one change of an autogroup in 100 ms, of all that are not privileged
                 time.sleep(0.1)
             else:

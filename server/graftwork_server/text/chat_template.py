@@ -94,13 +94,19 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 class Template(Protocol):
-    """What renders conversations: ChatTemplate, or template_process.IsolatedTemplate for templates of strangers."""
+    """What renders conversations: ChatTemplate, or one of a stranger's with bounds (helper_main.py)."""
 
     marks_generation: bool
+    """Whether the template says itself what the assistant writes."""
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **variables: Any) -> str: ...
-    def render_unfinished(self, messages: Sequence[Message], **variables: Any) -> str: ...
-    def render_with_spans(self, messages: Sequence[Message], **variables: Any) -> tuple[str, list[Span]]: ...
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **variables: Any) -> str:
+        """The conversation as text."""
+
+    def render_unfinished(self, messages: Sequence[Message], **variables: Any) -> str:
+        """The conversation up to where the last message's content ends."""
+
+    def render_with_spans(self, messages: Sequence[Message], **variables: Any) -> tuple[str, list[Span]]:
+        """The conversation as text, and the spans of its generation blocks, in order."""
 
 
 class ChatTemplate:

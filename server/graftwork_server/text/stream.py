@@ -42,7 +42,7 @@ class IncrementalDetokenizer:
         self._stops = StopMatcher(stops)
         self._window = self._end_of(before)  # tokens of the last certain text, as context, then those not certain yet
         self._emitted = len(self._decode_window())  # characters of the window's text that were passed on
-        self._fresh = 0  # tokens at the window's end that came since the last certain text
+        self._pending = 0  # tokens at the window's end that came since the last certain text
         self._stopped: str | None = None
 
     def feed(self, ids: Iterable[int], matching: bool = True) -> TextPiece:
@@ -56,7 +56,7 @@ class IncrementalDetokenizer:
         if not new:
             return TextPiece("")
         self._window += new
-        self._fresh += len(new)
+        self._pending += len(new)
         if new[-1] in self._text.byte_fallback_ids:
             return TextPiece("")
         text = self._certain_text()
@@ -67,7 +67,7 @@ class IncrementalDetokenizer:
         if self._stopped is not None:
             return TextPiece("", self._stopped)
         rest = self._decode_window()[self._emitted :]
-        self._window, self._emitted, self._fresh = [], 0, 0
+        self._window, self._emitted, self._pending = [], 0, 0
         piece = self._match(rest)
         return piece if piece.stop is not None else TextPiece(piece.text + self._stops.flush())
 
@@ -93,9 +93,9 @@ class IncrementalDetokenizer:
         certain = len(decoded) - decoded.endswith(_REPLACEMENT)
         text = decoded[self._emitted : certain]
         if certain == len(decoded):
-            self._keep(self._fresh)
+            self._keep(self._pending)
             self._emitted = len(self._decode_window())
-            self._fresh = 0
+            self._pending = 0
         elif len(self._window) > 16:
             # At most three bytes are unfinished, and each token here is a byte at least.
             self._keep(4)

@@ -113,8 +113,8 @@ class TextProcessor:
             config = files.read_config()
             templates = files.read_templates(config) or default_template
             return cls(tokenizer, config, templates, compile_template, facts or files.read_facts())
-        except GraftworkServerError:
-            raise
+        except (GraftworkServerError, MemoryError):
+            raise  # of memory, whoever bounds it says so
         except Exception as error:  # tokenizers raises plain Exception for damaged files
             raise FailedPrecondition(
                 f"the tokenizer files cannot be read: {_without_paths(error)}", reason="TOKENIZER_INVALID"

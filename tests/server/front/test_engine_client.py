@@ -24,8 +24,7 @@ from graftwork_server.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from graftwork_server.front import engine_client as client_module
-from graftwork_server.front import output_stream
+from graftwork_server.front import engine_supervisor, output_stream
 from graftwork_server.front.engine_client import EngineClient
 from graftwork_server.types import AdapterRef
 from graftwork_server.wire.engine import Sampling
@@ -76,7 +75,7 @@ async def engine(options):
 
 @pytest.fixture(autouse=True)
 def fast_restarts(monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(engine_supervisor, "FIRST_BACKOFF_SECONDS", 0.02)
 
 
 def heard(tmp_path: Path, kind: str) -> list[dict]:
@@ -167,7 +166,7 @@ async def test_an_error_of_the_engine_is_raised_as_it_was(engine):
 
 
 async def test_a_crash_ends_streams_and_calls_and_a_new_engine_comes(engine):
-    recorder = engine._listeners[0]
+    recorder = engine._supervisor.listeners[0]
     first = engine.process_id
     hanging = asyncio.create_task(collect(engine.generate([script.HANG, 1], sampling(9))))
     await asyncio.sleep(0.05)
@@ -224,7 +223,7 @@ async def test_job_events_come_in_order(engine, tmp_path):
         artifact_dir=str(tmp_path / "artifact"),
     )
     assert await engine.start_job(job) == engine.process_id
-    events = engine._listeners[0].events
+    events = engine._supervisor.listeners[0].events
     await until(lambda: len(events) == 7)
     assert [e.event.progress.step for e in events[:3]] == [1, 2, 3]
     assert not isinstance(events[-1].event, Failed)
@@ -388,7 +387,7 @@ async def test_stop_lets_running_sequences_finish(options):
 
 
 async def test_stop_does_not_wait_for_ever(options, monkeypatch):
-    monkeypatch.setattr(client_module, "EXIT_SECONDS", 0.1)
+    monkeypatch.setattr(engine_supervisor, "EXIT_SECONDS", 0.1)
     client = EngineClient(options(), command=COMMAND)
     await client.start()
     task = asyncio.create_task(collect(client.generate([script.HANG, 1], sampling(30))))
@@ -415,10 +414,10 @@ async def test_nothing_of_a_connection_has_a_name(options, monkeypatch, tmp_path
     await client.stop()
 
 
-def test_the_front_imports_no_torch():
+def test_the_front_imports_no_torch_and_no_hub_library():
     code = (
         "import sys, graftwork_server.front.serve, graftwork_server.front.rpc.server\n"
-        "heavy = {'torch', 'transformers', 'peft', 'accelerate'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'peft', 'accelerate', 'huggingface_hub'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

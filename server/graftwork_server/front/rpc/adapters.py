@@ -18,14 +18,15 @@ from graftwork_server.front.engine_client import EngineClient
 from graftwork_server.front.pins import Pins
 from graftwork_server.front.rpc.convert import adapter_message, load_report_message
 from graftwork_server.front.rpc.generation.service import text_of
-from graftwork_server.front.rpc.names import adapter_id, adapter_version, version_name
-from graftwork_server.front.rpc.streaming import Uploads, check_chunk, first_payload, to_its_end
+from graftwork_server.front.rpc.streaming import Uploads, check_chunk, first_payload
 from graftwork_server.hub.database.records import VersionRecord
-from graftwork_server.hub.files.store import uploaded_end_tokens
+from graftwork_server.hub.files.manifest import uploaded_end_tokens
 from graftwork_server.hub.files.uploads import ArtifactUpload, UploadFile
 from graftwork_server.hub.hub import Hub
-from graftwork_server.hub.registry import RequestKey, check_adapter_id, request_key
+from graftwork_server.hub.registry import RequestKey, request_key
 from graftwork_server.logs import log_event, note
+from graftwork_server.names import check_adapter_id, parse_adapter, parse_adapter_or_version, parse_version
+from graftwork_server.process.threads import run_to_end
 from graftwork_server.text.strangers.isolated_text import IsolatedTexts
 
 log = logging.getLogger("graftwork.adapters")
@@ -86,7 +87,7 @@ class AdapterService(AdapterServiceServicer):
         """An adapter's versions, newest first, a page at a time."""
         versions, token = await asyncio.to_thread(
             self._hub.registry.list_versions,
-            adapter_id(request.parent, "parent"),
+            parse_adapter(request.parent, "parent"),
             request.page_size,
             request.page_token,
         )
@@ -94,15 +95,15 @@ class AdapterService(AdapterServiceServicer):
 
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
         """Forgets an adapter; its files and its place on the device go once nobody uses them."""
-        versions = await to_its_end(self._hub.delete_adapter, adapter_id(request.name))
-        log_event(log, "adapter deleted", adapter=f"adapters/{adapter_id(request.name)}", versions=len(versions))
+        versions = await run_to_end(self._hub.delete_adapter, parse_adapter(request.name))
+        log_event(log, "adapter deleted", adapter=request.name, versions=len(versions))
         await self._forget(versions)
         return pb.DeleteAdapterResponse(deleted_versions=len(versions))
 
     async def DeleteVersion(self, request: pb.DeleteVersionRequest, context: Context) -> pb.DeleteVersionResponse:
         """Forgets one version; its files and its place on the device go once nobody uses them."""
-        found, number = version_name(request.name)
-        version, newest = await to_its_end(self._hub.delete_version, found, number)
+        found, number = parse_version(request.name)
+        version, newest = await run_to_end(self._hub.delete_version, found, number)
         log_event(log, "version deleted", adapter=version.name, newest_version=newest)
         await self._forget([version])
         return pb.DeleteVersionResponse(newest_version=newest)
@@ -156,13 +157,13 @@ class AdapterService(AdapterServiceServicer):
         return adapter_message(version, loaded=version.digest in self._engine.loaded)
 
     async def _version(self, name: str) -> VersionRecord:
-        found, number = adapter_version(name)
+        found, number = parse_adapter_or_version(name)
         version = await asyncio.to_thread(self._hub.registry.get_version, found, number)
         note(adapter=version.name)
         return version
 
     async def _set_pinned(self, version: VersionRecord, pinned: bool) -> VersionRecord:
-        changed = await to_its_end(self._hub.registry.set_pinned, version, pinned)
+        changed = await run_to_end(self._hub.registry.set_pinned, version, pinned)
         await self._pins.tell()
         return changed
 
@@ -192,11 +193,11 @@ class AdapterService(AdapterServiceServicer):
                         "upload is accepted in the first message only", reason="UPLOAD_OUT_OF_ORDER", field="upload"
                     )
                 check_chunk(request.chunk.data, "chunk.data")
-                await to_its_end(received.write, request.chunk.name, request.chunk.data)
-            folder = await to_its_end(received.finish)
+                await run_to_end(received.write, request.chunk.name, request.chunk.data)
+            folder = await run_to_end(received.finish)
             ends = await self._end_tokens(folder)
             info = await self._engine.inspect(str(folder), upload.strategy or None, received.content)
-            return await to_its_end(
+            return await run_to_end(
                 self._hub.publish,
                 folder,
                 adapter_id=upload.adapter_id,
@@ -205,6 +206,7 @@ class AdapterService(AdapterServiceServicer):
                 end_token_ids=ends,
                 adapter_may_exist=upload.new_version,
                 request=key,
+                sha256=received.sha256,
             )
 
     async def _end_tokens(self, folder: Path) -> list[int]:

@@ -10,15 +10,15 @@ from google.protobuf import json_format, struct_pb2, timestamp_pb2
 
 from graftwork.v1 import adapters_pb2, strategies_pb2, tuning_pb2
 from graftwork_server.errors import InvalidArgument, Violation
-from graftwork_server.front.rpc.names import dataset_id
 from graftwork_server.hub.database.records import (
     DatasetRecord,
     JobEventRecord,
     JobRecord,
     StateChanged,
-    TuningSpec,
+    TuningJobSpec,
     VersionRecord,
 )
+from graftwork_server.names import parse_dataset
 from graftwork_server.tuning.data import DatasetReport
 from graftwork_server.types import (
     DatasetFormat,
@@ -128,20 +128,20 @@ def report_message(report: DatasetReport) -> tuning_pb2.ValidateDatasetResponse:
 # ---------------------------------------------------------------------------------------------- tuning jobs
 
 
-def tuning_spec(spec: tuning_pb2.TuningJobSpec) -> TuningSpec:
+def tuning_spec(spec: tuning_pb2.TuningJobSpec) -> TuningJobSpec:
     """The job that a client asks for; what it may hold is the job manager's to say.
 
     Raises InvalidArgument for names that are none and for settings that no JSON can hold.
     """
-    wrong = _unusable_numbers(spec.config, "spec.config")
-    if wrong:
-        message = "; ".join(f"{violation.field} {violation.description}" for violation in wrong)
-        raise InvalidArgument(message, reason="INVALID_PARAMETER", violations=wrong)
+    violations = _unusable_numbers(spec.config, "spec.config")
+    if violations:
+        message = "; ".join(f"{violation.field} {violation.description}" for violation in violations)
+        raise InvalidArgument(message, reason="INVALID_PARAMETER", violations=violations)
     validation = spec.validation_dataset
-    return TuningSpec(
+    return TuningJobSpec(
         strategy=spec.strategy,
-        dataset_id=dataset_id(spec.dataset, "spec.dataset") if spec.dataset else "",
-        validation_dataset_id=dataset_id(validation, "spec.validation_dataset") if validation else "",
+        dataset_id=parse_dataset(spec.dataset, "spec.dataset") if spec.dataset else "",
+        validation_dataset_id=parse_dataset(validation, "spec.validation_dataset") if validation else "",
         validation_fraction=spec.validation_fraction if spec.HasField("validation_fraction") else None,
         adapter_id=spec.adapter_id,
         config={key: _plain(value) for key, value in json_format.MessageToDict(spec.config).items()},
@@ -247,10 +247,10 @@ def _result_message(job: JobRecord) -> tuning_pb2.TuningResult:
 
 def _unusable_numbers(struct: struct_pb2.Struct, path: str) -> list[Violation]:
     """NaN and infinity have no place in JSON, where settings are checked and stored."""
-    wrong: list[Violation] = []
+    violations: list[Violation] = []
     for key, value in struct.fields.items():
-        wrong += _unusable(value, f"{path}.{key[:60]}")
-    return wrong
+        violations += _unusable(value, f"{path}.{key[:60]}")
+    return violations
 
 
 def _unusable(value: struct_pb2.Value, path: str) -> list[Violation]:
@@ -260,7 +260,7 @@ def _unusable(value: struct_pb2.Value, path: str) -> list[Violation]:
         case "struct_value":
             return _unusable_numbers(value.struct_value, path)
         case "list_value":
-            return [wrong for item in value.list_value.values for wrong in _unusable(item, path)]
+            return [violation for item in value.list_value.values for violation in _unusable(item, path)]
         case None:
             return [Violation(path, "has no value")]
     return []

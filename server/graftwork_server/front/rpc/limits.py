@@ -26,28 +26,28 @@ LARGE_TEXT_CHARACTERS = 10_000
 T = TypeVar("T")
 
 
-class Admission:
+class SequenceLimit:
     """Counts sequences that wait or run, and refuses what is over the limit at once instead of letting it wait."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.admitted = 0
+        self.held = 0
         """Sequences in the server now."""
 
     @contextmanager
-    def admit(self, sequences: int = 1) -> Iterator[None]:
+    def hold(self, sequences: int = 1) -> Iterator[None]:
         """Holds places while the block runs. Raises ResourceExhausted (QUEUE_FULL) if there are too few."""
-        if self.admitted + sequences > self.limit:
+        if self.held + sequences > self.limit:
             raise ResourceExhausted(
-                f"{self.admitted} sequences wait or run, {self.limit} may; send it again later",
+                f"{self.held} sequences wait or run, {self.limit} may; send it again later",
                 reason="QUEUE_FULL",
                 metadata={"retry_after_ms": str(RETRY_AFTER_MS)},
             )
-        self.admitted += sequences
+        self.held += sequences
         try:
             yield
         finally:
-            self.admitted -= sequences
+            self.held -= sequences
 
 
 def context_limit(model: ModelInfo) -> int:
@@ -77,22 +77,22 @@ def check_prompt(prompt_ids: Sequence[int], field: str, model: ModelInfo, *, roo
         )
 
 
-def check_prompt_logprobs(top: int, field: str, prompt_tokens: int, wrong: Wrong) -> None:
+def check_prompt_logprobs(top: int, field: str, prompt_tokens: int, violations: Violations) -> None:
     """Notes a `top` that is not from 0 to 20, or whose answer for so many tokens fits no message."""
     if not 0 <= top <= MAX_LOGPROBS:
-        wrong.note(field, f"is {top}; 0 to {MAX_LOGPROBS} is accepted")
+        violations.note(field, f"is {top}; 0 to {MAX_LOGPROBS} is accepted")
     elif prompt_tokens * (1 + top) > MAX_PROMPT_LOGPROBS:
         most = MAX_PROMPT_LOGPROBS // prompt_tokens - 1
         accepted = f"at most {most} is accepted" if most >= 0 else f"at most {MAX_PROMPT_LOGPROBS} tokens are accepted"
-        wrong.note(field, f"is {top} for each of {prompt_tokens} tokens; {accepted}")
+        violations.note(field, f"is {top} for each of {prompt_tokens} tokens; {accepted}")
 
 
-def check_scheduling(cache_salt: str, priority: int, wrong: Wrong) -> None:
+def check_scheduling(cache_salt: str, priority: int, violations: Violations) -> None:
     """Notes a salt that is too long and a priority out of its range."""
     if len(cache_salt) > MAX_SALT_CHARACTERS:
-        wrong.note("cache_salt", f"has {len(cache_salt)} characters; at most {MAX_SALT_CHARACTERS} are accepted")
+        violations.note("cache_salt", f"has {len(cache_salt)} characters; at most {MAX_SALT_CHARACTERS} are accepted")
     if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
-        wrong.note("priority", f"is {priority}; {-MAX_PRIORITY} to {MAX_PRIORITY} is accepted")
+        violations.note("priority", f"is {priority}; {-MAX_PRIORITY} to {MAX_PRIORITY} is accepted")
 
 
 def check_messages(messages: Sequence[pb.ChatMessage]) -> None:
@@ -101,16 +101,16 @@ def check_messages(messages: Sequence[pb.ChatMessage]) -> None:
         raise InvalidArgument("is empty; give at least one message", reason="MESSAGES_EMPTY", field="messages")
     if len(messages) > MAX_MESSAGES:
         raise invalid([Violation("messages", f"has {len(messages)} messages; at most {MAX_MESSAGES} are accepted")])
-    wrong = [
+    violations = [
         Violation(f"messages[{index}].role", 'is empty; "system", "user" or "assistant" is accepted')
         for index, message in enumerate(messages)
         if not message.role
     ]
-    if wrong:
-        raise invalid(wrong)
+    if violations:
+        raise invalid(violations)
 
 
-async def off_loop_if_large(size: int, work: Callable[[], T]) -> T:
+async def in_thread_if_large(size: int, work: Callable[[], T]) -> T:
     """The result of `work`, in a thread if `size` (characters) is so large that other streams would stutter."""
     return await asyncio.to_thread(work) if size > LARGE_TEXT_CHARACTERS else work()
 
@@ -121,7 +121,7 @@ def invalid(violations: Sequence[Violation]) -> InvalidArgument:
     return InvalidArgument(message, reason="INVALID_PARAMETER", violations=violations)
 
 
-class Wrong:
+class Violations:
     """Collects what is wrong, so that a caller learns of all of it at once."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from graftwork.v1.server_pb2_grpc import ServerServiceServicer
 from graftwork_server.config import ServerConfig
 from graftwork_server.front.engine_client import EngineClient
 from graftwork_server.front.rpc.convert import job_message, timestamp
-from graftwork_server.front.rpc.limits import Admission, context_limit
+from graftwork_server.front.rpc.limits import SequenceLimit, context_limit
 from graftwork_server.hub.hub import Hub
 
 MAX_LOADED = 1000
@@ -25,11 +25,11 @@ LIBRARIES = ("torch", "transformers", "peft", "grpcio", "protobuf", "tokenizers"
 class ServerService(ServerServiceServicer):
     """Describes the server that it was made in, which has begun to answer just now."""
 
-    def __init__(self, config: ServerConfig, engine: EngineClient, hub: Hub, admission: Admission) -> None:
+    def __init__(self, config: ServerConfig, engine: EngineClient, hub: Hub, sequence_limit: SequenceLimit) -> None:
         self._config = config
         self._engine = engine
         self._hub = hub
-        self._admission = admission
+        self._sequence_limit = sequence_limit
         self._versions = _versions()
         self._start_time = timestamp(datetime.datetime.now(datetime.UTC))
 
@@ -49,7 +49,7 @@ class ServerService(ServerServiceServicer):
             limits=self._limits(),
             loaded_versions=[version.name for version in versions[:MAX_LOADED]],
             adapter_count=self._hub.registry.adapter_count(),
-            sequence_count=self._admission.admitted,
+            sequence_count=self._sequence_limit.held,
             jobs=[job_message(job) for job in jobs[:MAX_JOBS]],
             job_count=len(jobs),
         )

@@ -9,8 +9,8 @@ from graftwork.v1.strategies_pb2_grpc import StrategyServiceServicer
 from graftwork_server.errors import NotFound
 from graftwork_server.front.engine_client import EngineClient
 from graftwork_server.front.rpc.convert import strategy_message
-from graftwork_server.front.rpc.names import strategy_id
 from graftwork_server.hub.database.pages import check_page_size, page_after, page_token
+from graftwork_server.names import parse_strategy
 
 
 class StrategyService(StrategyServiceServicer):
@@ -34,7 +34,7 @@ class StrategyService(StrategyServiceServicer):
         self, request: pb.GetStrategyRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetStrategyResponse:
         """One strategy."""
-        wanted = strategy_id(request.name)
+        wanted = parse_strategy(request.name)
         for info in self._engine.strategies:
             if info.id == wanted:
                 return pb.GetStrategyResponse(strategy=strategy_message(info))

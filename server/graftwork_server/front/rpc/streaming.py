@@ -1,18 +1,15 @@
-"""What client-streaming methods share: the first message, the size of chunks, blocking work that must not be torn."""
+"""What client-streaming methods share: the first message, the size of chunks, how many are open."""
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from graftwork_server.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted
 from graftwork_server.logs import client
-from graftwork_server.process.threads import FILES
 
 MAX_CHUNK_BYTES = 1 << 20
 
@@ -25,7 +22,6 @@ class Streamed(Protocol):
 
 
 S = TypeVar("S", bound=Streamed)
-T = TypeVar("T")
 
 
 class Uploads:
@@ -93,16 +89,3 @@ def check_chunk(data: bytes, field: str) -> None:
         raise InvalidArgument(
             f"a message carries at most {MAX_CHUNK_BYTES} bytes, not {len(data)}", reason="CHUNK_TOO_LARGE", field=field
         )
-
-
-async def to_its_end(work: Callable[..., T], *arguments: Any, **keywords: Any) -> T:
-    """Work on files in a thread, waited for even if the call is cancelled meanwhile: what follows - removing a folder,
-    releasing a lease - must not meet a thread that is still at it."""
-    call = partial(contextvars.copy_context().run, work, *arguments, **keywords)
-    running = asyncio.get_running_loop().run_in_executor(FILES, call)
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait({running})
-        running.exception()  # nobody is left to hear of it
-        raise

@@ -20,11 +20,12 @@ from graftwork_server.front.rpc.convert import (
     tuning_spec,
 )
 from graftwork_server.front.rpc.interceptors import Drain
-from graftwork_server.front.rpc.names import dataset_id, job_id
-from graftwork_server.front.rpc.streaming import Uploads, check_chunk, first_payload, to_its_end
+from graftwork_server.front.rpc.streaming import Uploads, check_chunk, first_payload
 from graftwork_server.hub.files.uploads import DatasetUpload
 from graftwork_server.hub.hub import Hub
 from graftwork_server.logs import log_event, note
+from graftwork_server.names import parse_dataset, parse_job
+from graftwork_server.process.threads import run_to_end
 from graftwork_server.tuning.data.check import DatasetChecker, refuse_bad_lines
 from graftwork_server.tuning.jobs.manager import JobManager
 
@@ -68,7 +69,7 @@ class TuningService(TuningServiceServicer):
                 report = await self._checker.check(received.path)
                 refuse_bad_lines(report)
                 assert report.format is not None
-                dataset = await to_its_end(
+                dataset = await run_to_end(
                     self._hub.datasets.store,
                     received,
                     display_name=upload.display_name,
@@ -93,7 +94,7 @@ class TuningService(TuningServiceServicer):
                     field="check.max_sequence_tokens",
                 )
             if check.dataset:
-                identifier = dataset_id(check.dataset, "check.dataset")
+                identifier = parse_dataset(check.dataset, "check.dataset")
                 await asyncio.to_thread(self._hub.datasets.get, identifier, "check.dataset")
                 path = self._hub.store.dataset_path(identifier)
                 return report_message(await self._checker.check(path, check.max_sequence_tokens))
@@ -103,7 +104,7 @@ class TuningService(TuningServiceServicer):
 
     async def GetDataset(self, request: pb.GetDatasetRequest, context: Context) -> pb.GetDatasetResponse:
         """One data set."""
-        dataset = await asyncio.to_thread(self._hub.datasets.get, dataset_id(request.name, "name"))
+        dataset = await asyncio.to_thread(self._hub.datasets.get, parse_dataset(request.name, "name"))
         return pb.GetDatasetResponse(dataset=dataset_message(dataset))
 
     async def ListDatasets(self, request: pb.ListDatasetsRequest, context: Context) -> pb.ListDatasetsResponse:
@@ -113,8 +114,8 @@ class TuningService(TuningServiceServicer):
 
     async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: Context) -> pb.DeleteDatasetResponse:
         """Forgets a data set that no job needs."""
-        identifier = dataset_id(request.name, "name")
-        await to_its_end(self._hub.datasets.delete, identifier)
+        identifier = parse_dataset(request.name, "name")
+        await run_to_end(self._hub.datasets.delete, identifier)
         log_event(log, "data set deleted", dataset=identifier)
         return pb.DeleteDatasetResponse()
 
@@ -131,7 +132,7 @@ class TuningService(TuningServiceServicer):
 
     async def GetTuningJob(self, request: pb.GetTuningJobRequest, context: Context) -> pb.GetTuningJobResponse:
         """One job."""
-        job = await self._jobs.get(job_id(request.name))
+        job = await self._jobs.get(parse_job(request.name))
         return pb.GetTuningJobResponse(job=job_message(job))
 
     async def ListTuningJobs(self, request: pb.ListTuningJobsRequest, context: Context) -> pb.ListTuningJobsResponse:
@@ -141,11 +142,11 @@ class TuningService(TuningServiceServicer):
 
     async def CancelTuningJob(self, request: pb.CancelTuningJobRequest, context: Context) -> pb.CancelTuningJobResponse:
         """Ends a job without a version."""
-        return pb.CancelTuningJobResponse(job=job_message(await self._jobs.cancel(job_id(request.name))))
+        return pb.CancelTuningJobResponse(job=job_message(await self._jobs.cancel(parse_job(request.name))))
 
     async def DeleteTuningJob(self, request: pb.DeleteTuningJobRequest, context: Context) -> pb.DeleteTuningJobResponse:
         """Forgets a job that has ended."""
-        identifier = job_id(request.name)
+        identifier = parse_job(request.name)
         await self._jobs.delete(identifier)
         log_event(log, "job deleted", job=identifier)
         return pb.DeleteTuningJobResponse()
@@ -154,7 +155,7 @@ class TuningService(TuningServiceServicer):
         self, request: pb.WatchTuningJobRequest, context: Context
     ) -> None:
         """Streams a job's events until it has ended. A drain breaks it off: the client resumes after its last event."""
-        identifier = job_id(request.name)
+        identifier = parse_job(request.name)
         watching = asyncio.ensure_future(self._watch(identifier, request.after_sequence, context))
         draining = asyncio.ensure_future(self._drain.started.wait())
         try:
@@ -196,5 +197,5 @@ async def _receive(
         if request.WhichOneof("payload") != "data":
             raise InvalidArgument("only the first message is no data", reason="UPLOAD_OUT_OF_ORDER", field="payload")
         check_chunk(request.data, "data")
-        await to_its_end(received.write, request.data)
-    await to_its_end(received.finish)
+        await run_to_end(received.write, request.data)
+    await run_to_end(received.finish)

@@ -6,12 +6,16 @@ import base64
 import binascii
 import hashlib
 import re
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from graftwork_server.errors import InvalidArgument
 
 MAX_PAGE_SIZE = 1000
 DEFAULT_PAGE_SIZE = 100
 _CHECK_BYTES = 6
+
+T = TypeVar("T")
 
 
 def check_page_size(page_size: int) -> int:
@@ -23,6 +27,11 @@ def check_page_size(page_size: int) -> int:
             field="page_size",
         )
     return page_size or DEFAULT_PAGE_SIZE
+
+
+def one_page(collection: str, found: Sequence[T], size: int, key: Callable[[T], str]) -> tuple[Sequence[T], str]:
+    """Of up to `size` + 1 entries those of this page, and the token of the page that follows ("": there is none)."""
+    return found[:size], page_token(collection, key(found[size - 1])) if len(found) > size else ""
 
 
 def page_token(collection: str, last: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from graftwork_server.errors import ErrorBody
+from graftwork_server.names import version_name
 from graftwork_server.types import DatasetFormat, JobState, SettingChoice, TuningEstimate, TuningProgress, TuningResult
 from graftwork_server.wire.tuning import Checkpointed, Evaluated, Note, Progress
 
@@ -36,7 +37,7 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         """Resource name: "adapters/{id}/versions/{n}"."""
-        return f"adapters/{self.adapter_id}/versions/{self.number}"
+        return version_name(self.adapter_id, self.number)
 
 
 class NewVersion(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +65,7 @@ class DatasetRecord(msgspec.Struct, frozen=True, kw_only=True):
     create_time: datetime.datetime
 
 
-class TuningSpec(msgspec.Struct, frozen=True, kw_only=True):
+class TuningJobSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What a tuning job is to do, see tuning.proto; "" for no validation data set."""
 
     strategy: str
@@ -94,7 +95,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One tuning job."""
 
     job_id: str
-    spec: TuningSpec
+    spec: TuningJobSpec
     """With the strategy's defaults filled in."""
     base_fingerprint: str
     state: JobState
@@ -121,7 +122,7 @@ class StateChanged(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     state: JobState
 
 
-JobHappening = StateChanged | Progress | Evaluated | Checkpointed | Note
+RecordedEvent = StateChanged | Progress | Evaluated | Checkpointed | Note
 
 
 class JobEventRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,4 +130,4 @@ class JobEventRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     sequence: int
     time: datetime.datetime
-    event: JobHappening
+    event: RecordedEvent

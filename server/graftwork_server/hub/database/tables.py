@@ -21,6 +21,18 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+
+
+def microseconds(time: datetime.datetime) -> int:
+    """Microseconds of `time` since 1970 UTC."""
+    return (time - _EPOCH) // datetime.timedelta(microseconds=1)
+
+
+def time_of(microseconds: int) -> datetime.datetime:
+    """The time so many microseconds after 1970 UTC."""
+    return _EPOCH + datetime.timedelta(microseconds=microseconds)
+
 
 class UtcTime(TypeDecorator[datetime.datetime]):
     """A time as microseconds since 1970 UTC: the same on every database."""
@@ -29,13 +41,12 @@ class UtcTime(TypeDecorator[datetime.datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime.datetime | None, dialect: Dialect) -> int | None:
-        return None if value is None else (value - _EPOCH) // datetime.timedelta(microseconds=1)
+        """To the database."""
+        return None if value is None else microseconds(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime.datetime | None:
-        return None if value is None else _EPOCH + datetime.timedelta(microseconds=value)
-
-
-_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+        """From the database."""
+        return None if value is None else time_of(value)
 
 
 class Base(DeclarativeBase):
@@ -121,8 +132,8 @@ class Job(Base):
     end_time: Mapped[datetime.datetime | None] = mapped_column(UtcTime)
 
 
-class JobEvent(Base):
-    """Something that happened to a job; `payload` is JSON of a records.JobHappening."""
+class JobEventRow(Base):
+    """Something that happened to a job; `payload` is JSON of a records.RecordedEvent."""
 
     __tablename__ = "job_events"
 

@@ -189,8 +189,8 @@ def _restrict(paths: Sequence[Path], mode: int) -> None:
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             status = path.lstat()
-            mine = stat.S_ISDIR(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink == 1)
-            if mine and stat.S_IMODE(status.st_mode) & ~mode:
+            is_ours = stat.S_ISDIR(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink == 1)
+            if is_ours and stat.S_IMODE(status.st_mode) & ~mode:
                 path.chmod(stat.S_IMODE(status.st_mode) & mode)
 
 

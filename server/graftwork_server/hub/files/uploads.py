@@ -13,10 +13,12 @@ from typing import BinaryIO, Self
 
 import msgspec
 
-from graftwork_server.durable import storage_errors, sync
+from graftwork_server.durable import move, storage_errors, sync
 from graftwork_server.errors import InvalidArgument
+from graftwork_server.hub.files.manifest import MAX_FILES, check_file_name
 from graftwork_server.hub.files.safetensors_check import check_safetensors
-from graftwork_server.hub.files.store import MAX_FILES, Store, check_file_name
+from graftwork_server.hub.files.store import Store
+from graftwork_server.names import dataset_id_of
 
 
 class UploadFile(msgspec.Struct, frozen=True):
@@ -41,8 +43,9 @@ class ArtifactUpload:
         self._index = -1
         self._file: BinaryIO | None = None
         self._left = 0
-        self._sha256 = hashlib.sha256()
-        self._digests: dict[str, str] = {}
+        self._hash = hashlib.sha256()
+        self.sha256: dict[str, str] = {}
+        """Of the files that are whole, by name: hashed as they came."""
         self._next_file()
 
     def write(self, name: str, data: bytes) -> None:
@@ -63,7 +66,7 @@ class ArtifactUpload:
         assert self._file is not None
         with storage_errors("storing an upload"):
             self._file.write(data)
-        self._sha256.update(data)
+        self._hash.update(data)
         self._left -= len(data)
         if not self._left:
             self._close_file()
@@ -72,7 +75,7 @@ class ArtifactUpload:
     @property
     def content(self) -> str:
         """A name for what the files hold, the same whoever sends them."""
-        return hashlib.sha256(repr(sorted(self._digests.items())).encode()).hexdigest()
+        return hashlib.sha256(repr(sorted(self.sha256.items())).encode()).hexdigest()
 
     def finish(self) -> Path:
         """The folder with all files, complete and with valid headers. Their meaning is the engine's to check."""
@@ -108,7 +111,7 @@ class ArtifactUpload:
             file = self._files[self._index]
             with storage_errors("storing an upload"):
                 self._file = (self.folder / file.name).open("xb")
-            self._left, self._sha256 = file.size_bytes, hashlib.sha256()
+            self._left, self._hash = file.size_bytes, hashlib.sha256()
             if self._left:
                 return
             self._close_file()
@@ -118,8 +121,8 @@ class ArtifactUpload:
         with storage_errors("storing an upload"):
             self._file.close()
         file = self._files[self._index]
-        self._digests[file.name] = self._sha256.hexdigest()
-        if file.sha256 and not hmac.compare_digest(file.sha256.encode(), self._digests[file.name].encode()):
+        self.sha256[file.name] = self._hash.hexdigest()
+        if file.sha256 and not hmac.compare_digest(file.sha256.encode(), self.sha256[file.name].encode()):
             raise InvalidArgument(
                 f"{file.name}: the bytes do not have the announced SHA-256", reason="UPLOAD_CORRUPT", field="chunk.data"
             )
@@ -189,15 +192,14 @@ class DatasetUpload:
             )
         with storage_errors("storing a data set"):
             self._file.close()
-        return f"ds-{self._sha256.hexdigest()[:32]}"
+        return dataset_id_of(self._sha256.hexdigest())
 
     def store(self) -> Path:
         """Makes the data set durable and gives its place. The registry's row comes after this."""
         target = self._store.dataset_path(self.finish())
         with storage_errors("storing a data set"):
             sync(self.path)
-            self.path.rename(target)
-            sync(target.parent)
+            move(self.path, target)
         return target
 
     def __enter__(self) -> Self:

@@ -9,6 +9,63 @@ import triton.language as tl
 
 
 @triton.jit
+def _share_of_split(length, window, split, TOKENS: tl.constexpr, SPLITS: tl.constexpr):
+    """First and last (exclusive) token that split `split` of a sequence of `length` tokens looks at."""
+    begin = length * 0
+    if window > 0:
+        begin = tl.maximum(length - window, 0)
+    share = tl.cdiv(tl.cdiv(length - begin, SPLITS), TOKENS) * TOKENS
+    first = begin + split * share
+    return first, tl.minimum(first + share, length)
+
+
+@triton.jit
+def _add_to_softmax(scores, v, greatest, total, part):
+    """The running softmax with `scores` [heads, tokens] and their values `v` [tokens, value_dim] taken in."""
+    now = tl.maximum(greatest, tl.max(scores, 1))
+    faded, weights = tl.exp(greatest - now), tl.exp(scores - now[:, None])
+    total = total * faded + tl.sum(weights, 1)
+    part = part * faded[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return now, total, part
+
+
+@triton.jit
+def _load_tokens(
+    keys,
+    values,
+    row,
+    is_token,
+    key_dim,
+    value_dim,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Keys [key_dim, tokens] and values [tokens, value_dim] in rows `row` of the cache; 0 where there is no token."""
+    key_column, value_column = tl.arange(0, KEY_DIM), tl.arange(0, VALUE_DIM)
+    is_key, is_value = key_column < key_dim, value_column < value_dim
+    k = tl.load(
+        keys + row[None, :] * key_dim + key_column[:, None], mask=is_token[None, :] & is_key[:, None], other=0.0
+    )
+    v = tl.load(
+        values + row[:, None] * value_dim + value_column[None, :], mask=is_token[:, None] & is_value[None, :], other=0.0
+    )
+    if UPCAST:
+        k, v = k.to(tl.float32), v.to(tl.float32)
+    return k, v
+
+
+@triton.jit
+def _scores(q, k, is_token, scale, softcap, CAPPED: tl.constexpr):
+    """Scores [heads, tokens] of `q` [heads, key_dim] and `k` [key_dim, tokens]; -inf where there is no token."""
+    scores = tl.dot(q, k, input_precision="ieee") * scale
+    if CAPPED:
+        # tanh(x) = 2 sigmoid(2x) - 1
+        scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
+    return tl.where(is_token[None, :], scores, float("-inf"))
+
+
+@triton.jit
 def attend(
     query,  # [rows, heads, key_dim], any strides but 1 for the last
     keys,  # [blocks * BLOCK_TOKENS, kv_heads, key_dim], dense
@@ -39,13 +96,7 @@ def attend(
 ):
     """Grid: sequences, kv_heads, splits."""
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(lengths + sequence)
-    begin = length * 0
-    if window > 0:
-        begin = tl.maximum(length - window, 0)
-    share = tl.cdiv(tl.cdiv(length - begin, SPLITS), TOKENS) * TOKENS
-    first = begin + split * share
-    end = tl.minimum(first + share, length)
+    first, end = _share_of_split(tl.load(lengths + sequence), window, split, TOKENS, SPLITS)
     group, key_column, value_column = tl.arange(0, GROUPS), tl.arange(0, KEY_DIM), tl.arange(0, VALUE_DIM)
     head = kv_head * groups + group
     is_head, is_key, is_value = group < groups, key_column < key_dim, value_column < value_dim
@@ -64,26 +115,9 @@ def attend(
         is_token = token < end
         block = tl.load(tables + sequence * table_stride + token // BLOCK_TOKENS, mask=is_token, other=0)
         row = (block.to(tl.int64) * BLOCK_TOKENS + token % BLOCK_TOKENS) * kv_heads + kv_head
-        k = tl.load(  # [key_dim, tokens]
-            keys + row[None, :] * key_dim + key_column[:, None], mask=is_token[None, :] & is_key[:, None], other=0.0
-        )
-        v = tl.load(  # [tokens, value_dim]
-            values + row[:, None] * value_dim + value_column[None, :],
-            mask=is_token[:, None] & is_value[None, :],
-            other=0.0,
-        )
-        if UPCAST:
-            k, v = k.to(tl.float32), v.to(tl.float32)
-        scores = tl.dot(q, k, input_precision="ieee") * scale
-        if CAPPED:
-            # tanh(x) = 2 sigmoid(2x) - 1
-            scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
-        scores = tl.where(is_token[None, :], scores, float("-inf"))
-        now = tl.maximum(greatest, tl.max(scores, 1))
-        faded, weights = tl.exp(greatest - now), tl.exp(scores - now[:, None])
-        total = total * faded + tl.sum(weights, 1)
-        part = part * faded[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        greatest = now
+        k, v = _load_tokens(keys, values, row, is_token, key_dim, value_dim, KEY_DIM, VALUE_DIM, UPCAST)
+        scores = _scores(q, k, is_token, scale, softcap, CAPPED)
+        greatest, total, part = _add_to_softmax(scores, v, greatest, total, part)
     place = (sequence * kv_heads * groups + head) * SPLITS + split
     tl.store(
         parts + place[:, None] * value_dim + value_column[None, :], part, mask=is_head[:, None] & is_value[None, :]

@@ -22,7 +22,7 @@ from graftwork_server.errors import FailedPrecondition
 from graftwork_server.text import CompileTemplate, TextProcessor, TokenizerFiles
 from graftwork_server.text.chat_template import ChatTemplate, Template
 
-KEPT = 32
+CACHED_TEXTS = 32
 """Tokenizers of adapters in memory."""
 MAX_TOKEN_CHARACTERS = 512
 """Length that a token may have; beyond it, the length of the base's longest."""
@@ -48,9 +48,9 @@ class AdapterTexts:
         self._base_files = TokenizerFiles.of(Path(base_dir)) if base_dir else TokenizerFiles(None, None, None)
         self._source_files = TokenizerFiles.of(Path(source_dir)) if source_dir else self._base_files
         self._vocab_size = vocab_size
-        self._compile_strange = compile_template
+        self._compile_untrusted = compile_template
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, TextProcessor | None] = OrderedDict()
+        self._cache: OrderedDict[str, TextProcessor | None] = OrderedDict()
 
     def of(self, digest: str, folder: str | Path) -> TextProcessor | None:
         """The adapter's own, or the base's where it brings none (None if the base has none either).
@@ -58,12 +58,12 @@ class AdapterTexts:
         Raises FailedPrecondition: TOKENIZER_INVALID, TOKENIZER_MISMATCH, CHAT_TEMPLATE_BROKEN.
         """
         with self._lock:
-            if digest not in self._kept:
-                self._kept[digest] = self.read(folder)
-                if len(self._kept) > KEPT:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(digest)
-            return self._kept[digest]
+            if digest not in self._cache:
+                self._cache[digest] = self.read(folder)
+                if len(self._cache) > CACHED_TEXTS:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(digest)
+            return self._cache[digest]
 
     def read(self, folder: str | Path) -> TextProcessor | None:
         """As `of`, for files that have no digest yet."""
@@ -71,10 +71,10 @@ class AdapterTexts:
         own = self._changed(brought)
         if not _brings(own):
             return self.base
-        for mine, source in zip(_plain(own), _plain(self._source_files), strict=True):
-            _check_size(mine, source)
-        for mine in own.named_templates.values():
-            _check_size(mine, None)
+        for file, source in zip(_plain(own), _plain(self._source_files), strict=True):
+            _check_size(file, source)
+        for file in own.named_templates.values():
+            _check_size(file, None)
         # What stands beside a changed file counts together with it, be it a copy of the base's or not.
         templates = own if own.config is None and own.template is None and not own.named_templates else brought
         files = TokenizerFiles(
@@ -111,20 +111,20 @@ class AdapterTexts:
         """Those of `files` that are no copies of the base's."""
         copies = (_plain(self._source_files), _plain(self._base_files))
         tokenizer, config, template, special_tokens_map = (
-            None if mine is None or any(base is not None and _same(mine, base) for base in bases) else mine
-            for mine, *bases in zip(_plain(files), *copies, strict=True)
+            None if own is None or any(base is not None and _same(own, base) for base in bases) else own
+            for own, *bases in zip(_plain(files), *copies, strict=True)
         )
         base_named = self._source_files.named_templates
         named = {
-            name: mine
-            for name, mine in files.named_templates.items()
-            if name not in base_named or not _same(mine, base_named[name])
+            name: own
+            for name, own in files.named_templates.items()
+            if name not in base_named or not _same(own, base_named[name])
         }
         return TokenizerFiles(tokenizer, config, template, special_tokens_map, named_templates=named)
 
     def _compile(self, source: str, variables: Mapping[str, str]) -> Template:
         trusted = self.base is not None and source in self.base.chat_templates.values()
-        return ChatTemplate(source, variables) if trusted else self._compile_strange(source, variables)
+        return ChatTemplate(source, variables) if trusted else self._compile_untrusted(source, variables)
 
     def _tokenizer(self, file: Path | None) -> Tokenizer | None:
         """The tokenizer in `file`: its tokens and merges, with the base's rules, which are all that it may have.
@@ -135,22 +135,24 @@ class AdapterTexts:
             raise _mismatch("the base model brings no tokenizer, so none of an adapter can be compared with it")
         if file is None:
             return None
-        mine, base = _document(file), _document(self._base_files.tokenizer)
-        differing = _differing(mine, base)
+        own, base = _document(file), _document(self._base_files.tokenizer)
+        differing = _differing(own, base)
         if differing and self._source_files.tokenizer is not None:
             # What transformers makes of the checkpoint's file may be another thing than the file says.
-            differing = _differing(mine, _document(self._source_files.tokenizer)) and differing
+            differing = _differing(own, _document(self._source_files.tokenizer)) and differing
         if differing:
             raise _mismatch(
                 f"{', '.join(differing)} must be as in the base model's tokenizer; tokens, merges and special tokens "
                 "may differ"
             )
-        model = base["model"] | {part: mine["model"][part] for part in _PARTS if part in mine["model"]}
-        _check_tokens(model["vocab"], mine.get("added_tokens") or [], base)
+        model = base["model"] | {part: own["model"][part] for part in _PARTS if part in own["model"]}
+        _check_tokens(model["vocab"], own.get("added_tokens") or [], base)
         rules = {rule: base.get(rule) for rule in _RULES}
-        document = {"version": "1.0", "added_tokens": mine.get("added_tokens") or [], **rules, "model": model}
+        document = {"version": "1.0", "added_tokens": own.get("added_tokens") or [], **rules, "model": model}
         try:
             return Tokenizer.from_str(json.dumps(document))
+        except MemoryError:
+            raise  # whoever bounds it says so, and knows whose file went over the limit
         except Exception as error:  # tokenizers raises plain Exception
             raise _invalid(str(error)[:200]) from error
 
@@ -163,10 +165,10 @@ _DEFAULTS: dict[str, Any] = {"max_input_chars_per_word": 100}
 """Parameters of models whose default is something else than nothing."""
 
 
-def _differing(mine: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+def _differing(own: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
     """Rules and parameters of the model that differ."""
-    rules = [rule for rule in _RULES if not _same_rule(rule, mine.get(rule), base.get(rule))]
-    parameters = _parameters(mine["model"]), _parameters(base["model"])
+    rules = [rule for rule in _RULES if not _same_rule(rule, own.get(rule), base.get(rule))]
+    parameters = _parameters(own["model"]), _parameters(base["model"])
     names = sorted(parameters[0].keys() | parameters[1].keys())
     return rules + [f"model.{name}" for name in names if not _equal(*(known.get(name) for known in parameters))]
 
@@ -190,9 +192,9 @@ def _equal(one: Any, other: Any) -> bool:
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
-def _same_rule(rule: str, mine: Any, base: Any) -> bool:
+def _same_rule(rule: str, own: Any, base: Any) -> bool:
     """Whether two values of a rule say the same; one may leave out what an older version of the library had not."""
-    return _equal(mine, base) or _equal(_written(rule, mine), _written(rule, base))
+    return _equal(own, base) or _equal(_written(rule, own), _written(rule, base))
 
 
 def _written(rule: str, value: Any) -> Any:
@@ -200,6 +202,8 @@ def _written(rule: str, value: Any) -> Any:
     empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
     try:
         return json.loads(Tokenizer.from_str(json.dumps(empty | {rule: value})).to_str()).get(rule)
+    except MemoryError:
+        raise  # see _tokenizer
     except Exception as error:  # tokenizers raises plain Exception
         raise _invalid(f"{rule} cannot be read") from error
 
@@ -257,17 +261,17 @@ def _brings(changed: TokenizerFiles) -> bool:
     return any(_plain(changed)) or bool(changed.named_templates)
 
 
-def _same(mine: Path, base: Path) -> bool:
-    return mine.stat().st_size == base.stat().st_size and mine.read_bytes() == base.read_bytes()
+def _same(own: Path, base: Path) -> bool:
+    return own.stat().st_size == base.stat().st_size and own.read_bytes() == base.read_bytes()
 
 
-def _check_size(mine: Path | None, base: Path | None) -> None:
-    if mine is None:
+def _check_size(own: Path | None, base: Path | None) -> None:
+    if own is None:
         return
     most = max(MAX_FILE_BYTES, 2 * base.stat().st_size if base else 0)
-    if mine.stat().st_size > most:
+    if own.stat().st_size > most:
         raise FailedPrecondition(
-            f"{mine.name}: it has {mine.stat().st_size} bytes; at most {most} are accepted with this base model",
+            f"{own.name}: it has {own.stat().st_size} bytes; at most {most} are accepted with this base model",
             reason="TOKENIZER_MISMATCH",
-            field=mine.name,
+            field=own.name,
         )

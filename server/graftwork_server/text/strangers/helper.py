@@ -21,11 +21,16 @@ from typing import Any
 import msgspec
 
 from graftwork_server.errors import ErrorBody, from_body
+from graftwork_server.process.priority import step_back
 from graftwork_server.wire.frames import encode_frame, receive_frame
 
 MODULE = "graftwork_server.helper_main"
 START_SECONDS = 120.0
 """Time to start and to read the base's tokenizer: no stranger's doing, so it does not count against anybody."""
+NICENESS = 10
+"""With 5, the front's small calls beside templates that loop took three times as long (benchmarks/neighbours.py)."""
+OOM_SCORE = 1000
+"""It is the first to go where memory runs out."""
 PATIENCE = 5
 """A request may take so many times its seconds of a processor: others may be at work on the machine."""
 
@@ -193,6 +198,8 @@ class Helper:
                 pass_fds=[theirs.fileno()],
                 env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"},
             )
+        # Now, not when it has imported what it needs: that alone takes a processor for a quarter of a second.
+        step_back(NICENESS, OOM_SCORE, self._process.pid)
         self._socket, self._asked = ours, time.monotonic()
         deadline = time.monotonic() + START_SECONDS
         try:

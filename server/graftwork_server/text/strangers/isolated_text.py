@@ -28,7 +28,7 @@ SECONDS = 2.0
 """Of a processor's time, for one request in a helper."""
 FILE_BYTES_PER_SECOND = 1_000_000
 """Reading the files of an adapter gets a second more for so many bytes of the base's tokenizer."""
-KEPT = 32
+CACHED_TEXTS = 32
 """Texts of adapters in memory."""
 CHARACTERS_PER_SECOND = 50_000
 """It gets a second more for so many characters of text."""
@@ -135,7 +135,7 @@ class IsolatedTexts:
         self._files = files
         self._pool = pool
         self._base_in_helpers = None if files.base is None else IsolatedText.of_base(files.base)
-        self._kept: OrderedDict[str, TextProcessor | None] = OrderedDict()
+        self._cache: OrderedDict[str, TextProcessor | None] = OrderedDict()
         self._reading: dict[str, asyncio.Task[TextProcessor | None]] = {}
 
     async def of(self, digest: str, folder: str | Path) -> TextProcessor | None:
@@ -143,9 +143,9 @@ class IsolatedTexts:
 
         Raises FailedPrecondition: TOKENIZER_INVALID, TOKENIZER_MISMATCH; ResourceExhausted (QUEUE_FULL).
         """
-        if digest in self._kept:
-            self._kept.move_to_end(digest)
-            return self._kept[digest]
+        if digest in self._cache:
+            self._cache.move_to_end(digest)
+            return self._cache[digest]
         # One reading for all who wait; it goes on when one of them goes away.
         if digest not in self._reading:
             task = self._reading[digest] = asyncio.create_task(self._read_in_helper(folder, str(folder), blame=True))
@@ -211,9 +211,9 @@ class IsolatedTexts:
         del self._reading[digest]
         if done.cancelled() or done.exception() is not None:
             return
-        self._kept[digest] = done.result()
-        if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+        self._cache[digest] = done.result()
+        if len(self._cache) > CACHED_TEXTS:
+            self._cache.popitem(last=False)
 
 
 def stopped_error(

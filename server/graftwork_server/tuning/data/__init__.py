@@ -15,6 +15,7 @@ from graftwork_server.tuning.data.report import (
     ErrorKind,
     LineError,
     check_dataset,
+    check_dataset_file,
     how_to_fit,
     no_end,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "LineError",
     "LineProblem",
     "check_dataset",
+    "check_dataset_file",
     "how_to_fit",
     "instruction_prompt",
     "no_end",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from graftwork_server.errors import MESSAGE_CHARACTERS, FailedPrecondition
 from graftwork_server.printable import make_printable
-from graftwork_server.tuning.data.lines import Example, ExtraFields, LineProblem, format_of, read_examples
+from graftwork_server.tuning.data.lines import Example, ExtraFields, LineProblem, format_of, read_examples, read_lines
 from graftwork_server.tuning.data.rows import cut, learned_ends, loss_tokens, tokenize_example
 from graftwork_server.types import DatasetFormat
 
@@ -93,6 +94,14 @@ def check_dataset(
         else:
             check.add(number, example)
     return check.report()
+
+
+def check_dataset_file(
+    path: Path, text: TextProcessor | None, max_sequence_tokens: int, context_tokens: int = 0
+) -> DatasetReport:
+    """As check_dataset, of a file. Blocking."""
+    with path.open("rb") as file:
+        return check_dataset(read_lines(file), text, max_sequence_tokens, context_tokens)
 
 
 class _Check:

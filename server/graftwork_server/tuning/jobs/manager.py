@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,15 +21,17 @@ from typing import Any
 import msgspec
 
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument, Unavailable
-from graftwork_server.hub.database.records import JobEventRecord, JobRecord, StateChanged, TuningSpec
+from graftwork_server.hub.database.records import JobEventRecord, JobRecord, StateChanged, TuningJobSpec
 from graftwork_server.hub.hub import Hub
-from graftwork_server.hub.registry import check_adapter_id, request_key
+from graftwork_server.hub.registry import request_key
 from graftwork_server.logs import log_event
+from graftwork_server.names import check_adapter_id, new_job_id
 from graftwork_server.text import TextProcessor
 from graftwork_server.tuning.automatic import choose_held_out, given_settings
-from graftwork_server.tuning.data import DatasetReport, check_dataset, read_lines
+from graftwork_server.tuning.data import DatasetReport, check_dataset_file
 from graftwork_server.tuning.data.check import refuse_bad_lines
-from graftwork_server.tuning.jobs.run import EngineCalls, EngineStatus, JobRun, Surroundings, check_strategy
+from graftwork_server.tuning.jobs.context import EngineCalls, EngineStatus, JobContext, check_strategy
+from graftwork_server.tuning.jobs.run import JobRun
 from graftwork_server.tuning.schedule import held_out_count
 from graftwork_server.types import JobState, ModelInfo, SettingChoice, StrategyInfo, require_generation
 from graftwork_server.wire.tuning import JobEvent
@@ -71,7 +72,7 @@ class JobManager:
         self._check = check or self._check_in_thread
         self._max_concurrent = max_concurrent_jobs
         self._status = EngineStatus()
-        self._around = Surroundings(hub, engine, self._status, model.fingerprint, strategies, self._notify)
+        self._context = JobContext(hub, engine, self._status, model.fingerprint, strategies, self._notify)
         self._active: dict[str, tuple[JobRun, asyncio.Task[None]]] = {}
         self._choosing = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
@@ -117,7 +118,7 @@ class JobManager:
 
     # ------------------------------------------------------------------------------------------ calls
 
-    async def create(self, spec: TuningSpec, request_id: str = "") -> JobRecord:
+    async def create(self, spec: TuningJobSpec, request_id: str = "") -> JobRecord:
         """Checks everything that can be checked before training, and queues the job.
 
         Raises InvalidArgument (fields named, DATASET_INVALID, DATASET_NO_LOSS, REQUEST_ID_REUSED), NotFound
@@ -142,9 +143,8 @@ class JobManager:
         complete = msgspec.structs.replace(
             spec, validation_fraction=fraction, config=prepared.config, choices=[*choices, *prepared.choices]
         )
-        job_id = f"job-{secrets.token_hex(8)}"
         job = await asyncio.to_thread(
-            self._hub.jobs.create, job_id, complete, prepared.estimate, self._model.fingerprint, request
+            self._hub.jobs.create, new_job_id(), complete, prepared.estimate, self._model.fingerprint, request
         )
         log_event(
             _log,
@@ -159,7 +159,7 @@ class JobManager:
         self._later(self._start_next())
         return job
 
-    async def check(self, spec: TuningSpec) -> None:
+    async def check(self, spec: TuningJobSpec) -> None:
         """Checks what can be checked without the data: strategy, settings, adapter. Raises as create does."""
         await self._check_spec(spec)
         await self._engine.prepare_job(spec.strategy, spec.config, _NOMINAL_ROWS, _NOMINAL_TOKENS, 0)
@@ -250,7 +250,7 @@ class JobManager:
             waiting = [job for job in unfinished if job.job_id not in self._active]
             waiting.sort(key=lambda job: job.state is JobState.PENDING)
             for job in waiting[: self._max_concurrent - len(self._active)]:
-                run = JobRun(job, self._around)
+                run = JobRun(job, self._context)
                 task = asyncio.create_task(run.run(), name=f"job {job.job_id}")
                 self._active[job.job_id] = (run, task)
                 task.add_done_callback(partial(self._ended, job.job_id))
@@ -271,19 +271,16 @@ class JobManager:
         task.add_done_callback(self._background.discard)
 
     async def _check_in_thread(self, path: Path, max_sequence_tokens: int) -> DatasetReport:
-        def check() -> DatasetReport:
-            with path.open("rb") as file:
-                return check_dataset(read_lines(file), self._text, max_sequence_tokens, self._model.context_tokens)
+        context = self._model.context_tokens
+        return await asyncio.to_thread(check_dataset_file, path, self._text, max_sequence_tokens, context)
 
-        return await asyncio.to_thread(check)
-
-    async def _check_spec(self, spec: TuningSpec) -> None:
+    async def _check_spec(self, spec: TuningJobSpec) -> None:
         require_generation(self._model, "tuning")
         _check_ranges(spec)
         check_strategy(self._strategies(), spec.strategy, "spec.strategy")
         await asyncio.to_thread(self._hub.jobs.check_target, spec)
 
-    async def _checked_dataset(self, spec: TuningSpec, dataset_id: str, field: str) -> DatasetReport:
+    async def _checked_dataset(self, spec: TuningJobSpec, dataset_id: str, field: str) -> DatasetReport:
         if self._text is None:
             raise FailedPrecondition(
                 "the base model has no tokenizer, so nothing can be tuned on text", reason="TOKENIZER_MISSING"
@@ -293,7 +290,7 @@ class JobManager:
         refuse_bad_lines(report, f"data set {dataset_id}", field)
         return report
 
-    def _row_limit(self, spec: TuningSpec) -> int:
+    def _row_limit(self, spec: TuningJobSpec) -> int:
         """Tokens that rows are cut to. A setting that is no such number is the strategy's to refuse."""
         limit = spec.config.get("max_sequence_tokens")
         context = self._model.context_tokens
@@ -302,7 +299,7 @@ class JobManager:
         return context
 
 
-def _held_out_fraction(spec: TuningSpec, row_count: int) -> tuple[float, list[SettingChoice]]:
+def _held_out_fraction(spec: TuningJobSpec, row_count: int) -> tuple[float, list[SettingChoice]]:
     """The fraction of rows to hold out, and where it comes from."""
     key = "validation_fraction"
     if spec.validation_dataset_id:
@@ -315,7 +312,7 @@ def _held_out_fraction(spec: TuningSpec, row_count: int) -> tuple[float, list[Se
     return choice.value, [SettingChoice(key=key, value=choice.value, reason=choice.reason)]
 
 
-def _check_ranges(spec: TuningSpec) -> None:
+def _check_ranges(spec: TuningJobSpec) -> None:
     check_adapter_id(spec.adapter_id, "spec.adapter_id")
     fraction = spec.validation_fraction or 0.0
     if not 0 <= fraction <= MAX_VALIDATION_FRACTION:  # false for NaN, too

@@ -10,7 +10,6 @@ Each appears by a rename, so one that is there was finished; the digest finds wh
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,9 +19,10 @@ import msgspec
 import torch
 from safetensors.torch import load_file
 
-from graftwork_server.tuning.tuner.files import remove, write_folder, write_json, write_tensors
+from graftwork_server.durable import remove, sha256_of, write_folder, write_json
+from graftwork_server.tuning.tuner.artifact import write_tensors
 
-KEPT = 2
+KEPT_CHECKPOINTS = 2
 """Newest checkpoints that are kept, so that one damaged file does not cost the run."""
 
 _DIGITS = "[0-9]" * 8
@@ -100,7 +100,7 @@ class Checkpoints:
             document = {
                 "identity": self._identity,
                 "progressed": msgspec.to_builtins(progressed),
-                "tensors_sha256": _sha256(path),
+                "tensors_sha256": sha256_of(path),
             }
             write_json(temporary / "state.json", document)
 
@@ -111,12 +111,12 @@ class Checkpoints:
         checkpoints that are kept: a run that goes on from one of them has to find them again."""
         newest_first = self._newest_first()
         needed = {_named("best", progressed.best_step)}
-        for folder in newest_first[:KEPT]:
+        for folder in newest_first[:KEPT_CHECKPOINTS]:
             with contextlib.suppress(Exception):  # a damaged one is passed over when it is read
                 document = json.loads((folder / "state.json").read_bytes())
                 needed.add(_named("best", msgspec.convert(document["progressed"], Progressed).best_step))
         best = [folder for folder in self._folder.glob("best-" + _DIGITS) if folder.name not in needed]
-        for old in [*newest_first[KEPT:], *best]:
+        for old in [*newest_first[KEPT_CHECKPOINTS:], *best]:
             remove(old)
 
     def restore(
@@ -148,9 +148,9 @@ class Checkpoints:
         parameters: Mapping[str, torch.nn.Parameter],
         tensors: Mapping[str, torch.Tensor],
     ) -> None:
-        for key, mine in self._identity.items():
-            if document["identity"].get(key) != mine:
-                raise CheckpointMismatch(f"its {key} is {document['identity'].get(key)}, this run's is {mine}")
+        for key, expected in self._identity.items():
+            if document["identity"].get(key) != expected:
+                raise CheckpointMismatch(f"its {key} is {document['identity'].get(key)}, this run's is {expected}")
         shapes = {f"parameter/{name}": parameter.shape for name, parameter in parameters.items()}
         saved = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("parameter/")}
         if shapes != saved:
@@ -168,7 +168,7 @@ def _parameter_tensors(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     document = json.loads((folder / "state.json").read_bytes())
     path = folder / "tensors.safetensors"
-    if _sha256(path) != document["tensors_sha256"]:
+    if sha256_of(path) != document["tensors_sha256"]:
         raise ValueError("its tensors are not those that were written")
     return document, load_file(path)
 
@@ -195,8 +195,3 @@ def _put(
 def _put_parameters(parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
     for name, parameter in parameters.items():
         parameter.copy_(tensors[f"parameter/{name}"])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from graftwork_server.tuning.tuner.files import sync, write_json
+from graftwork_server.durable import sync, write_json
 from graftwork_server.wire.tuning import Checkpointed, Evaluated, Progress, TunerEvent
 
 

@@ -11,7 +11,7 @@ import pytest_asyncio
 from tests.server.front.rpc.rpc_harness import Refused, start_server
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from graftwork_server.front import engine_client as client_module
+from graftwork_server.front import engine_supervisor
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items):
 @pytest_asyncio.fixture(loop_scope="session")
 async def make_server(tmp_path, tokenizer_dir, monkeypatch):
     """Starts servers: `await make_server(options={...}, max_queue=...)`. All are stopped at the end."""
-    monkeypatch.setattr(client_module, "FIRST_BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(engine_supervisor, "FIRST_BACKOFF_SECONDS", 0.02)
     started = []
 
     async def make(options=None, **settings):

@@ -46,5 +46,5 @@ async def test_it_says_what_is_loaded_and_what_runs(make_server):
     assert list(found.loaded_versions) == ["adapters/two/versions/1"]
     assert found.sequence_count == 1
     call.cancel()
-    await until(lambda: server.front.admission.admitted == 0)
+    await until(lambda: server.front.sequence_limit.held == 0)
     assert (await described(server)).sequence_count == 0

@@ -90,7 +90,7 @@ async def test_a_looping_template_makes_nobody_wait(server, refused, monkeypatch
     await publish(server, "gone")
     monkeypatch.setattr(isolated_text, "SECONDS", 600.0)
     looping = [asyncio.create_task(refused(chat(server, "looping"))) for _ in range(10)]
-    await until(lambda: server.front.admission.admitted == 10)
+    await until(lambda: server.front.sequence_limit.held == 10)
     for _ in range(3):
         assert (await get(server, "adapters/looping")).adapter.version == 1
         assert await answered(chat(server, "harmless"))
@@ -99,7 +99,7 @@ async def test_a_looping_template_makes_nobody_wait(server, refused, monkeypatch
     for task in looping:
         task.cancel()
     await asyncio.gather(*looping, return_exceptions=True)
-    await until(lambda: server.front.admission.admitted == 0, 60)
+    await until(lambda: server.front.sequence_limit.held == 0, 60)
 
 
 async def test_what_a_template_may_take_is_said(server, refused, monkeypatch):

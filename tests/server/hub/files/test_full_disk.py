@@ -11,7 +11,7 @@ import pytest
 from tests.server.hub.hub_harness import new, publish
 
 from graftwork_server.errors import NotFound, ResourceExhausted
-from graftwork_server.hub.database.records import StateChanged, TuningSpec
+from graftwork_server.hub.database.records import StateChanged, TuningJobSpec
 from graftwork_server.hub.hub import Hub
 from graftwork_server.types import DatasetFormat, JobState, TuningEstimate
 
@@ -44,7 +44,9 @@ def fill(disk: Path) -> Path:
 
 def job(hub: Hub, adapter_id: str) -> str:
     job_id = f"job-{adapter_id}"
-    hub.jobs.create(job_id, TuningSpec(strategy="lora", dataset_id="d", adapter_id=adapter_id), ESTIMATE, "base", None)
+    hub.jobs.create(
+        job_id, TuningJobSpec(strategy="lora", dataset_id="d", adapter_id=adapter_id), ESTIMATE, "base", None
+    )
     return job_id
 
 

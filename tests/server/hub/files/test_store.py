@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 
+from graftwork_server.durable import sha256_of
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument
+from graftwork_server.hub.files import manifest as manifest_module
 from graftwork_server.hub.files import store as store_module
-from graftwork_server.hub.files.store import Store, check_file_name, digest_of, write_manifest
+from graftwork_server.hub.files.manifest import check_file_name, digest_of, write_manifest
+from graftwork_server.hub.files.store import Store
 from graftwork_server.hub.files.uploads import ArtifactUpload, DatasetUpload, UploadFile
 from graftwork_server.hub.hub import Hub
 
@@ -53,8 +56,10 @@ def test_an_upload_becomes_an_artifact_once(hub: Hub) -> None:
         with upload(hub, {"adapter_config.json": b"{}", "empty.txt": b"", "a.safetensors": SAFETENSORS}) as whole:
             folder = whole.finish()
             assert folder.stat().st_mode & 0o777 == 0o700
-            write_manifest(folder, strategy="lora", base_fingerprint="b", parameter_count=1, rank=2, created_by="t")
-            stored = hub.store.adopt(folder)
+            digest = write_manifest(
+                folder, strategy="lora", base_fingerprint="b", parameter_count=1, rank=2, created_by="t"
+            )
+            stored = hub.store.adopt(folder, digest)
         digests.add(stored.digest)
         assert not folder.exists()
         assert sorted(os.listdir(stored.path)) == ["a.safetensors", "adapter_config.json", "empty.txt", "manifest.json"]
@@ -64,6 +69,27 @@ def test_an_upload_becomes_an_artifact_once(hub: Hub) -> None:
         assert manifest["files"]["adapter_config.json"]["sha256"] == hashlib.sha256(b"{}").hexdigest()
     assert len(digests) == 1
     assert len(list(hub.store.artifacts.iterdir())) == 1
+
+
+def test_the_digest_is_the_manifests_and_no_file_is_hashed_twice(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an upload hashed as it came is not read again; of other files each is read once."""
+    files = {"adapter_config.json": b"{}", "empty.txt": b"", "a.safetensors": SAFETENSORS}
+    fields: dict[str, Any] = {"strategy": "lora", "base_fingerprint": "b", "parameter_count": 1, "rank": 2}
+    hashed: list[str] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256_of(path)
+
+    with upload(hub, {**files, "manifest.json": b"{}"}) as whole:
+        folder = whole.finish()
+        with monkeypatch.context() as patch:
+            patch.setattr(manifest_module, "sha256_of", counted)
+            known = write_manifest(folder, created_by="t", sha256=whole.sha256, **fields)
+            assert hashed == []
+            read = write_manifest(folder, created_by="t", **fields)
+            assert sorted(hashed) == sorted(files)
+        assert known == read == digest_of(folder)
 
 
 def test_the_digest_covers_names_and_bytes(tmp_path: Path) -> None:
@@ -120,7 +146,7 @@ def test_adopt_refuses_what_no_artifact_has(hub: Hub, kind: str) -> None:
     else:
         (folder / {"pickle": "optimizer.pt", "dotfile": ".x.json"}[kind]).write_text("x")
     with pytest.raises(InvalidArgument):
-        hub.store.adopt(folder)
+        hub.store.adopt(folder, "sha256:" + "0" * 64)
     assert list(hub.store.artifacts.iterdir()) == []
 
 
@@ -161,12 +187,12 @@ def test_a_failing_disk_leaves_nothing_half_visible(
 
     monkeypatch.setattr(store_module, "sync", fail)
     with pytest.raises(GraftworkServerError) as caught:
-        hub.store.adopt(folder)
+        hub.store.adopt(folder, digest_of(folder))
     assert (caught.value.code, caught.value.reason) == (code, reason)
     assert str(folder) not in caught.value.message
     assert list(hub.store.artifacts.iterdir()) == []
     monkeypatch.undo()
-    assert hub.store.has_artifact(hub.store.adopt(folder).digest)
+    assert hub.store.has_artifact(hub.store.adopt(folder, digest_of(folder)).digest)
 
 
 def test_garbage_goes_at_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

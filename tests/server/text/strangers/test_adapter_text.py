@@ -12,7 +12,7 @@ from tests import hostile, toys
 from tokenizers import AddedToken, Tokenizer
 
 from graftwork_server.errors import FailedPrecondition
-from graftwork_server.text import TextProcessor
+from graftwork_server.text import TextProcessor, TokenizerFiles
 from graftwork_server.text.strangers.adapter_text import AdapterTexts
 
 MESSAGES = [{"role": "user", "content": "the fox"}]
@@ -170,4 +170,31 @@ def test_too_large_files_are_not_read(texts: AdapterTexts, tmp_path: Path) -> No
     with (tmp_path / "tokenizer.json").open("wb") as file:
         file.truncate(1 << 30)
     with pytest.raises(FailedPrecondition, match="at most"):
+        texts.read(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "rule", "configuration"])
+def test_running_out_of_memory_is_no_damaged_file(
+    texts: AdapterTexts, base_dir: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The helper says then that a limit was gone over, and who sent the file is marked."""
+
+    class NoMemory:
+        @staticmethod
+        def from_str(document: str) -> Tokenizer:
+            raise MemoryError
+
+    def read_config(files: TokenizerFiles) -> dict[str, Any]:
+        raise MemoryError
+
+    document = json.loads((base_dir / "tokenizer.json").read_text())
+    document["added_tokens"][-1]["content"] = "<|own|>"
+    if what == "rule":
+        del document["pre_tokenizer"]["use_regex"]  # so the library is asked whether it says the same
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    if what == "configuration":
+        monkeypatch.setattr(TokenizerFiles, "read_config", read_config)
+    else:
+        monkeypatch.setattr("graftwork_server.text.strangers.adapter_text.Tokenizer", NoMemory)
+    with pytest.raises(MemoryError):
         texts.read(tmp_path)

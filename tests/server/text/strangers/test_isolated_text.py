@@ -21,9 +21,9 @@ from tests.waiting import until
 from tokenizers import AddedToken, Tokenizer
 
 from graftwork_server.errors import FailedPrecondition, GraftworkServerError, InvalidArgument, ResourceExhausted
-from graftwork_server.helper_main import NICENESS
 from graftwork_server.text import IncrementalDetokenizer, TextProcessor
 from graftwork_server.text.strangers.adapter_text import AdapterTexts
+from graftwork_server.text.strangers.helper import NICENESS
 from graftwork_server.text.strangers.helper_pool import QUEUE_PER_MARKED_KEY, HelperPool
 from graftwork_server.text.strangers.isolated_text import LARGE_TEXT_CHARACTERS, IsolatedTexts
 

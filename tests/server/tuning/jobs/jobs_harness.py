@@ -7,15 +7,15 @@ from typing import Any
 
 from tests.server.tuning.jobs.scripted import ROWS, add_dataset
 
-from graftwork_server.hub.database.records import JobEventRecord, JobRecord, StateChanged, TuningSpec
+from graftwork_server.hub.database.records import JobEventRecord, JobRecord, StateChanged, TuningJobSpec
 from graftwork_server.hub.hub import Hub
 from graftwork_server.tuning.jobs.manager import JobManager
 from graftwork_server.types import JobState
 from graftwork_server.wire.tuning import Note
 
 
-def spec(dataset_id: str, **changes: Any) -> TuningSpec:
-    return TuningSpec(**({"strategy": "lora", "dataset_id": dataset_id, "adapter_id": "a"} | changes))
+def spec(dataset_id: str, **changes: Any) -> TuningJobSpec:
+    return TuningJobSpec(**({"strategy": "lora", "dataset_id": dataset_id, "adapter_id": "a"} | changes))
 
 
 async def create(hub: Hub, manager: JobManager, **changes: Any) -> JobRecord:

@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from graftwork_server.errors import GraftworkServerError, InvalidArgument, Unavailable
-from graftwork_server.hub.database.records import JobRecord, TuningSpec
+from graftwork_server.hub.database.records import JobRecord, TuningJobSpec
 from graftwork_server.hub.files.uploads import DatasetUpload
 from graftwork_server.hub.hub import Hub
 from graftwork_server.text import TextProcessor
@@ -216,7 +216,7 @@ async def _main(data_dir: Path) -> None:
     async with server(data_dir, ScriptedEngine()) as (hub, manager):
         if not hub.jobs.unfinished():
             dataset_id = add_dataset(hub, ROWS)
-            await manager.create(TuningSpec(strategy="lora", dataset_id=dataset_id, adapter_id="a", load=True), "r1")
+            await manager.create(TuningJobSpec(strategy="lora", dataset_id=dataset_id, adapter_id="a", load=True), "r1")
         for job in hub.jobs.unfinished():
             await ended(manager, job.job_id)
 

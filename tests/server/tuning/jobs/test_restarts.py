@@ -17,7 +17,7 @@ from tests.server.tuning.jobs.scripted import MODEL, STRATEGIES, Say, ScriptedEn
 from tests.waiting import until
 
 from graftwork_server.errors import Unavailable
-from graftwork_server.hub.files import store as store_module
+from graftwork_server.hub.files.manifest import digest_of
 from graftwork_server.hub.hub import Hub
 from graftwork_server.types import JobState
 from graftwork_server.wire.tuning import Checkpointed, JobSpec
@@ -137,7 +137,7 @@ async def test_killed_while_publishing(tmp_path: Path, failpoint: str) -> None:
         assert engine.started == []  # what was trained was not lost
         version = hub.registry.get_version("a")
         assert version.number == 1
-        assert store_module.digest_of(hub.store.artifact_path(version.digest)) == version.digest
+        assert digest_of(hub.store.artifact_path(version.digest)) == version.digest
         assert len(os.listdir(hub.store.artifacts)) == 1
         await until(lambda: os.listdir(hub.store.jobs) == [])
         sequences = [event.sequence for event in await events_of(manager, job.job_id)]

@@ -31,7 +31,7 @@ from graftwork_server.front.rpc.convert import job_message
 from graftwork_server.hub.database.records import JobEventRecord, JobRecord
 from graftwork_server.hub.files import store as store_module
 from graftwork_server.hub.hub import Hub
-from graftwork_server.tuning.jobs import run as job_run
+from graftwork_server.tuning.jobs import running_job
 from graftwork_server.tuning.jobs.manager import JobManager
 from graftwork_server.types import JobState
 from graftwork_server.wire.tuning import Failed, Finished, JobSpec, Progress
@@ -124,7 +124,7 @@ async def paused(manager: JobManager, job_id: str) -> JobRecord:
 
 
 async def test_a_full_disk_while_publishing_pauses_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_run, "FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(running_job, "FIRST_PAUSE_SECONDS", 0.1)
     engine = ScriptedEngine()
     async with server(tmp_path, engine) as (hub, manager):
         dataset = add_dataset(hub, ROWS)
@@ -146,7 +146,7 @@ async def events_of_now(hub: Hub, job_id: str) -> list[JobEventRecord]:
 
 
 async def test_a_tuner_that_meets_a_full_disk_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_run, "FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(running_job, "FIRST_PAUSE_SECONDS", 0.1)
     starts: list[JobSpec] = []
 
     async def script(job: JobSpec, say: Say) -> None:

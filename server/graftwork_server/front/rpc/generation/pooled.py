@@ -14,7 +14,7 @@ import msgspec
 from graftwork.v1 import generation_pb2 as pb
 from graftwork_server.errors import FailedPrecondition, Internal, InvalidArgument, Violation
 from graftwork_server.front.engine_client import EngineClient
-from graftwork_server.front.rpc.limits import check_prompt, invalid, off_loop_if_large
+from graftwork_server.front.rpc.limits import check_prompt, in_thread_if_large, invalid
 from graftwork_server.hub.resolver import Resolved
 from graftwork_server.text import TextProcessor
 from graftwork_server.text.strangers.isolated_text import IsolatedTexts
@@ -103,16 +103,16 @@ def embed_pool(request: pb.EmbedRequest, model: ModelInfo, adapter: AdapterRef |
     """How the request's vectors are made, defaults filled in. Raises InvalidArgument naming each wrong field,
     FailedPrecondition (POOLING_UNSUPPORTED) where the model's or the adapter's files ask for what is not done and the
     request for nothing."""
-    wrong = []
+    violations = []
     if request.pooling != pb.POOLING_UNSPECIFIED and request.pooling not in _POOLINGS:
         accepted = ", ".join(pb.Pooling.Name(value) for value in sorted(_POOLING_VALUES.values()))
-        wrong.append(Violation("pooling", f"is {request.pooling}; {accepted} are accepted"))
+        violations.append(Violation("pooling", f"is {request.pooling}; {accepted} are accepted"))
     pooling = _POOLINGS.get(request.pooling, model.default_pooling)
     size = model.hidden_size * len(pooling.split("+"))
     if request.HasField("dimensions") and not 1 <= request.dimensions <= size:
-        wrong.append(Violation("dimensions", f"is {request.dimensions}; 1 to {size} is accepted"))
-    if wrong:
-        raise invalid(wrong)
+        violations.append(Violation("dimensions", f"is {request.dimensions}; 1 to {size} is accepted"))
+    if violations:
+        raise invalid(violations)
     undone = f"the base model's files ask for {model.undone_pooling}" if model.undone_pooling else ""
     if adapter is not None and (Path(adapter.path) / "modules.json").is_file():
         undone = "the adapter's modules.json, of sentence-transformers, asks for a pooling of its own"
@@ -130,6 +130,7 @@ def embed_pool(request: pb.EmbedRequest, model: ModelInfo, adapter: AdapterRef |
 
 
 def token_count(rows: Sequence[Row]) -> int:
+    """Tokens of all rows."""
     return sum(len(row.ids) for row in rows)
 
 
@@ -171,7 +172,7 @@ async def classify_response(answers: Sequence[Pooled], rows: Sequence[Row], reso
     if scores > MAX_LABEL_SCORES:
         accepted = f"{MAX_LABEL_SCORES // len(head.labels)} are accepted, as the head has {len(head.labels)} labels"
         raise invalid([Violation("inputs", f"has {len(answers)} texts; at most {accepted}")])
-    return await off_loop_if_large(
+    return await in_thread_if_large(
         scores,
         lambda: pb.ClassifyResponse(
             results=[_classification(_floats(a), head, len(r.ids)) for a, r in zip(answers, rows, strict=True)],
@@ -187,7 +188,7 @@ async def embed_response(
     answers: Sequence[Pooled], rows: Sequence[Row], pool: Pool, resolved: Resolved
 ) -> pb.EmbedResponse:
     """The vector of every input."""
-    return await off_loop_if_large(
+    return await in_thread_if_large(
         sum(len(answer.values) for answer in answers),
         lambda: pb.EmbedResponse(
             embeddings=[

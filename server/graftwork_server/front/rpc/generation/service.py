@@ -29,21 +29,22 @@ from graftwork_server.front.rpc.generation.sampling import (
     sampling_of,
 )
 from graftwork_server.front.rpc.limits import (
-    Admission,
-    Wrong,
+    SequenceLimit,
+    Violations,
     check_prompt,
     check_prompt_logprobs,
     check_scheduling,
     context_limit,
+    in_thread_if_large,
     invalid,
-    off_loop_if_large,
 )
 from graftwork_server.hub.leases import Leases
 from graftwork_server.hub.resolver import Resolved, Resolver
 from graftwork_server.logs import note, note_first_token
+from graftwork_server.names import BASE
 from graftwork_server.text import IncrementalDetokenizer, TextProcessor
 from graftwork_server.text.strangers.isolated_text import IsolatedTexts
-from graftwork_server.types import BASE, require_generation
+from graftwork_server.types import require_generation
 from graftwork_server.wire.engine import Pool, Sampling, SequenceOutput, TokenLogprobs
 
 Context = grpc.aio.ServicerContext
@@ -69,20 +70,20 @@ class GenerationService(GenerationServiceServicer):
         resolver: Resolver,
         leases: Leases,
         texts: IsolatedTexts,
-        admission: Admission,
+        sequence_limit: SequenceLimit,
     ) -> None:
         self._engine = engine
         self._resolver = resolver
         self._leases = leases
         self._texts = texts
-        self._admission = admission
+        self._sequence_limit = sequence_limit
 
     async def Generate(  # type: ignore[override]  # writes to the context instead of yielding
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
         """Continues a prompt."""
         require_generation(self._engine.model, "Generate")
-        with self._admission.admit():
+        with self._sequence_limit.hold():
             async with self._held(request.model) as (resolved, text):
                 field = request.WhichOneof("prompt") or "prompt"
                 ids = await self._prompt_ids(request, field, text)
@@ -96,7 +97,7 @@ class GenerationService(GenerationServiceServicer):
     ) -> None:
         """Continues a conversation."""
         require_generation(self._engine.model, "Chat")
-        with self._admission.admit():
+        with self._sequence_limit.hold():
             async with self._held(request.model) as (resolved, text):
                 if request.sampling.echo and not request.continue_final_message:
                     what = "has nothing to repeat in Chat but a message that is continued; set continue_final_message"
@@ -109,13 +110,13 @@ class GenerationService(GenerationServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Log probabilities of a given text."""
         require_generation(self._engine.model, "Score")
-        with self._admission.admit():
+        with self._sequence_limit.hold():
             async with self._held(request.model) as (resolved, text):
                 field = request.WhichOneof("input") or "input"
                 prompt_ids = await self._prompt_ids(request, field, text)
-                wrong = Wrong()
-                check_prompt_logprobs(request.top_logprobs, "top_logprobs", len(prompt_ids), wrong)
-                wrong.raise_if_any()
+                violations = Violations()
+                check_prompt_logprobs(request.top_logprobs, "top_logprobs", len(prompt_ids), violations)
+                violations.raise_if_any()
                 check_prompt(prompt_ids, field, self._engine.model, room_for=0)
                 note(prompt_tokens=len(prompt_ids))
                 entries = await self._prompt_logprobs(resolved, prompt_ids, request.top_logprobs)
@@ -128,20 +129,20 @@ class GenerationService(GenerationServiceServicer):
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
         """Labels of texts."""
-        with self._admission.admit():
+        with self._sequence_limit.hold():
             async with self._held(request.model) as (resolved, text):
                 rows = await pooled.rows_of(request.inputs, text, self._engine.model, self._texts)
-                with self._admission.admit(pooled.places(rows) - 1):
+                with self._sequence_limit.hold(pooled.places(rows) - 1):
                     answers = await pooled.run(self._engine, rows, resolved, Pool("classify"))
             return await pooled.classify_response(answers, rows, resolved)
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         """Vectors of texts."""
-        with self._admission.admit():
+        with self._sequence_limit.hold():
             async with self._held(request.model) as (resolved, text):
                 pool = pooled.embed_pool(request, self._engine.model, resolved.adapter)
                 rows = await pooled.rows_of(request.inputs, text, self._engine.model, self._texts)
-                with self._admission.admit(pooled.places(rows) - 1):
+                with self._sequence_limit.hold(pooled.places(rows) - 1):
                     answers = await pooled.run(self._engine, rows, resolved, pool)
             return await pooled.embed_response(answers, rows, pool, resolved)
 
@@ -155,7 +156,7 @@ class GenerationService(GenerationServiceServicer):
                 ids = await chat_ids(request, tokenizer, self._texts)
             else:
                 ids = await self._text_ids(request.text, tokenizer)
-            return await off_loop_if_large(
+            return await in_thread_if_large(
                 len(ids),
                 lambda: pb.TokenizeResponse(
                     token_ids=ids,
@@ -202,11 +203,11 @@ class GenerationService(GenerationServiceServicer):
     ) -> None:
         parameters = request.sampling
         check_prompt(prompt.ids, prompt.field, self._engine.model, room_for=1)
-        wrong = Wrong()
-        check_scheduling(request.cache_salt, request.priority, wrong)
-        counts = sample_counts(parameters, self._admission.limit, wrong)
-        top = prompt_logprobs_of(parameters, len(prompt.ids), wrong)
-        sampling = await self._sampling(parameters, len(prompt.ids), text, wrong)
+        violations = Violations()
+        check_scheduling(request.cache_salt, request.priority, violations)
+        counts = sample_counts(parameters, self._sequence_limit.limit, violations)
+        top = prompt_logprobs_of(parameters, len(prompt.ids), violations)
+        sampling = await self._sampling(parameters, len(prompt.ids), text, violations)
         ends = self._ends_beside_the_base(resolved, text)
         if ends and not sampling.ignore_eos:
             sampling = msgspec.structs.replace(sampling, stop_token_ids=[*sampling.stop_token_ids, *ends])
@@ -241,7 +242,7 @@ class GenerationService(GenerationServiceServicer):
         ]
         if counts.scored and sampling.logprobs is None:
             sampling = msgspec.structs.replace(sampling, logprobs=0)
-        with self._admission.admit(counts.sampled - 1):
+        with self._sequence_limit.hold(counts.sampled - 1):
             async with Samples(start, samplings_of(sampling, counts.sampled)) as samples:
                 try:
                     await _write(samples, completions, counts, len(prompt.ids), context)
@@ -249,10 +250,10 @@ class GenerationService(GenerationServiceServicer):
                     note(completion_tokens=sum(completion.tokens for completion in completions))
 
     async def _sampling(
-        self, parameters: pb.SamplingParameters, prompt_tokens: int, text: TextProcessor | None, wrong: Wrong
+        self, parameters: pb.SamplingParameters, prompt_tokens: int, text: TextProcessor | None, violations: Violations
     ) -> Sampling:
         def made(text: TextProcessor | None) -> Sampling:
-            return sampling_of(parameters, prompt_tokens, self._engine.model, text, wrong)
+            return sampling_of(parameters, prompt_tokens, self._engine.model, text, violations)
 
         if text is None or not parameters.bad_words:  # the only ones that need tokens of a text
             return made(text)

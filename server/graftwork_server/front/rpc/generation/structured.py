@@ -7,7 +7,7 @@ from typing import Any
 
 from graftwork.v1 import generation_pb2 as pb
 from graftwork_plugins.documents import read_json
-from graftwork_server.front.rpc.limits import Wrong
+from graftwork_server.front.rpc.limits import Violations
 from graftwork_server.wire.engine import Grammar
 
 MAX_GRAMMAR_BYTES = 64 << 10
@@ -19,36 +19,38 @@ COMPACT_JSON = {"whitespace_flexible": False, "item_separator": ",[ ]?", "key_se
 WHITESPACE_KEYS = {"whitespace_pattern", *COMPACT_JSON}
 
 
-def grammar_of(output: pb.StructuredOutput, wrong: Wrong) -> Grammar | None:
+def grammar_of(output: pb.StructuredOutput, violations: Violations) -> Grammar | None:
     """The grammar; None, with a note of what is wrong, if there is none that can be used."""
     kind = output.WhichOneof("format")
     if kind is None:
-        wrong.unless(False, "structured_output", "is empty; json_schema, regex, choice or lark is accepted")
+        violations.unless(False, "structured_output", "is empty; json_schema, regex, choice or lark is accepted")
         return None
     if kind == "choice":
         texts = list(output.choice.texts)
         field = "structured_output.choice"
-        wrong.unless(1 <= len(texts) <= MAX_CHOICES, field, f"has {len(texts)} texts; 1 to {MAX_CHOICES} are accepted")
+        violations.unless(
+            1 <= len(texts) <= MAX_CHOICES, field, f"has {len(texts)} texts; 1 to {MAX_CHOICES} are accepted"
+        )
         for index, text in enumerate(texts[:MAX_CHOICES]):
             what = f"has {len(text)} characters; 1 to {MAX_CHOICE_CHARACTERS} are accepted"
-            wrong.unless(1 <= len(text) <= MAX_CHOICE_CHARACTERS, f"{field}.texts[{index}]", what)
+            violations.unless(1 <= len(text) <= MAX_CHOICE_CHARACTERS, f"{field}.texts[{index}]", what)
         source = json.dumps(list(dict.fromkeys(texts)), ensure_ascii=False)
     else:
         source = getattr(output, kind)
         field = f"structured_output.{kind}"
-        wrong.unless(bool(source.strip()), field, "is empty; leave structured_output out for free output")
+        violations.unless(bool(source.strip()), field, "is empty; leave structured_output out for free output")
     size = len(source.encode())
-    wrong.unless(size <= MAX_GRAMMAR_BYTES, field, f"has {size} bytes; at most {MAX_GRAMMAR_BYTES} are accepted")
+    violations.unless(size <= MAX_GRAMMAR_BYTES, field, f"has {size} bytes; at most {MAX_GRAMMAR_BYTES} are accepted")
     if kind == "regex":
         what = f"has {len(source)} characters; at most {MAX_REGEX_CHARACTERS} are accepted"
-        wrong.unless(len(source) <= MAX_REGEX_CHARACTERS, field, what)
+        violations.unless(len(source) <= MAX_REGEX_CHARACTERS, field, what)
     if kind == "json_schema" and size <= MAX_GRAMMAR_BYTES:
         try:
             schema = read_json(source)
         except ValueError as error:
-            wrong.unless(False, field, f"is no JSON: {error}; a JSON schema as an object is accepted")
+            violations.unless(False, field, f"is no JSON: {error}; a JSON schema as an object is accepted")
             return None
-        wrong.unless(isinstance(schema, dict), field, "is no JSON object; a JSON schema as an object is accepted")
+        violations.unless(isinstance(schema, dict), field, "is no JSON object; a JSON schema as an object is accepted")
         source = json.dumps(_compact(schema), ensure_ascii=False)
     return Grammar(kind, source)
 

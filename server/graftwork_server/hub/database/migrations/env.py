@@ -1,4 +1,4 @@
-"""Run by Alembic for each command. connection.py brings a connection, `alembic -x url=...` on a command line a URL."""
+"""Run by Alembic for each command. connection.py brings a connection; by hand, `alembic -x url=...` brings a URL."""
 
 from __future__ import annotations
 

@@ -241,7 +241,7 @@ async def test_a_client_that_goes_away_cancels_at_once(server):
     call.cancel()
     await until(lambda: server.heard("Cancel"))
     assert server.heard("Cancel")[0]["id"] == server.heard("Generate")[0]["id"]
-    await until(lambda: server.front.engine.running == 0 and server.front.admission.admitted == 0)
+    await until(lambda: server.front.engine.running == 0 and server.front.sequence_limit.held == 0)
 
 
 async def test_a_client_that_goes_away_cancels_all_its_completions(server):
@@ -251,13 +251,13 @@ async def test_a_client_that_goes_away_cancels_all_its_completions(server):
     await until(lambda: len(server.heard("Cancel")) == 3)
     seeds = {entry["seed"] for entry in server.heard("Generate")}
     assert len(seeds) == 3
-    await until(lambda: server.front.engine.running == 0 and server.front.admission.admitted == 0)
+    await until(lambda: server.front.engine.running == 0 and server.front.sequence_limit.held == 0)
 
 
 async def test_an_error_of_one_completion_ends_all(server, refused):
     error = await refused(server.generation.Generate(of_ids(script.FAIL, n=4)))
     assert error.reason == "KV_FULL"
-    await until(lambda: server.front.engine.running == 0 and server.front.admission.admitted == 0)
+    await until(lambda: server.front.engine.running == 0 and server.front.sequence_limit.held == 0)
 
 
 async def test_a_deadline_cancels(server):
@@ -265,7 +265,7 @@ async def test_a_deadline_cancels(server):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         _ = [m async for m in call]
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await until(lambda: server.heard("Cancel") and server.front.admission.admitted == 0)
+    await until(lambda: server.heard("Cancel") and server.front.sequence_limit.held == 0)
 
 
 async def test_a_score_whose_client_goes_away_cancels(server):
@@ -303,7 +303,7 @@ async def test_over_the_queue_it_is_refused_at_once(make_server, refused):
     assert error.retry_ms > 0
     for call in calls:
         call.cancel()
-    await until(lambda: server.front.admission.admitted == 0)
+    await until(lambda: server.front.sequence_limit.held == 0)
     assert [m async for m in server.generation.Generate(request("a", max_tokens=1))]
 
 
@@ -318,7 +318,7 @@ async def test_each_sequence_of_a_request_has_a_place_in_the_queue(make_server, 
     error = await refused(server.generation.Generate(request("a", n=6)))
     assert error.fields == {"sampling.n": "is 6; 1 to 5 is accepted"}
     call.cancel()
-    await until(lambda: server.front.admission.admitted == 0)
+    await until(lambda: server.front.sequence_limit.held == 0)
 
 
 @pytest.mark.parametrize(
@@ -341,4 +341,4 @@ async def test_64_streams_at_once_get_their_own_tokens(server):
 
     results = await asyncio.gather(*(one(n) for n in range(64)))
     assert results == [bytes(range(n + 1, n + 51)) for n in range(64)]
-    assert server.front.admission.admitted == 0
+    assert server.front.sequence_limit.held == 0

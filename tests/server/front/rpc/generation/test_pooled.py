@@ -129,7 +129,7 @@ async def test_bad_input_is_named(shared, refused, case):
     error = await refused(method(request))
     assert (error.code, error.reason) == ("INVALID_ARGUMENT", reason)
     assert what in error.fields[field]
-    assert not shared.front.admission.admitted
+    assert not shared.front.sequence_limit.held
 
 
 async def test_tokens_and_labels_are_capped_in_all(make_server, refused, monkeypatch):
@@ -152,7 +152,7 @@ async def test_the_first_error_ends_all_inputs(server, refused):
     error = await refused(server.generation.Embed(embed(ids(1), ids(script.FAIL), ids(2))))
     assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "KV_FULL")
     await until(lambda: server.front.engine.running == 0)
-    assert not server.front.admission.admitted
+    assert not server.front.sequence_limit.held
 
 
 async def test_what_the_files_ask_for_and_is_not_done_is_refused_unless_a_pooling_is_named(make_server, refused):

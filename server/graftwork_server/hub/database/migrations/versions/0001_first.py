@@ -15,6 +15,14 @@ depends_on = None
 
 
 def upgrade() -> None:
+    """Creates all tables, in the order in which they refer to each other."""
+    _create_adapters()
+    _create_datasets()
+    _create_jobs()
+    _create_requests()
+
+
+def _create_adapters() -> None:
     op.create_table(
         "adapters",
         sa.Column("id", sa.String(64), primary_key=True),
@@ -35,6 +43,9 @@ def upgrade() -> None:
         sa.Column("create_time", sa.BigInteger, nullable=False),
     )
     op.create_index("versions_by_digest", "versions", ["digest"])
+
+
+def _create_datasets() -> None:
     op.create_table(
         "datasets",
         sa.Column("id", sa.String(64), primary_key=True),
@@ -44,6 +55,9 @@ def upgrade() -> None:
         sa.Column("size_bytes", sa.BigInteger, nullable=False),
         sa.Column("create_time", sa.BigInteger, nullable=False),
     )
+
+
+def _create_jobs() -> None:
     op.create_table(
         "jobs",
         sa.Column("position", sa.Integer, primary_key=True, autoincrement=True),
@@ -73,6 +87,9 @@ def upgrade() -> None:
         sa.Column("kind", sa.String(32), nullable=False),
         sa.Column("payload", sa.Text, nullable=False),
     )
+
+
+def _create_requests() -> None:
     op.create_table(
         "requests",
         sa.Column("method", sa.String(64), primary_key=True),

@@ -15,4 +15,5 @@ depends_on = None
 
 
 def upgrade() -> None:
+    """Adds what is pinned."""
     op.add_column("versions", sa.Column("pinned", sa.Boolean, nullable=False, server_default=sa.false()))

@@ -15,6 +15,7 @@ depends_on = None
 
 
 def upgrade() -> None:
+    """Adds what a version follows, and the table of deleted names."""
     op.add_column("versions", sa.Column("follows", sa.Integer, nullable=False, server_default="0"))
     op.add_column("jobs", sa.Column("follows", sa.Integer, nullable=False, server_default="0"))
     op.create_table(

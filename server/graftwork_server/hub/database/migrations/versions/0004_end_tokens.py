@@ -15,4 +15,5 @@ depends_on = None
 
 
 def upgrade() -> None:
+    """Adds the tokens that end a version's texts."""
     op.add_column("versions", sa.Column("end_token_ids", sa.JSON, nullable=False, server_default="[]"))
