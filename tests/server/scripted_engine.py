@@ -228,7 +228,7 @@ class ScriptedEngine:
         self.stopped_jobs.add(message.job_id)
         return tuning.Stopped(was_running=True)
 
-    def train(self, job: tuning.JobSpec) -> None:
+    def train(self, job: tuning.TunerTask) -> None:
         steps = self.options["job_steps"]
         for step in range(1, steps + 1):
             time.sleep(self.options["job_step_ms"] / 1000)

@@ -72,14 +72,14 @@ class Batch:
         """[rows] int64: how long the sequence of each row is."""
         return self._tensor([length for p in self.chunks for length in [len(p.chunk.sequence.tokens)] * p.rows])
 
-    def kept(self) -> torch.Tensor:
+    def logit_indices(self) -> torch.Tensor:
         """[rows with logits] int64: which rows logits are made of."""
-        kept: list[int] = []
+        logit_indices: list[int] = []
         end = 0
         for rows, logit_rows in zip(self.rows, self.logit_rows, strict=True):
             end += rows
-            kept.extend(range(end - logit_rows, end))
-        return self._tensor(kept)
+            logit_indices.extend(range(end - logit_rows, end))
+        return self._tensor(logit_indices)
 
     def cache_chunks(self) -> list[Chunk]:
         """What of the KV cache the rows belong to."""

@@ -62,7 +62,7 @@ class Runner:
             logits = model.forward(
                 batch.input_ids(),
                 batch.position_ids(),
-                batch.kept(),
+                batch.logit_indices(),
                 plan_attention(self._cache, batch.cache_chunks(), self._device),
                 Routing(spans_of(chunks, batch.rows), self._device, model.kernels, model.triton),
                 Routing(spans_of(chunks, batch.logit_rows), self._device, model.kernels, model.triton),

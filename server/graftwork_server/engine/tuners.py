@@ -21,11 +21,11 @@ from graftwork_server.wire.tuning import (
     Failed,
     Finished,
     JobEvent,
-    JobSpec,
     Note,
     Progress,
     SharedWeightsInfo,
     StartTuning,
+    TunerTask,
     tuner_decoder,
 )
 
@@ -39,7 +39,7 @@ _EXIT_SECONDS = 3.0
 
 @dataclass
 class _Tuner:
-    job: JobSpec
+    job: TunerTask
     process: subprocess.Popen[bytes]
     connection: socket.socket
     deaths: int = 0
@@ -74,7 +74,7 @@ class Tuners:
         """Tells all tuners how many sequences run or wait: while there are some, they yield (tuning/tuner/gate.py)."""
         struct.pack_into("<q", self._gate, 0, sequences)
 
-    def start(self, job: JobSpec) -> int:
+    def start(self, job: TunerTask) -> int:
         """Starts a tuner and returns its process id. Raises FailedPrecondition if the job runs already."""
         with self._lock:
             if job.job_id in self._tuners:
@@ -101,7 +101,7 @@ class Tuners:
         for job_id in list(self._tuners):
             self.stop(job_id)
 
-    def _spawn(self, job: JobSpec) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    def _spawn(self, job: TunerTask) -> tuple[subprocess.Popen[bytes], socket.socket]:
         frame = encode_frame(
             StartTuning(
                 job=job,

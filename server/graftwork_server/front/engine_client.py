@@ -44,7 +44,16 @@ from graftwork_server.wire.engine import (
     engine_decoder,
 )
 from graftwork_server.wire.frames import encode_frame, read_frame
-from graftwork_server.wire.tuning import JobEvent, JobSpec, PreparedJob, PrepareJob, Started, StartJob, StopJob, Stopped
+from graftwork_server.wire.tuning import (
+    JobEvent,
+    PreparedJob,
+    PrepareJob,
+    Started,
+    StartJob,
+    StopJob,
+    Stopped,
+    TunerTask,
+)
 
 log = logging.getLogger("graftwork.engine")
 
@@ -292,7 +301,7 @@ class EngineClient:
         )
         return result
 
-    async def start_job(self, job: JobSpec) -> int:
+    async def start_job(self, job: TunerTask) -> int:
         """Starts a tuner and returns its process id; its events go to the listeners."""
         result: Started = await self._call(StartJob, Started, job=job)
         return result.pid

@@ -235,10 +235,10 @@ def hook_changes(
 ) -> list[RemovableHandle]:
     """Hooks for one forward in which rows of the packed input are changed as `tokens` says, kept ones as `outputs`."""
     work: dict[str, list[tuple[slice, Sequence[RowChange]]]] = defaultdict(list)
-    for spans, are_kept in ((tokens, False), (outputs, True)):
+    for spans, reach_output in ((tokens, False), (outputs, True)):
         for rows, of_modules in spans:
             for name, changes in of_modules.items():
-                if modules[name].is_output == are_kept:
+                if modules[name].is_output == reach_output:
                     work[name].append((rows, changes))
     return [
         modules[name].module.register_forward_hook(partial(_change_rows, spans, modules[name].row_dim))

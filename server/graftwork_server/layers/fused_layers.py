@@ -61,7 +61,7 @@ class _Step:
             entry.groups, entry.spans = some.block.table.data_ptr(), some.spans.data_ptr()
             entry.n_spans, entry.slot_elements = len(some.spans), some.block.slot_elements
             entry.hidden = some.hidden.data_ptr()
-        self._kept = (cos, sin, packed, normed, product, gate_up, inner_rows, spans, table)
+        self._alive = (cos, sin, packed, normed, product, gate_up, inner_rows, spans, table)
         self._struct = StepStruct(
             rows,
             cos.data_ptr(),

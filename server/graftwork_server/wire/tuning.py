@@ -17,7 +17,7 @@ from graftwork_server.types import (
 )
 
 
-class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
+class TunerTask(msgspec.Struct, frozen=True, kw_only=True):
     """A tuning job as engine and tuner see it. Paths are on this machine and the front's own."""
 
     job_id: str
@@ -51,7 +51,7 @@ class StartJob(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     A job whose job_dir has a checkpoint resumes from it."""
 
     call_id: int
-    job: JobSpec
+    job: TunerTask
 
 
 class StopJob(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -157,7 +157,7 @@ class SharedWeightsInfo(msgspec.Struct, frozen=True, kw_only=True):
 class StartTuning(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """First message to a tuner."""
 
-    job: JobSpec
+    job: TunerTask
     model: ModelInfo
     weights: SharedWeightsInfo
     gate_fd: int

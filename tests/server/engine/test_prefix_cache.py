@@ -271,7 +271,7 @@ def test_blocks_are_counted_right_whatever_happens(data: st.DataObject) -> None:
                 pool.release(table)
                 continue
             for block, key in zip(table, keys, strict=True):
-                pool.keep(block, key)
+                pool.cache(block, key)
             tables.append((table, content))
         elif tables:
             index = data.draw(st.integers(0, len(tables) - 1))

@@ -15,7 +15,7 @@ from tests.server.scripted_engine import OPTIONS, model_info
 from graftwork_server.engine.tuners import Tuners
 from graftwork_server.errors import InvalidArgument
 from graftwork_server.wire.frames import encode_frame
-from graftwork_server.wire.tuning import Failed, JobEvent, JobSpec, Note, SharedWeightsInfo
+from graftwork_server.wire.tuning import Failed, JobEvent, Note, SharedWeightsInfo, TunerTask
 
 GARBAGE = b"\0\0\0\1\xc1"
 
@@ -31,8 +31,8 @@ def tuners(told: queue.Queue[JobEvent]) -> Tuners:
     return Tuners(weights, model_info(OPTIONS), threads=1, yield_ms=0, send=told.put)
 
 
-def job(**config: Any) -> JobSpec:
-    return JobSpec(job_id="j", strategy="lora", config=config, dataset_path="", job_dir="", artifact_dir="")
+def job(**config: Any) -> TunerTask:
+    return TunerTask(job_id="j", strategy="lora", config=config, dataset_path="", job_dir="", artifact_dir="")
 
 
 def test_a_job_that_cannot_be_sent_is_refused_and_leaves_no_process(tuners: Tuners) -> None:
@@ -49,7 +49,7 @@ def test_a_broken_tuner_fails_its_job(
 ) -> None:
     spawned: list[subprocess.Popen[bytes]] = []
 
-    def spawn(spec: JobSpec) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    def spawn(spec: TunerTask) -> tuple[subprocess.Popen[bytes], socket.socket]:
         if spawned:
             raise BlockingIOError("no process to be had")
         ours, theirs = socket.socketpair()

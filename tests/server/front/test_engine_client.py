@@ -28,7 +28,7 @@ from graftwork_server.front import engine_supervisor, output_stream
 from graftwork_server.front.engine_client import EngineClient
 from graftwork_server.types import AdapterRef
 from graftwork_server.wire.engine import Sampling
-from graftwork_server.wire.tuning import Failed, JobEvent, JobSpec, Note
+from graftwork_server.wire.tuning import Failed, JobEvent, Note, TunerTask
 
 COMMAND = (sys.executable, script.__file__)
 ADAPTER = AdapterRef(digest="sha256:aa", path="unused", strategy="lora")
@@ -214,7 +214,7 @@ async def test_an_answer_with_an_error_keeps_its_fields(engine):
 
 
 async def test_job_events_come_in_order(engine, tmp_path):
-    job = JobSpec(
+    job = TunerTask(
         job_id="j1",
         strategy="lora",
         config={},

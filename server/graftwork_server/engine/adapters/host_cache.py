@@ -14,7 +14,7 @@ class HostCache:
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
-        self._kept: OrderedDict[str, PreparedAdapter] = OrderedDict()  # least recently used first
+        self._adapters: OrderedDict[str, PreparedAdapter] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
 
     def put(self, adapter: PreparedAdapter) -> None:
@@ -24,8 +24,8 @@ class HostCache:
         with self._lock:
             self._remove(adapter.digest)
             while self.used_bytes + adapter.device_bytes > self.budget_bytes:
-                self._remove(next(iter(self._kept)))
-            self._kept[adapter.digest] = adapter
+                self._remove(next(iter(self._adapters)))
+            self._adapters[adapter.digest] = adapter
             self.used_bytes += adapter.device_bytes
 
     def take(self, digest: str) -> PreparedAdapter | None:
@@ -40,10 +40,10 @@ class HostCache:
     def digests(self) -> list[str]:
         """What is here now, least recently used first."""
         with self._lock:
-            return list(self._kept)
+            return list(self._adapters)
 
     def _remove(self, digest: str) -> PreparedAdapter | None:
-        adapter = self._kept.pop(digest, None)
+        adapter = self._adapters.pop(digest, None)
         if adapter is not None:
             self.used_bytes -= adapter.device_bytes
         return adapter

@@ -19,7 +19,7 @@ class LoadedAdapter:
     block: SlotBlock | None
     slot: int
     leases: int = 0
-    is_fresh: bool = True
+    is_new: bool = True
     """No lease has ended yet, so sequences that waited for it may not have had their chance: it need not yield."""
     gone: bool = False
     """Its place was given to others."""

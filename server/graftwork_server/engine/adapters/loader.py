@@ -94,7 +94,7 @@ class Loader:
         if placed is None and not record.not_due.is_set():
             placed = self._pool.place(prepared, record.started, record.not_due)
         if placed is None:
-            self._pool.keep(prepared)
+            self._pool.cache_on_host(prepared)
         return placed
 
 

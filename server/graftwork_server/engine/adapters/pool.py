@@ -116,7 +116,7 @@ class AdapterPool:
         """Gives one lease back."""
         with self._changed:
             adapter.leases -= 1
-            adapter.is_fresh = False
+            adapter.is_new = False
             record = self._records.get(adapter.digest)
             is_last = record is not None and record.loaded is adapter and not adapter.leases
             if record is not None and is_last and record.is_unloading:
@@ -213,7 +213,7 @@ class AdapterPool:
                 self._renew_yielding()
         return self._fill(record, prepared, victims, started)
 
-    def keep(self, prepared: PreparedAdapter) -> None:
+    def cache_on_host(self, prepared: PreparedAdapter) -> None:
         """Puts an adapter that found no room into the host cache, unless parts of it lie on a device of their own."""
         if self._device.type == "cpu" or prepared.lies_in_host_memory:
             self.host_cache.put(prepared)
@@ -312,7 +312,7 @@ class AdapterPool:
         with self._changed:
             record = self._record(adapter.digest)
             if is_copied and record.is_evicted:  # not unloaded meanwhile
-                self.keep(replace(adapter.prepared, packed=packed))
+                self.cache_on_host(replace(adapter.prepared, packed=packed))
             record.is_evicted = False
             self._free(adapter)
             self._forget(record)

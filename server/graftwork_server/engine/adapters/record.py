@@ -99,7 +99,7 @@ class AdapterRecord:
     @property
     def may_yield(self) -> bool:
         """It is not pinned, and those who waited for it have had their chance."""
-        return self.loaded is not None and not self.is_pinned and not self.loaded.is_fresh
+        return self.loaded is not None and not self.is_pinned and not self.loaded.is_new
 
     @property
     def leases(self) -> int:

@@ -77,7 +77,7 @@ class BlockPool:
             shared += 1
         return shared
 
-    def keep(self, block: int, key: bytes) -> None:
+    def cache(self, block: int, key: bytes) -> None:
         """Makes a block in use known by its key. Where another one is known by it already, that one stays."""
         if key not in self._block_of and block not in self._key_of:
             self._key_of[block] = key

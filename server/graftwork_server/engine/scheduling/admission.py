@@ -1,8 +1,8 @@
 """Who begins next: what waits, in the order of its turns, its adapter leased; and what is loaded for those to come.
 
 Turns go by priority, then by fairness between adapters (fairness.py), then by arrival; preempted sequences come before
-others of their priority. One whose adapter is away is passed by, and its adapter is asked for. Room for adapters is the
-pool's affair alone: it lets those in use yield to loads that wait (adapters/pool.py).
+others of their priority. One whose adapter is not loaded is passed by, and its adapter is asked for. Room for adapters
+is the pool's affair alone: it lets those in use yield to loads that wait (adapters/pool.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from graftwork_server.engine.adapters.loaded import LoadedAdapter
 from graftwork_server.engine.adapters.pool import AdapterPool
-from graftwork_server.engine.scheduling.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT, Client, FairQueue
+from graftwork_server.engine.scheduling.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT, AdapterQueue, FairQueue
 from graftwork_server.engine.scheduling.sequence import Sequence
 
 _ASKED_ADAPTERS = 4
@@ -35,10 +35,10 @@ class Admission:
         self._max_step_tokens = max_step_tokens
         self._queue = FairQueue()
         self._preempted: list[Sequence] = []  # by priority, then by age
-        self._asked: dict[Client, None] = {}
-        """Clients whose adapter was asked for and is not there yet."""
-        self._fresh: dict[Client, int] = {}
-        """Clients whose adapter came since they asked, and the counter up to which they go first."""
+        self._asked: dict[AdapterQueue, None] = {}
+        """Queues whose adapter was asked for and is not there yet."""
+        self._first: dict[AdapterQueue, int] = {}
+        """Queues whose adapter came since they asked, and the counter up to which they go first."""
         self._arrived: list[LoadedAdapter] = []
         """Each with its load's lease, until those who waited for it have had their turn: else another load, asked for
         by somebody whose turn comes before, could push it out unused."""
@@ -85,7 +85,7 @@ class Admission:
         return self._in_turn()
 
     def begin(self, sequence: Sequence) -> None:
-        """A candidate runs from now on; what its client is charged for it. Blocks in the cache cost nothing, and one
+        """A candidate runs from now on; what its queue is charged for it. Blocks in the cache cost nothing, and one
         that was preempted has paid already."""
         self.remove(sequence)
         if sequence.cached_tokens is not None:
@@ -97,7 +97,7 @@ class Admission:
         self._queue.charge(sequence, INPUT_WEIGHT * (len(sequence.tokens) - sequence.computed))
 
     def sampled(self, sequence: Sequence) -> None:
-        """Charges a sequence's client for a token."""
+        """Charges a sequence's queue for a token."""
         self._queue.charge(sequence, OUTPUT_WEIGHT)
 
     def release(self, sequence: Sequence) -> None:
@@ -112,50 +112,50 @@ class Admission:
         self.release(sequence)
 
     def ask_for_adapters(self) -> None:
-        """Once nobody else begins in this step: asks for the adapters that are away and come next, in the order of
+        """Once nobody else begins in this step: asks for the adapters that are not loaded and come next, in order of
         their turns."""
         for sequence in self._preempted:
             if sequence.digest is not None and self._adapters.report(sequence.digest) is None:
                 self._request_load(sequence)
         self._release_arrived()
-        while len(self._asked) + len(self._fresh) < _ASKED_ADAPTERS:
-            client = self._queue.away.first()
-            if client is None:
+        while len(self._asked) + len(self._first) < _ASKED_ADAPTERS:
+            queue = self._queue.unloaded.first()
+            if queue is None:
                 break
-            self._queue.away.remove(client)
-            self._asked[client] = None
-        for client in self._asked:
-            if client.waits:
-                self._request_load(client.first)
+            self._queue.unloaded.remove(queue)
+            self._asked[queue] = None
+        for queue in self._asked:
+            if queue.waits:
+                self._request_load(queue.first)
 
     # ------------------------------------------------------------------------------------------ turns
 
     def _in_turn(self) -> Iterator[Sequence]:
         preempted = deque(self._preempted)
         while True:
-            client = self._first_client()
-            if preempted and (client is None or preempted[0].priority >= client.first.priority):
+            queue = self._first_queue()
+            if preempted and (queue is None or preempted[0].priority >= queue.first.priority):
                 sequence = preempted.popleft()
                 if self._lease(sequence):
                     yield sequence
                 continue
-            if client is None:
+            if queue is None:
                 return
-            sequence = client.first
+            sequence = queue.first
             if self._lease(sequence):
                 yield sequence
             else:
-                self._queue.set_away(client)
+                self._queue.set_unloaded(queue)
 
-    def _first_client(self) -> Client | None:
-        for client in list(self._fresh):
-            if self._is_fresh(client):
-                return client
-            del self._fresh[client]
+    def _first_queue(self) -> AdapterQueue | None:
+        for queue in list(self._first):
+            if self._goes_first(queue):
+                return queue
+            del self._first[queue]
         return self._queue.ready.first()
 
-    def _is_fresh(self, client: Client) -> bool:
-        return client in self._queue.ready and client.counter < self._fresh[client]
+    def _goes_first(self, queue: AdapterQueue) -> bool:
+        return queue in self._queue.ready and queue.counter < self._first[queue]
 
     def _lease(self, sequence: Sequence) -> bool:
         if sequence.digest is not None:
@@ -165,22 +165,22 @@ class Admission:
     # ------------------------------------------------------------------------------------------ loads
 
     def _look_for_arrived(self) -> None:
-        """Finds the clients whose adapter came since it was asked for."""
-        for client in list(self._asked):
-            if not client.waits or client in self._queue.ready:
-                del self._asked[client]
-            elif client.digest is not None and self._adapters.report(client.digest) is not None:
-                del self._asked[client]
-                self._queue.set_ready(client)
-                self._fresh[client] = client.counter + self._max_step_tokens
+        """Finds the queues whose adapter came since it was asked for."""
+        for queue in list(self._asked):
+            if not queue.waits or queue in self._queue.ready:
+                del self._asked[queue]
+            elif queue.digest is not None and self._adapters.report(queue.digest) is not None:
+                del self._asked[queue]
+                self._queue.set_ready(queue)
+                self._first[queue] = queue.counter + self._max_step_tokens
 
     def _release_arrived(self) -> None:
         """Ends the leases of loads whose sequences have begun, or are gone, or whose adapter is to go itself."""
-        for client in list(self._fresh):
-            if not self._is_fresh(client):
-                del self._fresh[client]
-        awaited = {client.digest for client in self._fresh}
-        highest = max((client.first.priority for client in self._asked if client.waits), default=None)
+        for queue in list(self._first):
+            if not self._goes_first(queue):
+                del self._first[queue]
+        awaited = {queue.digest for queue in self._first}
+        highest = max((queue.first.priority for queue in self._asked if queue.waits), default=None)
         awaited.update(s.digest for s in self._preempted if highest is None or s.priority >= highest)
         arrived, self._arrived = self._arrived, []
         for adapter in arrived:

@@ -1,10 +1,10 @@
-"""Whose turn it is: waiting sequences by client, under virtual token counters (VTC, arXiv:2401.00588).
+"""Whose turn it is: waiting sequences by adapter, under virtual token counters (VTC, arXiv:2401.00588).
 
-A client is an adapter, or the base. Its counter grows by what it is served, so the client with the smallest one was
-served least and is next. One that comes back is lifted to the smallest counter of those that wait: what it did not ask
-for while it was away is not owed to it. Higher priorities come before all of that.
+Each adapter, and the base, has a queue; it is what the paper calls a client. Its counter grows by what it is served, so
+the queue with the smallest one was served least and is next. One that comes back is lifted to the smallest counter of
+those that wait: what it did not ask for meanwhile is not owed to it. Higher priorities come before all of that.
 
-Every operation costs the logarithm of the clients that wait, whatever number of sequences they have.
+Every operation costs the logarithm of the queues that wait, whatever number of sequences they have.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from graftwork_server.engine.scheduling.sequence import Sequence
 INPUT_WEIGHT, OUTPUT_WEIGHT = 1, 2
 """What a prompt token that is computed and a token that is sampled cost; the paper's weights."""
 
-_KEPT_CLIENTS = 1024
-"""With more clients than these, those that gain nothing by their counters are forgotten."""
+_REMEMBERED_QUEUES = 1024
+"""With more queues than these, those that gain nothing by their counters are forgotten."""
 
 Key = TypeVar("Key", int, tuple[int, int])
 
 
-class Client:
+class AdapterQueue:
     """An adapter, or the base (None), with its counter and what of it waits."""
 
     def __init__(self, digest: str | None) -> None:
@@ -48,7 +48,7 @@ class Client:
 
     @property
     def turn(self) -> tuple[int, int]:
-        """Sorts clients by their turns."""
+        """Sorts queues by their turns."""
         return (-max(self._waiting), self.counter)
 
     def waiting(self) -> Iterator[Sequence]:
@@ -71,125 +71,125 @@ class Client:
 
 
 class Turns(Generic[Key]):
-    """Clients in the order of a key that only grows while they are here; put one again where it shrank.
+    """Queues in the order of a key that only grows while they are here; put one again where it shrank.
 
     A heap whose entries are corrected when they come to its top.
     """
 
-    def __init__(self, key: Callable[[Client], Key]) -> None:
-        self._key: Callable[[Client], Key] = key
-        self._heap: list[tuple[Key, int, Client]] = []
-        self._stamps: dict[Client, int] = {}
+    def __init__(self, key: Callable[[AdapterQueue], Key]) -> None:
+        self._key: Callable[[AdapterQueue], Key] = key
+        self._heap: list[tuple[Key, int, AdapterQueue]] = []
+        self._stamps: dict[AdapterQueue, int] = {}
         self._next_stamp = itertools.count()
 
     def __len__(self) -> int:
         return len(self._stamps)
 
-    def __contains__(self, client: Client) -> bool:
-        return client in self._stamps
+    def __contains__(self, queue: AdapterQueue) -> bool:
+        return queue in self._stamps
 
-    def put(self, client: Client) -> None:
-        """Adds a client, or finds its place anew."""
+    def put(self, queue: AdapterQueue) -> None:
+        """Adds a queue, or finds its place anew."""
         if len(self._heap) > 2 * len(self._stamps) + 64:
             self._heap = [entry for entry in self._heap if self._stamps.get(entry[2]) == entry[1]]
             heapq.heapify(self._heap)
-        stamp = self._stamps[client] = next(self._next_stamp)
-        heapq.heappush(self._heap, (self._key(client), stamp, client))
+        stamp = self._stamps[queue] = next(self._next_stamp)
+        heapq.heappush(self._heap, (self._key(queue), stamp, queue))
 
-    def remove(self, client: Client) -> None:
-        """Takes a client out, if it is here."""
-        self._stamps.pop(client, None)
+    def remove(self, queue: AdapterQueue) -> None:
+        """Takes a queue out, if it is here."""
+        self._stamps.pop(queue, None)
 
-    def first(self) -> Client | None:
-        """The client with the smallest key; of equal ones the one that came first."""
+    def first(self) -> AdapterQueue | None:
+        """The queue with the smallest key; of equal ones the one that came first."""
         while self._heap:
-            key, stamp, client = self._heap[0]
-            if self._stamps.get(client) != stamp:
+            key, stamp, queue = self._heap[0]
+            if self._stamps.get(queue) != stamp:
                 heapq.heappop(self._heap)
-            elif key != self._key(client):
-                heapq.heapreplace(self._heap, (self._key(client), stamp, client))
+            elif key != self._key(queue):
+                heapq.heapreplace(self._heap, (self._key(queue), stamp, queue))
             else:
-                return client
+                return queue
         return None
 
 
 class FairQueue:
-    """The waiting sequences. A client whose adapter is known to be away waits apart from the others (`away`)."""
+    """The waiting sequences. A queue whose adapter is known not to be loaded waits apart from the others."""
 
     def __init__(self) -> None:
-        self.ready = Turns(lambda client: client.turn)
-        self.away = Turns(lambda client: client.turn)
-        self._all = Turns(lambda client: client.counter)
-        self._clients: dict[str | None, Client] = {}
-        self._most_clients = _KEPT_CLIENTS
-        self._last: Client | None = None
-        """The client that was the last to have nothing waiting any more."""
+        self.ready = Turns(lambda queue: queue.turn)
+        self.unloaded = Turns(lambda queue: queue.turn)
+        self._all = Turns(lambda queue: queue.counter)
+        self._queues: dict[str | None, AdapterQueue] = {}
+        self._most_queues = _REMEMBERED_QUEUES
+        self._last: AdapterQueue | None = None
+        """The queue that was the last to have nothing waiting any more."""
 
     def waiting(self, digest: str) -> list[Sequence]:
         """The waiting sequences of an adapter."""
-        client = self._clients.get(digest)
-        return list(client.waiting()) if client else []
+        queue = self._queues.get(digest)
+        return list(queue.waiting()) if queue else []
 
     def digests(self) -> set[str | None]:
-        """Of the clients that have something waiting."""
-        return {client.digest for client in self._clients.values() if client.waits}
+        """Of the queues that have something waiting."""
+        return {queue.digest for queue in self._queues.values() if queue.waits}
 
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence."""
-        client = self._clients.get(sequence.digest)
-        if client is None:
-            client = self._clients[sequence.digest] = Client(sequence.digest)
-        client.sequences += 1
-        if client.waits:
-            sooner = sequence.priority > client.first.priority
-            client.add(sequence)
-            turns = next((turns for turns in (self.ready, self.away) if client in turns), None)
+        queue = self._queues.get(sequence.digest)
+        if queue is None:
+            queue = self._queues[sequence.digest] = AdapterQueue(sequence.digest)
+        queue.sequences += 1
+        if queue.waits:
+            sooner = sequence.priority > queue.first.priority
+            queue.add(sequence)
+            turns = next((turns for turns in (self.ready, self.unloaded) if queue in turns), None)
             if sooner and turns is not None:
-                turns.put(client)
+                turns.put(queue)
             return
-        client.counter = max(client.counter, self._floor())
-        client.add(sequence)
-        self._all.put(client)
-        self.ready.put(client)
+        queue.counter = max(queue.counter, self._floor())
+        queue.add(sequence)
+        self._all.put(queue)
+        self.ready.put(queue)
 
     def remove(self, sequence: Sequence) -> bool:
         """Takes a waiting sequence out, to run or because it ended; false if it does not wait."""
-        client = self._clients[sequence.digest]
-        if not client.remove(sequence):
+        queue = self._queues[sequence.digest]
+        if not queue.remove(sequence):
             return False
-        if not client.waits:
-            self._last = client
-            for turns in (self.ready, self.away, self._all):
-                turns.remove(client)
+        if not queue.waits:
+            self._last = queue
+            for turns in (self.ready, self.unloaded, self._all):
+                turns.remove(queue)
         return True
 
     def ended(self, sequence: Sequence) -> None:
         """A sequence that does not wait any more has ended."""
-        self._clients[sequence.digest].sequences -= 1
-        if len(self._clients) <= self._most_clients:
+        self._queues[sequence.digest].sequences -= 1
+        if len(self._queues) <= self._most_queues:
             return
         # Coming back, they would be lifted to the floor all the same.
         floor = self._floor()
-        gone = [client for client in self._clients.values() if not client.sequences and client.counter <= floor]
-        for client in gone:
-            del self._clients[client.digest]
-        self._most_clients = max(_KEPT_CLIENTS, 2 * len(self._clients))
+        gone = [queue for queue in self._queues.values() if not queue.sequences and queue.counter <= floor]
+        for queue in gone:
+            del self._queues[queue.digest]
+        self._most_queues = max(_REMEMBERED_QUEUES, 2 * len(self._queues))
 
     def charge(self, sequence: Sequence, cost: int) -> None:
-        """Adds to the counter of a sequence's client."""
-        self._clients[sequence.digest].counter += cost
+        """Adds to the counter of a sequence's queue."""
+        self._queues[sequence.digest].counter += cost
 
-    def set_away(self, client: Client) -> None:
-        """The client's adapter is not loaded."""
-        self.ready.remove(client)
-        self.away.put(client)
+    def set_unloaded(self, queue: AdapterQueue) -> None:
+        """The queue's adapter is not loaded."""
+        self.ready.remove(queue)
+        self.unloaded.put(queue)
 
-    def set_ready(self, client: Client) -> None:
-        """The client's adapter is loaded."""
-        self.away.remove(client)
-        self.ready.put(client)
+    def set_ready(self, queue: AdapterQueue) -> None:
+        """The queue's adapter is loaded."""
+        self.unloaded.remove(queue)
+        self.ready.put(queue)
 
     def _floor(self) -> int:
-        """The smallest counter of clients that wait; where nobody does, that of the last one that did."""
+        """The smallest counter of queues that wait; where nobody does, that of the last one that did."""
         least = self._all.first() or self._last
         return 0 if least is None else least.counter

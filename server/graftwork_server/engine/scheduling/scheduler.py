@@ -109,7 +109,7 @@ class Scheduler:
         # A sequence that was scheduled first may have been preempted for one after it.
         chunks = [chunk for chunk in chunks if chunk.sequence.block_table]
         for chunk in chunks:
-            self._keep(chunk)
+            self._cache_full_blocks(chunk)
         budget = self._max_step_tokens - len(chunks)
         for sequence in self.running:
             if len(sequence.tokens) - sequence.computed > 1 and budget > 0:
@@ -176,26 +176,26 @@ class Scheduler:
         if self._prefix_cache and not sequence.wants_prompt_logprobs and sequence.request.pool is None:
             full = (len(sequence.tokens) - 1) // BLOCK_TOKENS
             keys = (sequence.block_key(index) for index in range(full))
-            sequence.kept_blocks = self._blocks.share(sequence.block_table, keys)
-            sequence.computed = sequence.kept_blocks * BLOCK_TOKENS
+            sequence.cached_blocks = self._blocks.share(sequence.block_table, keys)
+            sequence.computed = sequence.cached_blocks * BLOCK_TOKENS
         return self._blocks.extend(sequence.block_table, len(sequence.tokens))
 
-    def _keep(self, chunk: ScheduledChunk) -> None:
+    def _cache_full_blocks(self, chunk: ScheduledChunk) -> None:
         """Lets others find the blocks that the chunk makes full."""
         sequence = chunk.sequence
         if not self._prefix_cache or sequence.is_refused:  # which is never computed
             return
         full = (chunk.start + chunk.count) // BLOCK_TOKENS
-        for index in range(sequence.kept_blocks, full):
-            self._blocks.keep(sequence.block_table[index], sequence.block_key(index))
-        sequence.kept_blocks = full
+        for index in range(sequence.cached_blocks, full):
+            self._blocks.cache(sequence.block_table[index], sequence.block_key(index))
+        sequence.cached_blocks = full
 
     def _prefill(self, sequence: Sequence, budget: int, chunks: list[ScheduledChunk]) -> int:
         count = min(len(sequence.tokens) - sequence.computed, budget)
         if sequence.wants_prompt_logprobs:
             count = min(count, _PROMPT_LOGPROBS_CHUNK)
         chunks.append(ScheduledChunk(sequence, sequence.computed, count))
-        self._keep(chunks[-1])
+        self._cache_full_blocks(chunks[-1])
         return count
 
     def _ensure_blocks(self, sequence: Sequence) -> bool:
@@ -224,5 +224,5 @@ class Scheduler:
     def _forget_computed(self, sequence: Sequence) -> None:
         """Gives blocks back. What the cache has lost by then is computed again if the sequence runs later."""
         self._blocks.release(sequence.block_table)
-        sequence.computed = sequence.kept_blocks = 0
+        sequence.computed = sequence.cached_blocks = 0
         sequence.prompt_logprobs.clear()

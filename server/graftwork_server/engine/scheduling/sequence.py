@@ -37,7 +37,7 @@ class Sequence:
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
     block_table: list[int] = field(default_factory=list)
-    kept_blocks: int = 0
+    cached_blocks: int = 0
     """Blocks, from the first on, that others can find by their keys."""
     cached_tokens: int | None = None
     """Prompt tokens that were in the cache when it first ran, virtual ones not counted; None before that."""

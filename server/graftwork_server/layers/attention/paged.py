@@ -67,8 +67,8 @@ class NativeStep:
         tables = torch.tensor(
             [[*chunk.block_table[:blocks], *[0] * (blocks - len(chunk.block_table))] for _, chunk in decoding]
         )
-        self._kept = (new_rows, rows, lengths, tables)
-        new, *others = (tensor.data_ptr() for tensor in self._kept)
+        self._alive = (new_rows, rows, lengths, tables)
+        new, *others = (tensor.data_ptr() for tensor in self._alive)
         self.description = torch.tensor([new, len(new_rows), *others, len(decoding), blocks])
 
 

@@ -11,7 +11,7 @@ from graftwork_server.errors import FailedPrecondition, NotFound
 from graftwork_server.hub.database.records import JobRecord
 from graftwork_server.hub.hub import Hub
 from graftwork_server.types import AdapterRef, ArtifactInfo, LoadReport, StrategyInfo
-from graftwork_server.wire.tuning import JobSpec, PreparedJob
+from graftwork_server.wire.tuning import PreparedJob, TunerTask
 
 
 class EngineCalls(Protocol):
@@ -26,7 +26,7 @@ class EngineCalls(Protocol):
     ) -> PreparedJob:
         """Checks a job's settings, completes and estimates them. Raises InvalidArgument with the keys to change."""
 
-    async def start_job(self, job: JobSpec) -> int:
+    async def start_job(self, job: TunerTask) -> int:
         """Starts a tuner and gives its process id."""
 
     async def stop_job(self, job_id: str) -> bool:

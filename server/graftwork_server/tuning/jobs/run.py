@@ -29,7 +29,7 @@ from graftwork_server.tuning.jobs.context import JobContext, check_still_possibl
 from graftwork_server.tuning.jobs.publish import JobPublisher
 from graftwork_server.tuning.jobs.running_job import CancelledByUser, RunningJob
 from graftwork_server.types import JobState, TuningResult
-from graftwork_server.wire.tuning import Checkpointed, Failed, Finished, JobSpec, Note, Progress, TunerEvent
+from graftwork_server.wire.tuning import Checkpointed, Failed, Finished, Note, Progress, TunerEvent, TunerTask
 
 MAX_ENGINE_LOSSES = 3
 """Engines that may die under a job, without a checkpoint in between, before it is given up."""
@@ -188,14 +188,14 @@ class JobRun:
         if self._job.cancelled.is_set():
             raise CancelledByUser
 
-    def _prepare_folder(self) -> JobSpec:
+    def _prepare_folder(self) -> TunerTask:
         spec, store = self._job.record.spec, self._context.hub.store
         with storage_errors("preparing a job"):
             self._job.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Of a tuner that ended before its word of it was heard; the next one renames its own to this place.
         store.discard(self._job.artifact)
         validation = spec.validation_dataset_id
-        return JobSpec(
+        return TunerTask(
             job_id=self._job.job_id,
             strategy=spec.strategy,
             config=spec.config,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests import toys
 from tests.server.engine.harness import Harness, Reference, StepLoader, deltas_of
 
-from graftwork_server.engine.scheduling.fairness import Client, FairQueue, Turns
+from graftwork_server.engine.scheduling.fairness import AdapterQueue, FairQueue, Turns
 from graftwork_server.engine.scheduling.sequence import Sequence
 from graftwork_server.layers.binding.adapter import bind
 from graftwork_server.layers.models.base_model import BaseModel
@@ -47,7 +47,7 @@ class Traffic:
         for number, adapter, options in self.arrivals.pop(now, []):
             self.arrived[number] = now
             self.harness.add(number, [*PROMPT, 3 + number % 100], adapter, **({"max_tokens": 8} | options))
-            clients = self.harness.engine._admission._queue._clients.values()
+            clients = self.harness.engine._admission._queue._queues.values()
             self.counters[number] = {client.digest: client.counter for client in clients}
         outputs = self.harness.step()
         for output in outputs:
@@ -220,15 +220,15 @@ def test_a_step_costs_what_runs_not_what_waits(llama_dir: Path, llama: BaseModel
     lease, report = pool.lease, pool.report
     pool.lease = lambda digest: (touched.append("lease"), lease(digest))[1]  # type: ignore[method-assign]
     pool.report = lambda digest: (touched.append("report"), report(digest))[1]  # type: ignore[method-assign]
-    turn = Client.turn.fget
+    turn = AdapterQueue.turn.fget
     assert turn is not None
     try:
-        Client.turn = property(lambda client: (touched.append("turn"), turn(client))[1])  # type: ignore[method-assign]
+        AdapterQueue.turn = property(lambda client: (touched.append("turn"), turn(client))[1])  # type: ignore[method-assign]
         harness.load_requests.clear()
         for _ in range(40):
             harness.step()
     finally:
-        Client.turn = property(turn)  # type: ignore[method-assign]
+        AdapterQueue.turn = property(turn)  # type: ignore[method-assign]
     assert len(harness.finished) >= 4, "places became free on the way"
     assert len(touched) < 40 * 20
     assert len(harness.load_requests) == 40 * 4
@@ -302,11 +302,11 @@ def test_the_first_is_the_one_with_the_smallest_counter(data: st.DataObject) -> 
                 queue.charge(chosen, data.draw(st.integers(1, 9)))
             queue.ended(chosen)
         elif action == "away" and (client := queue.ready.first()):
-            queue.set_away(client)
-        elif action == "back" and (client := queue.away.first()):
+            queue.set_unloaded(client)
+        elif action == "back" and (client := queue.unloaded.first()):
             queue.set_ready(client)
-        clients = queue._clients
-        for turns in (queue.ready, queue.away):
+        clients = queue._queues
+        for turns in (queue.ready, queue.unloaded):
             here = [client for client in clients.values() if client in turns]
             first = turns.first()
             assert (first.turn if first else None) == min((client.turn for client in here), default=None)
@@ -315,7 +315,7 @@ def test_the_first_is_the_one_with_the_smallest_counter(data: st.DataObject) -> 
                 assert first.first.id == min(
                     other.id for other in waiting if other.digest == first.digest and other.priority == highest
                 )
-        assert len(queue.ready) + len(queue.away) == len({other.digest for other in waiting})
+        assert len(queue.ready) + len(queue.unloaded) == len({other.digest for other in waiting})
 
 
 def test_clients_are_forgotten_and_gain_nothing_by_it() -> None:
@@ -326,13 +326,13 @@ def test_clients_are_forgotten_and_gain_nothing_by_it() -> None:
         queue.remove(one)
         queue.charge(one, 10 if number % 100 else 10_000)
         queue.ended(one)
-    assert len(queue._clients) < 2500
+    assert len(queue._queues) < 2500
     slow, heavy = sequence(6000, "slow"), sequence(6001, "heavy")
     queue.add(slow)
     queue.add(heavy)
     queue.remove(heavy)
     queue.charge(heavy, 1000)
-    counter = queue._clients["heavy"].counter
+    counter = queue._queues["heavy"].counter
     for number in range(5000):
         one = sequence(number, f"d{number}")
         queue.add(one)
@@ -340,9 +340,9 @@ def test_clients_are_forgotten_and_gain_nothing_by_it() -> None:
         queue.ended(one)
         if number == 1:
             queue.ended(heavy)
-    assert queue._clients["heavy"].counter == counter, "it is ahead of the one that waits: that is not forgotten"
+    assert queue._queues["heavy"].counter == counter, "it is ahead of the one that waits: that is not forgotten"
     turns: Turns[int] = Turns(lambda client: client.counter)
-    client = Client("x")
+    client = AdapterQueue("x")
     for _ in range(1000):
         turns.put(client)
         turns.remove(client)

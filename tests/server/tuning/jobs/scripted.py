@@ -39,10 +39,10 @@ from graftwork_server.wire.tuning import (
     Evaluated,
     Finished,
     JobEvent,
-    JobSpec,
     PreparedJob,
     Progress,
     TunerEvent,
+    TunerTask,
 )
 
 ROWS = [{"prompt": f"say {n}", "completion": str(n)} for n in range(10)]
@@ -61,7 +61,7 @@ STRATEGIES = [
     StrategyInfo(id="broken", load_error="ImportError: no"),
 ]
 Say = Callable[[TunerEvent], None]
-Script = Callable[[JobSpec, Say], Awaitable[None]]
+Script = Callable[[TunerTask, Say], Awaitable[None]]
 
 
 def text_processor() -> TextProcessor:
@@ -81,7 +81,7 @@ def step(number: int, loss: float = 1.0) -> Progress:
     )
 
 
-def leave_artifact(job: JobSpec, header: bytes = b"{}") -> None:
+def leave_artifact(job: TunerTask, header: bytes = b"{}") -> None:
     """What a tuner does at its end."""
     folder = Path(job.artifact_dir)
     temporary = folder.with_name("artifact.tmp")
@@ -91,7 +91,7 @@ def leave_artifact(job: JobSpec, header: bytes = b"{}") -> None:
     temporary.rename(folder)
 
 
-async def train(job: JobSpec, say: Say) -> None:
+async def train(job: TunerTask, say: Say) -> None:
     """A tuner without surprises."""
     for number in (1, 2, 3):
         say(step(number))
@@ -101,7 +101,7 @@ async def train(job: JobSpec, say: Say) -> None:
     say(Finished(result=RESULT))
 
 
-async def never(job: JobSpec, say: Say) -> None:
+async def never(job: TunerTask, say: Say) -> None:
     """A tuner that takes one step, and its time."""
     say(step(1))
 
@@ -115,7 +115,7 @@ class ScriptedEngine:
         self.alive = True
         self.prepared: list[tuple[int, int]] = []
         self.held_out: list[int] = []
-        self.started: list[JobSpec] = []
+        self.started: list[TunerTask] = []
         self.stopped: list[str] = []
         self.loaded: list[str] = []
         self.load_error: GraftworkServerError | None = None
@@ -149,7 +149,7 @@ class ScriptedEngine:
         chosen = SettingChoice(key="rank", value=8, reason="as good as any")
         return PreparedJob(config={"rank": 8, **config}, estimate=ESTIMATE, choices=[chosen])
 
-    async def start_job(self, job: JobSpec) -> int:
+    async def start_job(self, job: TunerTask) -> int:
         self._check()
         self.started.append(job)
         manager = self.manager

@@ -25,7 +25,7 @@ from tests.waiting import until
 
 from graftwork_server.errors import AlreadyExists, FailedPrecondition, GraftworkServerError, InvalidArgument, NotFound
 from graftwork_server.types import JobState
-from graftwork_server.wire.tuning import Finished, JobSpec, Progress
+from graftwork_server.wire.tuning import Finished, Progress, TunerTask
 
 # ------------------------------------------------------------------------------------------- what a name serves
 
@@ -248,7 +248,7 @@ async def test_cancel_races_with_the_end(tmp_path: Path) -> None:
 async def test_watchers_see_everything_from_where_they_were(tmp_path: Path) -> None:
     go = asyncio.Event()
 
-    async def script(job: JobSpec, say: Say) -> None:
+    async def script(job: TunerTask, say: Say) -> None:
         async def later() -> None:
             for number in range(1, 701):
                 say(step(number))

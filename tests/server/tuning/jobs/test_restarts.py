@@ -20,7 +20,7 @@ from graftwork_server.errors import Unavailable
 from graftwork_server.hub.files.manifest import digest_of
 from graftwork_server.hub.hub import Hub
 from graftwork_server.types import JobState
-from graftwork_server.wire.tuning import Checkpointed, JobSpec
+from graftwork_server.wire.tuning import Checkpointed, TunerTask
 
 
 async def test_a_lost_engine_resumes_the_job(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ async def test_a_lost_engine_resumes_the_job(tmp_path: Path) -> None:
 
 
 async def test_a_job_that_ends_engines_is_given_up(tmp_path: Path) -> None:
-    async def deadly(job: JobSpec, say: Say) -> None:
+    async def deadly(job: TunerTask, say: Say) -> None:
         if len(engine.started) == 2:
             say(Checkpointed(step=1))  # progress: the count begins anew
         asyncio.get_running_loop().call_later(0.01, engine.die)
@@ -56,7 +56,7 @@ async def test_a_job_that_ends_engines_is_given_up(tmp_path: Path) -> None:
 
 
 async def test_an_engine_that_dies_while_starting_counts_once(tmp_path: Path) -> None:
-    async def script(job: JobSpec, say: Say) -> None:
+    async def script(job: TunerTask, say: Say) -> None:
         if len(engine.started) == 1:
             engine.die()
             asyncio.get_running_loop().call_later(0.01, engine.return_)

@@ -34,7 +34,7 @@ from graftwork_server.hub.hub import Hub
 from graftwork_server.tuning.jobs import running_job
 from graftwork_server.tuning.jobs.manager import JobManager
 from graftwork_server.types import JobState
-from graftwork_server.wire.tuning import Failed, Finished, JobSpec, Progress
+from graftwork_server.wire.tuning import Failed, Finished, Progress, TunerTask
 
 
 async def test_a_job_becomes_a_version(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ async def test_a_job_becomes_a_version(tmp_path: Path) -> None:
 
 
 async def test_a_failed_tuner_fails_its_job(tmp_path: Path) -> None:
-    async def fail(job: JobSpec, say: Say) -> None:
+    async def fail(job: TunerTask, say: Say) -> None:
         say(step(1, math.nan))
         say(Failed(error=ErrorBody(code="INTERNAL", reason="LOSS_NOT_FINITE", message="the loss is NaN at step 1")))
 
@@ -147,9 +147,9 @@ async def events_of_now(hub: Hub, job_id: str) -> list[JobEventRecord]:
 
 async def test_a_tuner_that_meets_a_full_disk_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running_job, "FIRST_PAUSE_SECONDS", 0.1)
-    starts: list[JobSpec] = []
+    starts: list[TunerTask] = []
 
-    async def script(job: JobSpec, say: Say) -> None:
+    async def script(job: TunerTask, say: Say) -> None:
         starts.append(job)
         if len(starts) == 1:
             say(step(1))
@@ -176,7 +176,7 @@ async def test_a_tuner_that_meets_a_full_disk_is_started_again(tmp_path: Path, m
 async def test_a_paused_job_can_be_cancelled_and_outlives_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def full(job: JobSpec, say: Say) -> None:
+    async def full(job: TunerTask, say: Say) -> None:
         say(Failed(error=ErrorBody(code="FAILED_PRECONDITION", reason="DISK_FULL", message="the disk is full")))
 
     async with server(tmp_path, ScriptedEngine(full)) as (hub, manager):
@@ -195,7 +195,7 @@ async def test_a_paused_job_can_be_cancelled_and_outlives_a_restart(
 
 @pytest.mark.parametrize("kind", ["pickle", "truncated", "missing"])
 async def test_what_is_no_artifact_is_not_published(tmp_path: Path, kind: str) -> None:
-    async def script(job: JobSpec, say: Say) -> None:
+    async def script(job: TunerTask, say: Say) -> None:
         if kind != "missing":
             leave_artifact(job, b"{" if kind == "truncated" else b"{}")
         if kind == "pickle":

@@ -18,7 +18,7 @@ from tests.server.tuning.tuner.tuner_harness import TunerHarness, checkpointed, 
 from transformers import AutoModelForCausalLM
 
 from graftwork_plugins.builtin.strategies.lora import Lora
-from graftwork_server.wire.tuning import Evaluated, Failed, Finished, JobSpec, Note, Progress, TunerEvent
+from graftwork_server.wire.tuning import Evaluated, Failed, Finished, Note, Progress, TunerEvent, TunerTask
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,14 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def unbroken(harness: TunerHarness) -> tuple[JobSpec, list[TunerEvent]]:
+def unbroken(harness: TunerHarness) -> tuple[TunerTask, list[TunerEvent]]:
     """A lora job from beginning to end, in its own process."""
     job = harness.job("unbroken", **SETTINGS)
     return job, harness.run(job)
 
 
 def test_a_lora_job_learns_and_leaves_a_peft_adapter(
-    harness: TunerHarness, unbroken: tuple[JobSpec, list[TunerEvent]]
+    harness: TunerHarness, unbroken: tuple[TunerTask, list[TunerEvent]]
 ) -> None:
     job, events = unbroken
     finished = events[-1]
@@ -75,7 +75,7 @@ def test_a_lora_job_learns_and_leaves_a_peft_adapter(
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(harness.model_dir), artifact)
 
 
-def test_nothing_in_the_job_directory_is_pickled(unbroken: tuple[JobSpec, list[TunerEvent]]) -> None:
+def test_nothing_in_the_job_directory_is_pickled(unbroken: tuple[TunerTask, list[TunerEvent]]) -> None:
     files = [path for path in Path(unbroken[0].job_dir).rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors"}
     for path in files:
@@ -83,7 +83,7 @@ def test_nothing_in_the_job_directory_is_pickled(unbroken: tuple[JobSpec, list[T
             json.loads(path.read_text())
 
 
-def test_a_killed_job_resumes_bit_by_bit(harness: TunerHarness, unbroken: tuple[JobSpec, list[TunerEvent]]) -> None:
+def test_a_killed_job_resumes_bit_by_bit(harness: TunerHarness, unbroken: tuple[TunerTask, list[TunerEvent]]) -> None:
     whole = unbroken[1]
     job = harness.job("killed", **SETTINGS)
     tuner = harness.start(job)
@@ -107,7 +107,7 @@ def test_a_killed_job_resumes_bit_by_bit(harness: TunerHarness, unbroken: tuple[
 
 
 def test_a_job_that_had_ended_is_not_trained_again(
-    harness: TunerHarness, unbroken: tuple[JobSpec, list[TunerEvent]]
+    harness: TunerHarness, unbroken: tuple[TunerTask, list[TunerEvent]]
 ) -> None:
     events = harness.run_here(unbroken[0])
     assert losses(events) == []

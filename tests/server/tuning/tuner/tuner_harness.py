@@ -25,10 +25,10 @@ from graftwork_server.wire.tuning import (
     Checkpointed,
     Failed,
     Finished,
-    JobSpec,
     Progress,
     StartTuning,
     TunerEvent,
+    TunerTask,
     tuner_decoder,
 )
 
@@ -67,14 +67,14 @@ class TunerHarness:
         self.gate = os.memfd_create("gate")
         os.ftruncate(self.gate, 8)
 
-    def job(self, name: str, strategy: str = "lora", rows: int = 24, **settings: Any) -> JobSpec:
-        """A job over `rows` rows of the copy task; other settings than JobSpec's are the strategy's."""
+    def job(self, name: str, strategy: str = "lora", rows: int = 24, **settings: Any) -> TunerTask:
+        """A job over `rows` rows of the copy task; other settings than TunerTask's are the strategy's."""
         data = self.folder / f"{name}.jsonl"
         data.write_bytes(b"".join(jsonl(copy_task(rows))))
         (self.folder / name).mkdir(exist_ok=True)
-        spec = {key: settings.pop(key) for key in list(settings) if key in JobSpec.__struct_fields__}
+        spec = {key: settings.pop(key) for key in list(settings) if key in TunerTask.__struct_fields__}
         config = {"batch_size": 8, "learning_rate": 0.01, "max_steps": 12} | settings
-        return JobSpec(
+        return TunerTask(
             **{
                 "job_id": name,
                 "strategy": strategy,
@@ -86,7 +86,7 @@ class TunerHarness:
             | spec
         )
 
-    def start(self, job: JobSpec, yield_ms: int = 0) -> Tuner:
+    def start(self, job: TunerTask, yield_ms: int = 0) -> Tuner:
         """A tuner process at work on `job`."""
         mine, theirs = socket.socketpair()
         weights = self.weights.info()
@@ -98,13 +98,13 @@ class TunerHarness:
         mine.sendall(encode_frame(self.command(job, yield_ms)))
         return Tuner(process, mine)
 
-    def command(self, job: JobSpec, yield_ms: int = 0) -> StartTuning:
+    def command(self, job: TunerTask, yield_ms: int = 0) -> StartTuning:
         """What the engine sends first."""
         return StartTuning(
             job=job, model=self.info, weights=self.weights.info(), gate_fd=self.gate, threads=1, yield_ms=yield_ms
         )
 
-    def run_here(self, job: JobSpec) -> list[TunerEvent]:
+    def run_here(self, job: TunerTask) -> list[TunerEvent]:
         """All events of a job, run in this process: starting one takes seconds."""
         events: list[TunerEvent] = []
         threads = torch.get_num_threads()
@@ -112,7 +112,7 @@ class TunerHarness:
         torch.set_num_threads(threads)
         return events
 
-    def run(self, job: JobSpec) -> list[TunerEvent]:
+    def run(self, job: TunerTask) -> list[TunerEvent]:
         """All events of a job, to its end, run in a process of its own."""
         tuner = self.start(job)
         try:
