@@ -22,7 +22,6 @@ from llguidance import LLMatcher
 
 from graftwork_plugins import BaseInfo
 from graftwork_server.config import ServerConfig
-from graftwork_server.engine.adapters.loaded import LoadedAdapter
 from graftwork_server.engine.adapters.service import AdapterService, error_body
 from graftwork_server.engine.engine import Engine
 from graftwork_server.engine.helper_threads import HelperThreads, compute_alone, compute_behind
@@ -40,7 +39,6 @@ from graftwork_server.wire.engine import (
     Hello,
     Inspect,
     Load,
-    LoadedChanged,
     Pin,
     Result,
     SequenceOutput,
@@ -78,7 +76,7 @@ class EngineWorker:
         self._inbox: queue.SimpleQueue[FrontMessage | Callable[[], None] | None] = queue.SimpleQueue()
         self._outbox = Outbox(connection, settings.messages_per_second, lambda id: self._inbox.put(Cancel(id=id)))
         self._stop = threading.Event()
-        self.adapters = AdapterService(self.engine.adapters, self, self._plugins.read, self._plugins.bind)
+        self.adapters = AdapterService(self.engine, self._plugins, self._outbox, self._inbox.put)
         self._checks = HelperThreads(1, "check", compute_alone)
         """Reads files, for as long as that takes."""
         self._jobs = HelperThreads(1, "jobs", compute_alone)
@@ -239,39 +237,11 @@ class EngineWorker:
 
         def run() -> None:
             try:
-                self.reply(call_id, work())
+                self._outbox.reply(call_id, work())
             except BaseException as error:
-                self.reply(call_id, error_body(error))
+                self._outbox.reply(call_id, error_body(error))
 
         threads.submit(run)
-
-    # ------------------------------------------------------------------------------------------ adapters
-
-    def send(self, message: LoadedChanged) -> None:
-        """See adapters.service.Host."""
-        self._outbox.send(message)
-
-    def reply(self, call_id: int, result: Result | ErrorBody) -> None:
-        """See adapters.service.Host."""
-        self._outbox.reply(call_id, result)
-
-    def between_steps(self, work: Callable[[], None]) -> None:
-        """See adapters.service.Host."""
-        self._inbox.put(work)
-
-    def arrived(self, adapter: LoadedAdapter) -> None:
-        """See adapters.service.Host."""
-        self.engine.arrived(adapter)
-
-    def failed(self, digest: str, error: ErrorBody) -> None:
-        """See adapters.service.Host."""
-        failed = self.engine.fail_waiting(digest, error)
-        if failed:
-            self._outbox.publish(failed)
-
-    def waited_for(self) -> set[str]:
-        """See adapters.service.Host."""
-        return self.engine.waited_for()
 
     # ------------------------------------------------------------------------------------------ connection
 

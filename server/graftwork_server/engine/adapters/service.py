@@ -7,61 +7,36 @@ waits for a load, or for an adapter's last lease to end, is answered between two
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 import msgspec
 
-from graftwork_plugins import Delta
 from graftwork_server.engine.adapters.loaded import LoadedAdapter
 from graftwork_server.engine.adapters.loader import Loader, Result
-from graftwork_server.engine.adapters.pool import AdapterPool
 from graftwork_server.engine.adapters.record import AdapterRecord
+from graftwork_server.engine.engine import Engine
+from graftwork_server.engine.outbox import Outbox
+from graftwork_server.engine.plugin_calls import PluginCalls
 from graftwork_server.errors import ErrorBody, FailedPrecondition, GraftworkServerError, body_of
-from graftwork_server.layers.binding.prepared import PreparedAdapter
 from graftwork_server.types import AdapterRef
 from graftwork_server.wire.engine import Load, LoadedChanged, LoadReply, Pin, Pinned, Unload, Unloaded
-from graftwork_server.wire.engine import Result as Answer
 
 log = logging.getLogger("graftwork.engine")
-
-
-class Host(Protocol):
-    """What the service needs of the worker around it."""
-
-    def send(self, message: LoadedChanged) -> None:
-        """To the front."""
-
-    def reply(self, call_id: int, result: Answer | ErrorBody) -> None:
-        """To a call of the front."""
-
-    def between_steps(self, work: Callable[[], None]) -> None:
-        """Runs `work` in the step thread; called from any."""
-
-    def arrived(self, adapter: LoadedAdapter) -> None:
-        """An adapter was loaded; its load's lease passes over."""
-
-    def failed(self, digest: str, error: ErrorBody) -> None:
-        """An adapter could not be loaded; the sequences that wait for it end."""
-
-    def waited_for(self) -> set[str]:
-        """Digests of the adapters of waiting sequences."""
 
 
 class AdapterService:
     """The adapters of an engine, asked for by digest."""
 
     def __init__(
-        self,
-        pool: AdapterPool,
-        host: Host,
-        read: Callable[[AdapterRef], Sequence[Delta]],
-        bind: Callable[[str, Sequence[Delta]], PreparedAdapter],
+        self, engine: Engine, plugins: PluginCalls, outbox: Outbox, between_steps: Callable[[Callable[[], None]], None]
     ) -> None:
-        """`read` and `bind`: see Loader."""
-        self._pool = pool
-        self._host = host
-        self._loader = Loader(read, bind, pool, self._loaded)
+        """between_steps: runs work in the step thread; called from any."""
+        self._engine = engine
+        self._pool = engine.adapters
+        self._outbox = outbox
+        self._loader = Loader(
+            plugins.read, plugins.bind, self._pool, lambda *ended: between_steps(lambda: self._end_load(*ended))
+        )
         self._waiting: set[AdapterRecord] = set()
         """With calls, or a load under way: what has to be looked after between steps."""
         self._unloading: dict[LoadedAdapter, list[int]] = {}
@@ -77,7 +52,7 @@ class AdapterService:
         if report is not None:
             self.tell_loaded()
             report = msgspec.structs.replace(report, load_ms=0.0, already_loaded=True)
-            self._host.reply(message.call_id, LoadReply(report=report))
+            self._outbox.reply(message.call_id, LoadReply(report=report))
             return
         self.ensure_loaded(message.adapter).load_calls.append(message.call_id)
 
@@ -92,7 +67,7 @@ class AdapterService:
     def pin(self, message: Pin) -> None:
         """Pins these adapters and no others."""
         self._pool.pin(message.digests)
-        self._host.reply(message.call_id, Pinned())
+        self._outbox.reply(message.call_id, Pinned())
 
     # ------------------------------------------------------------------------------------------ sequences
 
@@ -115,7 +90,7 @@ class AdapterService:
         """What may have changed since it was last called: who still waits for loads, whose last lease has ended."""
         loading = [record for record in self._waiting if record.is_loading]
         if loading:
-            wanted = self._pool.wanted = self._host.waited_for()
+            wanted = self._pool.wanted = self._engine.waited_for()
             for record in loading:
                 if not record.load_calls and record.digest not in wanted:
                     record.set_due(False)
@@ -124,7 +99,7 @@ class AdapterService:
         self.tell_loaded()
         for adapter in [adapter for adapter in self._unloading if adapter.gone]:
             for call_id in self._unloading.pop(adapter):
-                self._host.reply(call_id, Unloaded(was_loaded=True))
+                self._outbox.reply(call_id, Unloaded(was_loaded=True))
 
     def give_up(self) -> None:
         """No load is needed any more."""
@@ -135,7 +110,7 @@ class AdapterService:
         the list as the answer says."""
         if self._pool.generation != self._told:
             self._told = self._pool.generation
-            self._host.send(LoadedChanged(digests=self._pool.digests()))
+            self._outbox.send(LoadedChanged(digests=self._pool.digests()))
 
     # ------------------------------------------------------------------------------------------ ends
 
@@ -144,19 +119,16 @@ class AdapterService:
         self._waiting.add(record)
         self._loader.start(record)
 
-    def _loaded(self, record: AdapterRecord, result: Result) -> None:
-        self._host.between_steps(lambda: self._end_load(record, result))
-
     def _end_load(self, record: AdapterRecord, result: Result) -> None:
         source = record.source
         if isinstance(result, BaseException):
             self._fail(record, error_body(result))
         elif result is not None:
             record.end_load()
-            self._host.arrived(result)
+            self._engine.arrived(result)
             self.tell_loaded()
             for call_id in record.take_calls():
-                self._host.reply(call_id, LoadReply(report=result.report))
+                self._outbox.reply(call_id, LoadReply(report=result.report))
         else:
             record.end_load()
             if record.load_calls and source is not None:
@@ -168,8 +140,9 @@ class AdapterService:
         log.warning("adapter %s could not be loaded: %s", record.digest[:19], error.message)
         record.end_load(error)
         for call_id in record.take_calls():
-            self._host.reply(call_id, error)
-        self._host.failed(record.digest, error)
+            self._outbox.reply(call_id, error)
+        if failed := self._engine.fail_waiting(record.digest, error):
+            self._outbox.publish(failed)
         record.end_load()
 
     def _unload(self, record: AdapterRecord) -> None:
@@ -183,7 +156,7 @@ class AdapterService:
             calls = []
         self.tell_loaded()
         for call_id in calls:
-            self._host.reply(call_id, answer)
+            self._outbox.reply(call_id, answer)
         self._look_away(record)
 
     def _look_away(self, record: AdapterRecord) -> None:
