@@ -33,7 +33,9 @@ class LinearShape(Protocol):
     """Sizes of a group of linear layers with one input."""
 
     @property
-    def in_features(self) -> int: ...
+    def in_features(self) -> int:
+        """Of the input."""
+
     @property
     def out_features(self) -> Sequence[int]:
         """Of each member."""

@@ -44,7 +44,7 @@ class Sampler:
             one, top = sampled[index], results[index].chunk.sequence.request.sampling.logprobs
             one.token = int(values[tokens][row]) if values[allowed][row] else None
             if top is not None and one.token is not None:
-                one.logprobs = [_logprobs(values, logprobs, row, one.token, top)]
+                one.logprobs = [entry(values, logprobs, row, one.token, top)]
         for index, at in zip(ending, pooling, strict=True):
             one = sampled[index]
             one.pooled, is_finite = pooled(one.chunk.sequence, self._base_head, values[at])
@@ -63,7 +63,7 @@ class Sampler:
         ids, allowed = choose(logits if most is None else logits.clone(), sequences, self._masks)
         logprobs: tuple[int, ...] = ()
         if most is not None:
-            logprobs = tuple(readback.add(tensor) for tensor in _token_logprobs(logits, ids, most))
+            logprobs = tuple(readback.add(tensor) for tensor in token_logprobs(logits, ids, most))
         return readback.add(ids), readback.add(allowed), logprobs
 
 
@@ -91,16 +91,10 @@ def _argmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1)
 
 
-def sample(logits: torch.Tensor, sequences: SequenceOf[Sequence], masks: Masks | None = None) -> list[int | None]:
-    """The next token of each sequence, None where none is allowed; logits [sequences, vocabulary] float32, changed."""
-    ids, allowed = choose(logits, sequences, masks)
-    return [token if can else None for token, can in zip(ids.tolist(), allowed.tolist(), strict=True)]
-
-
 # ---------------------------------------------------------------------------------------------- log probabilities
 
 
-def _token_logprobs(logits: torch.Tensor, ids: torch.Tensor, top: int) -> tuple[torch.Tensor, ...]:
+def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, top: int) -> tuple[torch.Tensor, ...]:
     """Natural log probabilities of ids [tokens], and of the `top` most likely tokens with their ids [tokens, top];
     logits [tokens, vocabulary]."""
     logprobs = logits.float().log_softmax(-1)
@@ -111,19 +105,13 @@ def _token_logprobs(logits: torch.Tensor, ids: torch.Tensor, top: int) -> tuple[
     return chosen, values, best
 
 
-def _logprobs(values: SequenceOf[Array], at: SequenceOf[int], row: int, token: int, top: int) -> TokenLogprobs:
+def entry(values: SequenceOf[Array], at: SequenceOf[int], row: int, token: int, top: int) -> TokenLogprobs:
+    """A token's log probability, and those of the `top` most likely ones; `at` is where token_logprobs' tensors are."""
     chosen = float(values[at[0]][row])
     if top == 0:
         return TokenLogprobs(token, chosen)
     likely, ids = (values[index][row, :top].tolist() for index in at[1:])
     return TokenLogprobs(token, chosen, [(int(id), value) for id, value in zip(ids, likely, strict=True)])
-
-
-def token_logprobs(logits: torch.Tensor, token_ids: SequenceOf[int], top: int) -> list[TokenLogprobs]:
-    """Natural log probabilities of `token_ids` and of the `top` most likely tokens; logits [tokens, vocabulary]."""
-    ids = torch.tensor(token_ids, device=logits.device)
-    values = [tensor.cpu().numpy() for tensor in _token_logprobs(logits, ids, top)]
-    return [_logprobs(values, range(len(values)), row, token, top) for row, token in enumerate(token_ids)]
 
 
 def _prompt_logprobs(result: ChunkLogits, readback: Readback) -> tuple[int, ...]:
@@ -133,7 +121,7 @@ def _prompt_logprobs(result: ChunkLogits, readback: Readback) -> tuple[int, ...]
         return ()
     ids = on_device(targets, torch.int64, result.logits.device)
     top = result.chunk.sequence.request.prompt_logprobs or 0
-    return tuple(readback.add(tensor) for tensor in _token_logprobs(result.logits[: len(targets)], ids, top))
+    return tuple(readback.add(tensor) for tensor in token_logprobs(result.logits[: len(targets)], ids, top))
 
 
 def _targets(chunk: ScheduledChunk) -> list[int]:
@@ -150,4 +138,4 @@ def _scored(chunk: ScheduledChunk, values: SequenceOf[Array], at: SequenceOf[int
     if sequence.wants_prompt_logprobs and chunk.start <= first < chunk.start + chunk.count:
         entries.append(TokenLogprobs(sequence.tokens[first], None))
     top = sequence.request.prompt_logprobs or 0
-    return entries + [_logprobs(values, at, row, token, top) for row, token in enumerate(_targets(chunk))]
+    return entries + [entry(values, at, row, token, top) for row, token in enumerate(_targets(chunk))]

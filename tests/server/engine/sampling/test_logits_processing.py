@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.bounds import assert_near
+from tests.server.engine.sampling.sampling_harness import sample
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -22,7 +23,6 @@ from transformers import (
 )
 
 from graftwork_server.engine.sampling.logits_processing import TokenCounts, process_logits
-from graftwork_server.engine.sampling.sampler import sample
 from graftwork_server.engine.scheduling.sequence import Sequence
 from graftwork_server.wire.engine import Generate, Sampling
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.server.engine.sampling.sampling_harness import sample
 from torch.overrides import TorchFunctionMode
 
 from graftwork_server.engine.sampling import draw
-from graftwork_server.engine.sampling.sampler import Sampler, sample
+from graftwork_server.engine.sampling.sampler import Sampler
 from graftwork_server.engine.sampling.transfer import Readback
 from graftwork_server.engine.scheduling.sequence import ChunkLogits, ScheduledChunk, Sequence
 from graftwork_server.wire.engine import Generate, Sampling

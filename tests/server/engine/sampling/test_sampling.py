@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.bounds import rounding
 from tests.server.engine.harness import Harness
+from tests.server.engine.sampling.sampling_harness import sample, token_logprobs
 
-from graftwork_server.engine.sampling.sampler import sample, token_logprobs
 from graftwork_server.engine.scheduling.sequence import Sequence
 from graftwork_server.layers.models.base_model import BaseModel
 from graftwork_server.wire.engine import Generate, Sampling
