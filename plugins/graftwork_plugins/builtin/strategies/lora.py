@@ -156,8 +156,8 @@ class Lora(Strategy):
         return saved_by_peft(trainable.model)
 
     def load(self, artifact: Artifact, base: BaseInfo) -> Sequence[Delta]:
-        """LowRank for each adapted module, Replace for what is saved whole (peft_format/tensors.py), Head for a classifier
-        (peft_format/heads.py)."""
+        """LowRank for each adapted module, Replace for what is saved whole (peft_format/tensors.py), Head for a
+        classifier (peft_format/heads.py)."""
         config = read_adapter_config(artifact.json(CONFIG_FILE))
         try:
             return deltas_of_task(artifact, config, base)
