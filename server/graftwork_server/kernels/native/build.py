@@ -22,7 +22,7 @@ log = logging.getLogger("graftwork.engine")
 
 KV_BLOCK_TOKENS = 16
 """Tokens in a block of the KV cache. The kernels are compiled for it."""
-_SOURCES = ("kernels.c", "typed.h", "tiles.h", "product.h", "layer.h", "int8.h", "nf4.h")
+_SOURCES = ("kernels.c", "typed.h", "tiles.h", "product.h", "low_rank.h", "layer.h", "int8.h", "nf4.h")
 _FLAGS = (
     "-O3",
     "-std=gnu11",
