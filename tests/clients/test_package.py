@@ -21,7 +21,7 @@ DeadlineExceededError Embedding EmbeddingResult FailedPreconditionError FieldVio
 GenerationStream GraftworkError InternalError InvalidArgumentError JobFailedError JobTimeoutError LabelScore LineError
 LineErrorKind LoadReport Message NotFoundError OutOfRangeError PermissionDeniedError ResourceExhaustedError
 SamplingOptions Score ServerInfo ServerLimits Strategy Tokenization TokenLogprob TopLogprob TuningEstimate
-TuningEvaluation TuningEvent TuningJob TuningJobInfo TuningProgress TuningResult TuningJobSpec UnauthenticatedError
+TuningEvaluation TuningEvent TuningJob TuningJobInfo TuningProgress TuningResult TuningSpec UnauthenticatedError
 UnavailableError UnimplementedError UnknownError UploadError Usage
 """
 

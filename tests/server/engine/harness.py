@@ -170,10 +170,13 @@ class StepLoader:
 
         def settled() -> bool:
             with pool._changed:
-                waiting = {waiting.digest: waiting for waiting in pool._waiting}
+                waiting = {record.digest: (record, pool._waiting[:index]) for index, record in enumerate(pool._waiting)}
                 return all(
                     load.done()
-                    or (digest in waiting and (pool._is_leaving(digest) or not pool._has_turn(waiting[digest])))
+                    or (
+                        digest in waiting
+                        and (waiting[digest][0].leaving is not None or not pool._room().is_turn_of(*waiting[digest]))
+                    )
                     for digest, load in self._under_way.items()
                 )
 

@@ -79,7 +79,7 @@ def test_unload_drains_and_gives_memory_back(llama_dir: Path, llama: BaseModel, 
         harness.step()
     assert pool.digests() == []
     assert pool.used_bytes == 0
-    assert not pool._blocks
+    assert not pool.slots.blocks
     assert not pool.unload("d0")
 
 

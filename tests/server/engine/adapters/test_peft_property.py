@@ -291,7 +291,7 @@ def test_what_is_served_is_what_peft_computes(base_of: Base, course: Course) -> 
         check(harness, index, row, models[row.adapter if row.adapter in adapters else 0])
     pool = harness.engine.adapters
     assert harness.engine.blocks.free_blocks == harness.engine.blocks.num_blocks
-    assert all(adapter.leases == 0 for adapter in pool._loaded.values())
+    assert all(record.leases == 0 for record in pool._loaded())
     event(f"evictions: {len(loader.loads) > len({row.adapter for row in course.rows} & adapters.keys())}")
     event(f"found in the cache: {any(harness.cached.values())}")
     event(f"preempted: {bool(preempted)}")
