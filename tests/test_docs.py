@@ -145,3 +145,36 @@ def test_python_blocks_compile(document: str) -> None:
     assert blocks
     for block in blocks:
         compile(block, document, "exec")
+
+
+NAMED = re.compile(r"`([a-z_0-9]+(?:/[a-z_0-9]+)*(?:/|\.(?:py|proto|h|c|md)))`")
+HOMES = ("", "server/graftwork_server", "plugins/graftwork_plugins", "server/graftwork_server/engine", "docs")
+OF_USERS = {
+    "my_strategy.py",
+    "staging/",
+    "artifacts/",
+    "jobs/",
+    "datasets/",
+    "cache/",
+    "cache/tokenizers/",
+    "data/",
+    "v1/",
+}
+"""Files of plugin authors, and folders of a data directory."""
+
+
+@pytest.mark.parametrize(
+    "document", [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name
+)
+def test_files_that_are_named_are_there(document: Path) -> None:
+    named = set(NAMED.findall(document.read_text())) - OF_USERS
+    lost = [name for name in named if not any((ROOT / home / name).exists() for home in HOMES)]
+    lost = [name for name in lost if not any((ROOT / "server/graftwork_server").rglob(name))]
+    assert not lost
+
+
+def test_pages_are_short() -> None:
+    lines = {page.name: len(page.read_text().splitlines()) for page in (ROOT / "docs").glob("*.md")}
+    assert lines.pop("architecture.md") <= 120
+    references = {"operations.md", "plugins.md"}  # tables of settings, reasons and hooks
+    assert {name: count for name, count in lines.items() if count > 150 and name not in references} == {}
