@@ -17,8 +17,10 @@ from pydantic import Field
 from graftwork_plugins import (
     Artifact,
     ArtifactError,
+    Automatic,
     BaseInfo,
     BaseModelHandle,
+    Choice,
     DatasetInfo,
     DeviceInfo,
     Estimate,
@@ -29,11 +31,12 @@ from graftwork_plugins import (
     Trainable,
     TrainingConfig,
     UnsupportedBase,
+    activation_bytes,
+    all_finite,
     hookimpl,
+    without_derived,
 )
-from graftwork_plugins.automatic import FULL_RATE, FULL_WIDTH, Automatic, Choice, full_rate, model_width
-from graftwork_plugins.derived import without_derived
-from graftwork_plugins.estimates import activation_bytes
+from graftwork_plugins.builtin.learning_rates import FULL_RATE, FULL_WIDTH, full_rate, model_width
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +61,7 @@ _LIMITS = frozenset({"max_position_embeddings", "n_positions", "n_ctx"})
 end. What a kind of rotary positions derives from the limit is another matter (_derives_from_limit)."""
 
 
-def _rate(config: FullConfig, base: BaseInfo) -> Choice:
+def _learning_rate(config: FullConfig, base: BaseInfo) -> Choice:
     rate = float(f"{full_rate(base):.2g}")
     return Choice(
         rate,
@@ -69,7 +72,7 @@ def _rate(config: FullConfig, base: BaseInfo) -> Choice:
 class FullConfig(TrainingConfig):
     """Settings of full tuning."""
 
-    learning_rate: Annotated[float, Automatic(_rate)] = Field(
+    learning_rate: Annotated[float, Automatic(_learning_rate)] = Field(
         5e-5, gt=0, le=10, description="Peak learning rate of AdamW; left open: by the model's width."
     )
 
@@ -176,7 +179,8 @@ class FullTuning(Strategy):
             for name, tensor in without_derived(artifact.tensors(file)).items():
                 if name in tensors:
                     raise ArtifactError(name, f"{name} is in two files")
-                _check_values(name, tensor)
+                if tensor.is_floating_point() and not all_finite(tensor):
+                    raise ArtifactError(name, f"tensor {name} has values that are not finite")
                 tensors[name] = tensor
         _resolve_tie(tensors, config, base)
         return [FullWeights(tensors=tensors)]
@@ -209,11 +213,11 @@ def _check_config(config: Mapping[str, Any], base: BaseInfo) -> None:
     otherwise. What the forward depends on must be equal; what describes (_DESCRIPTIVE, names that begin with "_") and
     what the class does not read may be anything. Raises ArtifactError."""
     _check_class(config, base)
-    theirs, ours = _as_read(config, base)
+    theirs, ours = _read_both(config, base)
     free = frozenset() if _derives_from_limit(ours) else _LIMITS
     for key, value in ours.items():
         if key not in free:
-            _require_same(key, theirs.get(key), value)
+            _require_are_equal(key, theirs.get(key), value)
 
 
 def _check_class(config: Mapping[str, Any], base: BaseInfo) -> None:
@@ -231,36 +235,36 @@ def _check_class(config: Mapping[str, Any], base: BaseInfo) -> None:
         )
 
 
-def _as_read(config: Mapping[str, Any], base: BaseInfo) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_both(config: Mapping[str, Any], base: BaseInfo) -> tuple[dict[str, Any], dict[str, Any]]:
     """The keys that matter of the checkpoint's configuration and of the base's."""
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[base.config["model_type"]]
-    given, ours = _that_matter(config), _that_matter(base.config)
+    given, ours = _relevant_keys(config), _relevant_keys(base.config)
     names = kind.attribute_map
     for key, value in given.items():
         # Before any class makes a list with so many entries.
         known = ours.get(names.get(key, key))
         if key.startswith(("num_", "n_")) and key not in _LIMITS and type(known) is type(value) is int:
-            _require_same(key, value, known)
+            _require_are_equal(key, value, known)
     try:
         # Both as the class reads them: it may leave out what another setting makes meaningless.
-        read = [_that_matter(kind.from_dict(dict(document)).to_dict()) for document in (given, ours)]
+        read = [_relevant_keys(kind.from_dict(dict(document)).to_dict()) for document in (given, ours)]
     except Exception as error:  # the classes raise ValueError, TypeError and errors of their own
         for key in given.keys() & ours.keys() - _LIMITS:
             if given[key] is not None:
-                _require_same(key, given[key], ours[key])
+                _require_are_equal(key, given[key], ours[key])
         text = " ".join(str(error).split())[:200]
         raise ArtifactError("config.json", f"config.json is none of a {base.config['model_type']}: {text}") from None
     return read[0], {key: value for key, value in read[1].items() if key in ours}
 
 
-def _require_same(key: str, value: Any, ours: Any) -> None:
-    if not _same(value, ours):
+def _require_are_equal(key: str, value: Any, ours: Any) -> None:
+    if not _are_equal(value, ours):
         raise ArtifactError(key, f"config.json: {key} is {_short(value)}; the base has {_short(ours)}")
 
 
-def _that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
+def _relevant_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     result = {key: value for key, value in config.items() if key not in _DESCRIPTIVE and not key.startswith("_")}
     rope = result.get("rope_parameters")
     if isinstance(rope, dict):
@@ -281,20 +285,13 @@ def _derives_from_limit(config: Mapping[str, Any]) -> bool:
     return False
 
 
-def _same(a: Any, b: Any) -> bool:
+def _are_equal(a: Any, b: Any) -> bool:
     """Equal as settings: a missing key and null are the same, and so are 1 and 1.0."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return all(_same(a.get(key), b.get(key)) for key in {*a, *b})
+        return all(_are_equal(a.get(key), b.get(key)) for key in {*a, *b})
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_are_equal(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b)
-
-
-def _check_values(name: str, tensor: torch.Tensor) -> None:
-    import torch
-
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise ArtifactError(name, f"tensor {name} has values that are not finite")
 
 
 def _short(value: Any) -> str:

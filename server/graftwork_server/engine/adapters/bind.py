@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from graftwork_plugins import Delta, FullWeights, Head, LowRank, Prefix, Replace, Scale
-from graftwork_plugins.derived import without_derived
+from graftwork_plugins import Delta, FullWeights, Head, LowRank, Prefix, Replace, Scale, without_derived
 from graftwork_server.engine.adapters.bind_head import bind_head
 from graftwork_server.engine.adapters.bind_modules import bind_changes
 from graftwork_server.engine.adapters.bind_prefix import bind_prefix

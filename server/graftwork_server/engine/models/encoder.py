@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from graftwork_plugins.heads import ENCODERS, head_of, layout_of
+from graftwork_plugins import ENCODERS, head_of, layout_of
 from graftwork_server.base.describe import fingerprint
 from graftwork_server.base.sentence_files import asked_pooling
 from graftwork_server.base.tokenizer import resolved_tokenizer
