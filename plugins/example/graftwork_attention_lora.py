@@ -25,9 +25,9 @@ from graftwork_plugins import (
     Strategy,
     Trainable,
     TrainingConfig,
+    activation_bytes,
     hookimpl,
 )
-from graftwork_plugins.estimates import activation_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -76,9 +76,7 @@ class AttentionLora(Strategy):
         layers = output_layers(base)
         trained = sum(config.rank * sum(base.linear_modules[layer]) for layer in layers)
         widths = sum(sum(base.linear_modules[layer]) + config.rank for layer in layers)
-        activations = activation_bytes(
-            base, config.micro_batch_tokens, compute_bytes=4 if base.dtype == "float32" else 2
-        )
+        activations = activation_bytes(base, config.micro_batch_tokens)
         return Estimate(
             trained_parameters=trained,
             memory_bytes=16 * trained + activations + 8 * config.micro_batch_tokens * widths,

@@ -15,13 +15,19 @@ A strategy plugin is a module or object with a hook implementation, named by an 
     [project.entry-points."graftwork.strategies"]
     mine = "my_strategy"
 
-Nothing here imports torch or graftwork_server. Within one API version the contract only grows.
+What __all__ names is the contract, which docs/plugins.md describes; within one API version it only grows. An author
+needs nothing else but the kit, graftwork_plugins.testing. The host has graftwork_plugins.manager and hookspecs
+besides. Nothing here imports torch or graftwork_server.
 """
 
 import pluggy
 
+from graftwork_plugins.automatic import Automatic, Choice
 from graftwork_plugins.batches import IGNORED_LABEL, PackedBatch, TrainingRow
 from graftwork_plugins.deltas import Delta, FullWeights, Head, LowRank, Prefix, Replace, Scale
+from graftwork_plugins.documents import read_json
+from graftwork_plugins.estimates import activation_bytes
+from graftwork_plugins.heads import ENCODERS, HeadLayout, head_of, layout_of
 from graftwork_plugins.strategy import (
     API_VERSION,
     Artifact,
@@ -38,6 +44,7 @@ from graftwork_plugins.strategy import (
     TrainingConfig,
     UnsupportedBase,
 )
+from graftwork_plugins.tensors import all_finite, without_derived
 
 PROJECT = "graftwork"
 
@@ -46,12 +53,15 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 __all__ = [
     "API_VERSION",
+    "ENCODERS",
     "IGNORED_LABEL",
     "PROJECT",
     "Artifact",
     "ArtifactError",
+    "Automatic",
     "BaseInfo",
     "BaseModelHandle",
+    "Choice",
     "ConfigError",
     "DatasetInfo",
     "Delta",
@@ -59,6 +69,7 @@ __all__ = [
     "Estimate",
     "FullWeights",
     "Head",
+    "HeadLayout",
     "LowRank",
     "PackedBatch",
     "Prefix",
@@ -70,5 +81,11 @@ __all__ = [
     "TrainingConfig",
     "TrainingRow",
     "UnsupportedBase",
+    "activation_bytes",
+    "all_finite",
+    "head_of",
     "hookimpl",
+    "layout_of",
+    "read_json",
+    "without_derived",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NoReturn
 
-MAX_DEPTH = 200
+_MAX_DEPTH = 200
 """Deeper ones exhaust the stack of who walks them next."""
 _MAX_BITS = 1023
 """Of whole numbers: larger ones fit no float, and Python raises OverflowError wherever they are computed with."""
@@ -30,7 +30,7 @@ def read_json(text: str | bytes, *, constants: bool = False) -> Any:
 
 def _check(value: Any) -> None:
     level = [value]
-    for _ in range(MAX_DEPTH):
+    for _ in range(_MAX_DEPTH):
         inner: list[Any] = []
         for item in level:
             if isinstance(item, dict):
@@ -45,7 +45,7 @@ def _check(value: Any) -> None:
         if not inner:
             return
         level = inner
-    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
 
 
 def _check_text(text: str) -> None:

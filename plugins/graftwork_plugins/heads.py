@@ -12,8 +12,8 @@ from graftwork_plugins.strategy import ArtifactError
 if TYPE_CHECKING:
     import torch
 
-MAX_LABELS = 65_536
-MAX_LABEL_CHARACTERS = 256
+_MAX_LABELS = 65_536
+_MAX_LABEL_CHARACTERS = 256
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def _needed(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
 
 
 def _labels(document: Mapping[str, Any], rows: int, file: str) -> list[str]:
-    if rows > MAX_LABELS:
-        raise ArtifactError("id2label", f"the head has {rows} rows; at most {MAX_LABELS} are accepted")
+    if rows > _MAX_LABELS:
+        raise ArtifactError("id2label", f"the head has {rows} rows; at most {_MAX_LABELS} are accepted")
     names = document.get("id2label")
     if names is None:
         count = document.get("num_labels")
@@ -103,8 +103,8 @@ def _labels(document: Mapping[str, Any], rows: int, file: str) -> list[str]:
     if len(by_row) != rows:
         raise ArtifactError("id2label", f"{file}: id2label names {len(by_row)} labels, the head has {rows} rows")
     for name in by_row.values():
-        if not isinstance(name, str) or not 1 <= len(name) <= MAX_LABEL_CHARACTERS:
-            accepted = f"texts of 1 to {MAX_LABEL_CHARACTERS} characters are accepted"
+        if not isinstance(name, str) or not 1 <= len(name) <= _MAX_LABEL_CHARACTERS:
+            accepted = f"texts of 1 to {_MAX_LABEL_CHARACTERS} characters are accepted"
             raise ArtifactError("id2label", f"{file}: id2label has the name {str(name)[:40]!r}; {accepted}")
     return [by_row[str(row)] for row in range(rows)]
 

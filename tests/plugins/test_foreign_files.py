@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from tests import toys
+from tests.plugins.reference import Edit, Tensors, edited, keys, logits, peft_logits, plain_model, served_logits
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from graftwork_plugins import Artifact, ArtifactError, BaseInfo, Strategy
@@ -26,28 +25,8 @@ from graftwork_plugins.builtin.strategies.lora import Lora
 from graftwork_plugins.builtin.strategies.prefix import PrefixStrategy
 from graftwork_plugins.testing import apply_deltas, base_handle
 
-Tensors = dict[str, torch.Tensor]
 PREFIX = "base_model.model."
 LAYER = f"{PREFIX}model.layers.0.self_attn"
-
-
-def plain_model(path: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([model(input_ids=torch.tensor([ids])).logits[0] for ids in toys.prompts(3)])
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toys.make_model("llama", tmp_path_factory.mktemp("llama") / "model")
-
-
-@pytest.fixture(scope="module")
-def info(llama: Path) -> BaseInfo:
-    return base_handle(plain_model(llama)).info
 
 
 @pytest.fixture(scope="module")
@@ -62,26 +41,11 @@ def adapters(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     )
 
 
-def edited(adapter: Path, folder: Path, edit: Callable[[dict[str, Any], Tensors], Tensors | None]) -> Path:
-    """A copy of an adapter that `edit` has changed; it may give other tensors."""
-    shutil.copytree(adapter, folder, dirs_exist_ok=True)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = load_file(folder / "adapter_model.safetensors")
-    tensors = edit(config, tensors) or tensors
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", "unsloth": "yes"})
-    return folder
-
-
-def keys(**values: Any) -> Callable[[dict[str, Any], Tensors], None]:
-    return lambda config, tensors: config.update(values)
-
-
-def names(change: Callable[[str], str]) -> Callable[[dict[str, Any], Tensors], Tensors]:
+def names(change: Callable[[str], str]) -> Edit:
     return lambda config, tensors: {change(name): tensor for name, tensor in tensors.items()}
 
 
-def more(**tensors: torch.Tensor) -> Callable[[dict[str, Any], Tensors], Tensors]:
+def more(**tensors: torch.Tensor) -> Edit:
     """Tensors with "__" for "." in their names."""
     return lambda config, own: own | {name.replace("__", "."): tensor for name, tensor in tensors.items()}
 
@@ -96,7 +60,7 @@ UNSLOTH = {
     "parent_library": "transformers.models.llama.modeling_llama",
     "unsloth_fixed": True,
 }
-LORA_FILES: dict[str, Callable[[dict[str, Any], Tensors], Tensors | None]] = {
+LORA_FILES: dict[str, Edit] = {
     "only what is needed": only_needed,
     "unsloth": keys(auto_mapping=UNSLOTH, unsloth_version="2026.3.1", unsloth_fixed=True, task_type=None),
     "a model's own code": keys(auto_mapping={"base_model_class": "X", "parent_library": "transformers_modules.org.x"}),
@@ -137,15 +101,11 @@ LORA_FILES: dict[str, Callable[[dict[str, Any], Tensors], Tensors | None]] = {
 }
 
 
-def assert_as_peft(strategy: Strategy, llama: Path, folder: Path) -> None:
+def assert_as_peft(strategy: Strategy, llama: Path, artifact: Artifact) -> None:
     """What the file changes is what PEFT makes of it, and it does change something."""
-    expected = logits(PeftModel.from_pretrained(plain_model(llama), folder).eval())
-    served = plain_model(llama)
-    before = logits(served)
-    apply_deltas(served, strategy.load(Artifact(folder), base_handle(served).info))
-    answers = logits(served)
-    torch.testing.assert_close(answers, expected, atol=1e-4, rtol=0)
-    assert (answers - before).abs().max() > 0.1
+    answers = served_logits(strategy, llama, artifact.path)
+    torch.testing.assert_close(answers, peft_logits(llama, artifact.path), atol=1e-4, rtol=0)
+    assert (answers - logits(plain_model(llama))).abs().max() > 0.1
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT warns of keys that it does not know
@@ -172,7 +132,7 @@ def test_every_name_as_it_is_in_a_model(llama: Path, adapters: dict[str, Path], 
         lambda config, own: own | {in_model(name): own[name].clone() for name in own},
     )
     with pytest.raises(ArtifactError, match="twice"):
-        Lora().load(Artifact(twice), base_handle(plain_model(llama)).info)
+        Lora().load(twice, base_handle(plain_model(llama)).info)
 
 
 DESCRIBED = keys(auto_mapping=UNSLOTH, unsloth_version="1", _comment="x", tags=["a"], torch_dtype="float32", new=None)
@@ -184,15 +144,17 @@ def test_the_rule_is_the_same_for_every_kind(
 ) -> None:
     assert_as_peft(Ia3(), llama, edited(adapters["ia3"], tmp_path / "ia3", DESCRIBED))
     described = edited(adapters["p-tuning"], tmp_path / "prefix", DESCRIBED)
-    (ours,), (plain,) = (PrefixStrategy().load(Artifact(path), info) for path in (described, adapters["p-tuning"]))
+    (ours,), (plain,) = (
+        PrefixStrategy().load(artifact, info) for artifact in (described, Artifact(adapters["p-tuning"]))
+    )
     assert ours.embeddings is not None
     assert plain.embeddings is not None
     assert torch.equal(ours.embeddings, plain.embeddings)
     for name, strategy in {"lora": Lora(), "ia3": Ia3(), "p-tuning": PrefixStrategy()}.items():
         for key, value in {"gate_scaling": 2.0, "auto_mapping": {"parent_library": "os.path"}}.items():
-            path = edited(adapters[name], tmp_path / f"{name}-{key}", keys(**{key: value}))
+            artifact = edited(adapters[name], tmp_path / f"{name}-{key}", keys(**{key: value}))
             with pytest.raises(ArtifactError, match="accepted") as caught:
-                strategy.load(Artifact(path), info)
+                strategy.load(artifact, info)
             assert caught.value.key == key
             assert key in caught.value.message
 
@@ -218,9 +180,9 @@ REFUSED = {
 def test_what_may_change_the_mathematics_is_refused_by_name(
     info: BaseInfo, adapters: dict[str, Path], tmp_path: Path, key: str
 ) -> None:
-    path = edited(adapters["lora"], tmp_path, keys(**{key: REFUSED[key]}))
+    artifact = edited(adapters["lora"], tmp_path, keys(**{key: REFUSED[key]}))
     with pytest.raises(ArtifactError, match="accepted") as caught:
-        Lora().load(Artifact(path), info)
+        Lora().load(artifact, info)
     assert caught.value.key == key
     assert key in caught.value.message
 
@@ -228,10 +190,10 @@ def test_what_may_change_the_mathematics_is_refused_by_name(
 def test_nothing_is_imported_that_a_file_names(info: BaseInfo, adapters: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "canary_of_a_file.py").write_text("raise SystemExit('imported')")
     mapping = {"base_model_class": "X", "parent_library": "canary_of_a_file", "unsloth_fixed": True}
-    path = edited(adapters["lora"], tmp_path / "adapter", keys(auto_mapping=mapping))
+    artifact = edited(adapters["lora"], tmp_path / "adapter", keys(auto_mapping=mapping))
     sys.path.insert(0, str(tmp_path))
     try:
-        Lora().load(Artifact(path), info)
+        Lora().load(artifact, info)
     finally:
         sys.path.remove(str(tmp_path))
     assert "canary_of_a_file" not in sys.modules
@@ -239,9 +201,9 @@ def test_nothing_is_imported_that_a_file_names(info: BaseInfo, adapters: dict[st
 
 def test_a_bias_that_is_trained_is_no_mask(info: BaseInfo, adapters: dict[str, Path], tmp_path: Path) -> None:
     name = f"{LAYER}.bias"
-    path = edited(adapters["lora"], tmp_path, more(**{name.replace(".", "__"): torch.ones(48)}))
+    artifact = edited(adapters["lora"], tmp_path, more(**{name.replace(".", "__"): torch.ones(48)}))
     with pytest.raises(ArtifactError) as caught:
-        Lora().load(Artifact(path), info)
+        Lora().load(artifact, info)
     assert caught.value.key == name
 
 

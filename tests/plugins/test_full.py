@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests import toys
 from tests.bounds import assert_near
-from transformers import AutoModelForCausalLM
+from tests.plugins.reference import logits, plain_model
 
 from graftwork_plugins import Artifact, ArtifactError, FullWeights
 from graftwork_plugins.builtin.strategies.full import FullConfig, FullTuning, graftwork_identify_artifact
@@ -23,37 +23,28 @@ from graftwork_server.layers.models.base_model import resident_model
 from graftwork_server.layers.models.causal import load_base
 
 
-def loaded(path: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([model(input_ids=torch.tensor([ids])).logits[0] for ids in toys.prompts(3)])
-
-
 @pytest.mark.parametrize("architecture", list(toys.CONFIGS))
 def test_transformers_reads_what_is_saved(tmp_path: Path, architecture: str) -> None:
     strategy = FullTuning()
-    model = loaded(toys.make_model(architecture, tmp_path / "base"))
+    model = plain_model(toys.make_model(architecture, tmp_path / "base"))
     info = base_handle(model).info
     trainable = strategy.build(base_handle(model), FullConfig())
     train_steps(strategy, trainable, make_rows(vocabulary=toys.VOCAB), 2, 0.001)
     artifact = write_artifact(strategy.save(trainable), tmp_path / "tuned")
     assert artifact.names() == ["config.json", "generation_config.json", "model.safetensors"]
     assert str(tmp_path) not in (tmp_path / "tuned" / "config.json").read_text()
-    assert_near(logits(loaded(tmp_path / "tuned")), logits(trainable.model))
+    assert_near(logits(plain_model(tmp_path / "tuned")), logits(trainable.model))
     (delta,) = strategy.load(artifact, info)
     assert set(delta.tensors) == {name for name, _ in model.named_parameters()}
     assert graftwork_identify_artifact(artifact) == "full"
     # What transformers itself writes of the same model is read too.
-    loaded(tmp_path / "tuned").save_pretrained(tmp_path / "again")
+    plain_model(tmp_path / "tuned").save_pretrained(tmp_path / "again")
     assert isinstance(strategy.load(Artifact(tmp_path / "again"), info)[0], FullWeights)
 
 
 def test_it_is_saved_in_the_dtype_of_the_base_and_trained_in_float32(tmp_path: Path) -> None:
     strategy = FullTuning()
-    model = loaded(toys.make_model("llama", tmp_path / "base"), torch.bfloat16)
+    model = plain_model(toys.make_model("llama", tmp_path / "base"), torch.bfloat16)
     trainable = strategy.build(base_handle(model), FullConfig())
     assert {parameter.dtype for parameter in trainable.parameters.values()} == {torch.float32}
     assert "lm_head.weight" not in trainable.parameters  # tied to the embedding, and still so
@@ -75,7 +66,7 @@ def test_it_is_saved_in_the_dtype_of_the_base_and_trained_in_float32(tmp_path: P
 )
 def test_a_configuration_of_another_model_is_refused(tmp_path: Path, key: str, value: Any) -> None:
     path = toys.make_model("llama", tmp_path)
-    info = base_handle(loaded(path)).info
+    info = base_handle(plain_model(path)).info
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ArtifactError, match="the base") as caught:
@@ -85,7 +76,7 @@ def test_a_configuration_of_another_model_is_refused(tmp_path: Path, key: str, v
 
 def test_a_configuration_written_by_an_older_transformers_is_read(tmp_path: Path) -> None:
     path = toys.make_model("llama", tmp_path)
-    info = base_handle(loaded(path)).info
+    info = base_handle(plain_model(path)).info
     config = json.loads((path / "config.json").read_text())
     theta = config.pop("rope_parameters")["rope_theta"]
     config |= {"rope_theta": theta, "rope_scaling": None, "torch_dtype": "float32", "head_dim": None}
@@ -98,7 +89,7 @@ def test_a_configuration_written_by_an_older_transformers_is_read(tmp_path: Path
 
 def test_bad_weights_are_refused(tmp_path: Path) -> None:
     path = toys.make_model("llama", tmp_path)
-    info = base_handle(loaded(path)).info
+    info = base_handle(plain_model(path)).info
     weights = path / "model.safetensors"
     tensors = load_file(weights)
     name = "model.norm.weight"
@@ -172,7 +163,7 @@ def test_an_output_layer_is_the_one_that_transformers_gives_it(
         "key left out": {"head": other, "tie_word_embeddings": None},
     }[case]
     checkpoint = write_checkpoint(tmp_path / "checkpoint", source, **changes)
-    expected = logits(loaded(checkpoint))
+    expected = logits(plain_model(checkpoint))
     torch.testing.assert_close(served_logits(base, checkpoint), expected, atol=1e-4, rtol=0)
 
 
@@ -184,7 +175,7 @@ def test_an_output_layer_that_is_missing_and_not_tied_is_refused(tmp_path: Path,
     base = write_checkpoint(tmp_path / "base", source, head=head, tie_word_embeddings=base_ties)
     checkpoint = write_checkpoint(tmp_path / "checkpoint", source, head=None, tie_word_embeddings=False)
     with pytest.raises(ArtifactError, match=r"no file has lm_head\.weight") as caught:
-        FullTuning().load(Artifact(checkpoint), base_handle(loaded(base)).info)
+        FullTuning().load(Artifact(checkpoint), base_handle(plain_model(base)).info)
     assert caught.value.key == "lm_head.weight"
 
 
@@ -198,7 +189,7 @@ def test_a_base_that_says_tied_and_has_its_own_head_is_mapped_and_tuned_with_it(
     base_dir = write_checkpoint(tmp_path / "base", source, head=head, tie_word_embeddings=True)
     base = load_base(str(base_dir), torch.device("cpu"), torch.float32, tmp_path)
     for model in (map_base_model(base.weights.info()), resident_model(base)):
-        torch.testing.assert_close(logits(model), logits(loaded(base_dir)), atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits(model), logits(plain_model(base_dir)), atol=1e-4, rtol=0)
     strategy = FullTuning()
     trainable = strategy.build(base_handle(map_base_model(base.weights.info())), FullConfig())
     assert {HEADS[architecture], EMBEDDINGS[architecture]} <= set(trainable.parameters)
@@ -206,5 +197,5 @@ def test_a_base_that_says_tied_and_has_its_own_head_is_mapped_and_tuned_with_it(
     write_artifact(strategy.save(trainable), tmp_path / "tuned")
     expected = logits(trainable.model)
     assert json.loads((tmp_path / "tuned" / "config.json").read_text())["tie_word_embeddings"] is False
-    torch.testing.assert_close(logits(loaded(tmp_path / "tuned")), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(plain_model(tmp_path / "tuned")), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(served_logits(base_dir, tmp_path / "tuned"), expected, atol=1e-4, rtol=0)

@@ -9,56 +9,38 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tests import toys
 from tests.bounds import assert_near
-from transformers import AutoModelForCausalLM
+from tests.plugins.reference import logits, peft_logits, plain_model, served_logits
 
 from graftwork_plugins import Artifact, ArtifactError, BaseInfo, ConfigError
 from graftwork_plugins.builtin.strategies.ia3 import Ia3, Ia3Config, graftwork_identify_artifact
-from graftwork_plugins.testing import apply_deltas, base_handle, make_rows, train_steps, write_artifact
+from graftwork_plugins.testing import base_handle, make_rows, train_steps, write_artifact
 
 K0 = "base_model.model.model.layers.0.self_attn.q_proj.ia3_l"
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toys.make_model(request.param, tmp_path_factory.mktemp(request.param) / request.param)
-
-
-@pytest.fixture(scope="module")
-def llama_info(tmp_path_factory: pytest.TempPathFactory) -> BaseInfo:
-    return base_handle(plain_model(toys.make_model("llama", tmp_path_factory.mktemp("info")))).info
+@pytest.fixture(params=["llama", "gpt2"])
+def model_dir(request: pytest.FixtureRequest, models: dict[str, Path]) -> Path:
+    return models[request.param]
 
 
 @pytest.fixture
-def artifact(tmp_path: Path) -> Artifact:
-    model_dir = toys.make_model("llama", tmp_path / "model")
-    return Artifact(toys.make_peft(model_dir, tmp_path / "ia3", toys.other_peft_configs("llama")["ia3"]))
-
-
-def plain_model(path: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([model(input_ids=torch.tensor([ids])).logits[0] for ids in toys.prompts(3)])
+def artifact(llama: Path, tmp_path: Path) -> Artifact:
+    return Artifact(toys.make_peft(llama, tmp_path / "ia3", toys.other_peft_configs("llama")["ia3"]))
 
 
 @pytest.mark.parametrize("case", ["ia3", "ia3 with a norm"])
 def test_reads_what_peft_writes(model_dir: Path, tmp_path: Path, case: str) -> None:
     toys.make_peft(model_dir, tmp_path, toys.other_peft_configs(model_dir.name)[case])
-    expected = logits(PeftModel.from_pretrained(plain_model(model_dir), tmp_path).eval())
-    served = plain_model(model_dir)
-    apply_deltas(served, Ia3().load(Artifact(tmp_path), base_handle(served).info))
-    assert torch.allclose(logits(served), expected, atol=1e-4, rtol=0)
+    expected = peft_logits(model_dir, tmp_path)
+    assert torch.allclose(served_logits(Ia3(), model_dir, tmp_path), expected, atol=1e-4, rtol=0)
     assert graftwork_identify_artifact(Artifact(tmp_path)) == "ia3"
 
 
 def test_peft_reads_what_is_trained_with_defaults(model_dir: Path, tmp_path: Path) -> None:
-    strategy, model = Ia3(), plain_model(model_dir).requires_grad_(False)
+    strategy, model = Ia3(), plain_model(model_dir)
     handle = base_handle(model)
     strategy.validate(Ia3Config(), handle.info)
     with warnings.catch_warnings():
@@ -66,8 +48,8 @@ def test_peft_reads_what_is_trained_with_defaults(model_dir: Path, tmp_path: Pat
         trainable = strategy.build(handle, Ia3Config())
         train_steps(strategy, trainable, make_rows(vocabulary=toys.VOCAB), 5, 0.01)
         write_artifact(strategy.save(trainable), tmp_path)
-        by_peft = PeftModel.from_pretrained(plain_model(model_dir), tmp_path).eval()
-    assert_near(logits(by_peft), logits(trainable.model))
+        by_peft = peft_logits(model_dir, tmp_path)
+    assert_near(by_peft, logits(trainable.model))
 
 
 @pytest.mark.parametrize(
@@ -81,12 +63,12 @@ def test_peft_reads_what_is_trained_with_defaults(model_dir: Path, tmp_path: Pat
     ],
 )
 def test_a_setting_that_is_not_served_is_refused_by_name(
-    artifact: Artifact, llama_info: BaseInfo, key: str, value: Any
+    artifact: Artifact, info: BaseInfo, key: str, value: Any
 ) -> None:
     path = artifact.path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ArtifactError, match="accepted") as caught:
-        Ia3().load(artifact, llama_info)
+        Ia3().load(artifact, info)
     assert caught.value.key == key
 
 
@@ -103,7 +85,7 @@ def test_a_setting_that_is_not_served_is_refused_by_name(
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(
-    artifact: Artifact, llama_info: BaseInfo, name: str, tensor: torch.Tensor | None, says: str
+    artifact: Artifact, info: BaseInfo, name: str, tensor: torch.Tensor | None, says: str
 ) -> None:
     path = artifact.path / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -113,7 +95,7 @@ def test_tensors_that_do_not_fit_are_refused(
         tensors[name] = tensor
     save_file(tensors, path)
     with pytest.raises(ArtifactError, match=says):
-        Ia3().load(artifact, llama_info)
+        Ia3().load(artifact, info)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +106,7 @@ def test_tensors_that_do_not_fit_are_refused(
         ({"target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}, "feedforward_modules"),
     ],
 )
-def test_settings_that_match_nothing_are_refused(llama_info: BaseInfo, settings: dict[str, Any], field: str) -> None:
+def test_settings_that_match_nothing_are_refused(info: BaseInfo, settings: dict[str, Any], field: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        Ia3().validate(Ia3Config.model_validate(settings), llama_info)
+        Ia3().validate(Ia3Config.model_validate(settings), info)
     assert caught.value.field == field

@@ -1,20 +1,21 @@
-"""LoRA artifacts and settings that are refused, by name."""
+"""LoRA artifacts that are not served: each is refused, and the refusal names the key or tensor."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.plugins.lora_harness import edited
-from tests.plugins.test_lora import Q0
+from peft import LoraConfig as PeftLoraConfig
+from tests import toys
+from tests.plugins.reference import Edit, edited, keys, plain_model
 
-from graftwork_plugins import Artifact, ArtifactError, BaseInfo, ConfigError
-from graftwork_plugins.builtin.strategies.lora import Lora, LoraConfig
+from graftwork_plugins import Artifact, ArtifactError, BaseInfo
+from graftwork_plugins.builtin.strategies.lora import Lora
+from graftwork_plugins.testing import base_handle
 
 KEYS: list[tuple[str, Any]] = [
     ("peft_type", "LOHA"),
@@ -61,24 +62,21 @@ KEYS: list[tuple[str, Any]] = [
 def test_a_setting_that_is_not_served_is_refused_by_name(
     adapter: Path, info: BaseInfo, tmp_path: Path, key: str, value: Any
 ) -> None:
-    artifact = edited(adapter, tmp_path, lambda config, tensors: config.update({key: value}))
+    artifact = edited(adapter, tmp_path, keys(**{key: value}))
     with pytest.raises(ArtifactError, match="accepted") as caught:
         Lora().load(artifact, info)
     assert caught.value.key == key
     assert key in caught.value.message
 
 
-def rename(old: str, new: str) -> Callable[[dict[str, Any], dict[str, torch.Tensor]], object]:
+def rename(old: str, new: str) -> Edit:
     return lambda config, tensors: tensors.update({new: tensors.pop(old)})
 
 
 EMBEDDING = "base_model.model.model.embed_tokens"
-
-
 TOKENS = ".token_adapter.trainable_tokens_delta"
-
-
-TENSORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], object], str, str]] = {
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+TENSORS: dict[str, tuple[Edit, str, str]] = {
     "unknown name": (rename(f"{Q0}.lora_A.weight", f"{Q0}.lora_C.weight"), f"{Q0}.lora_C.weight", "not supported"),
     "embedding without B": (
         lambda config, tensors: [
@@ -94,7 +92,7 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], obj
         "which the base has not",
     ),
     "no magnitudes": (
-        lambda config, tensors: config.update({"use_dora": True}),
+        keys(use_dora=True),
         f"{Q0}.lora_magnitude_vector",
         "is missing, but adapter_config.json has use_dora",
     ),
@@ -108,7 +106,7 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], obj
         r"\[1, 48\]; this base takes \[48\]",
     ),
     "saved module's tensor missing": (
-        lambda config, tensors: config.update({"modules_to_save": ["model.norm"]}),
+        keys(modules_to_save=["model.norm"]),
         "modules_to_save",
         "has no base_model.model.model.norm.weight",
     ),
@@ -118,17 +116,17 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], obj
         "modules_to_save does not name",
     ),
     "parameters of experts": (
-        lambda config, tensors: config.update({"target_parameters": ["mlp.experts.gate_up_proj"]}),
+        keys(target_parameters=["mlp.experts.gate_up_proj"]),
         "target_parameters",
         "which the base has not; this base has no experts",
     ),
     "parameters of a linear layer": (
-        lambda config, tensors: config.update({"target_parameters": ["q_proj.weight"]}),
+        keys(target_parameters=["q_proj.weight"]),
         "target_parameters",
         "which is of no mixture of experts",
     ),
     "token rows missing": (
-        lambda config, tensors: config.update({"trainable_token_indices": [3]}),
+        keys(trainable_token_indices=[3]),
         "trainable_token_indices",
         "has no trainable_tokens_delta",
     ),
@@ -184,12 +182,12 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], obj
         "target_modules names",
     ),
     "not a target": (
-        lambda config, tensors: config.update({"target_modules": ["v_proj"]}),
+        keys(target_modules=["v_proj"]),
         Q0.removeprefix("base_model.model."),
         "which target_modules .* does not name",
     ),
     "layer not chosen": (
-        lambda config, tensors: config.update({"layers_to_transform": [1]}),
+        keys(layers_to_transform=[1]),
         Q0.removeprefix("base_model.model."),
         "which target_modules .* does not name",
     ),
@@ -209,7 +207,7 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], obj
         "rank 8, lora_B 7",
     ),
     "rank against r": (
-        lambda config, tensors: config.update({"r": 4}),
+        keys(r=4),
         f"{Q0}.lora_A.weight",
         "has rank 8; r and rank_pattern .* say 4",
     ),
@@ -262,7 +260,7 @@ def test_pickled_weights_are_refused(adapter: Path, info: BaseInfo, tmp_path: Pa
 def test_a_pattern_bomb_ends_quickly(adapter: Path, info: BaseInfo, tmp_path: Path, key: str) -> None:
     bomb = r"(.|..|.\w)+\d\d"
     value: Any = bomb if key == "target_modules" else {bomb: 8}
-    artifact = edited(adapter, tmp_path, lambda config, tensors: config.update({key: value}))
+    artifact = edited(adapter, tmp_path, keys(**{key: value}))
     started = time.monotonic()
     with pytest.raises(ArtifactError, match="too long to match"):
         Lora().load(artifact, info)
@@ -270,22 +268,41 @@ def test_a_pattern_bomb_ends_quickly(adapter: Path, info: BaseInfo, tmp_path: Pa
 
 
 def test_a_broken_pattern_is_refused(adapter: Path, info: BaseInfo, tmp_path: Path) -> None:
-    artifact = edited(adapter, tmp_path, lambda config, tensors: config.update({"target_modules": "(q_proj"}))
+    artifact = edited(adapter, tmp_path, keys(target_modules="(q_proj"))
     with pytest.raises(ArtifactError, match="no regular expression"):
         Lora().load(artifact, info)
 
 
+def test_tensors_that_peft_would_not_load_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT saves an update of GPT-2's output layer that it ties to the embedding's, and drops it when it loads."""
+    config = PeftLoraConfig(target_modules=["c_attn", "lm_head"], ensure_weight_tying=True, task_type="CAUSAL_LM")
+    artifact = Artifact(toys.make_peft(models["gpt2"], tmp_path, config))
+    with pytest.raises(ArtifactError, match=r"has tensors of lm_head, which target_modules .* does not name"):
+        Lora().load(artifact, base_handle(plain_model(models["gpt2"])).info)
+
+
 @pytest.mark.parametrize(
-    ("settings", "field"),
+    ("suffix", "tensor", "says"),
     [
-        ({"target_modules": ["q_proj", "qq_proj"]}, "target_modules"),
-        ({"target_modules": []}, "target_modules"),
-        ({"rank_pattern": {"nope": 4}}, "rank_pattern"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
-        ({"alpha_pattern": {"(": 4}}, "alpha_pattern"),
+        ("lora_A.weight", torch.ones(7, 80), r"\[7, 80\]; for down_proj with 4 experts and the rank 2 .* \[8, 80\]"),
+        ("base_layer.lora_B.weight", torch.ones(160, 9), r"for gate_up_proj .* \[160, 8\]"),
+        ("base_layer.lora_A.weight", None, "target_parameters names .*gate_up_proj, but"),
+        ("base_layer.base_layer.lora_A.weight", torch.ones(8, 48), "has tensors of .*base_layer.base_layer, which"),
     ],
 )
-def test_settings_that_match_nothing_are_refused(info: BaseInfo, settings: dict[str, Any], field: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        Lora().validate(LoraConfig.model_validate(settings), info)
-    assert caught.value.field == field
+def test_updates_of_experts_that_do_not_fit_are_refused(
+    models: dict[str, Path], tmp_path: Path, suffix: str, tensor: torch.Tensor | None, says: str
+) -> None:
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    config = PeftLoraConfig(r=2, target_modules=[], target_parameters=parameters, task_type="CAUSAL_LM")
+    adapter = toys.make_peft(models["mixtral"], tmp_path / "adapter", config)
+    name = f"base_model.model.model.layers.1.mlp.experts.{suffix}"
+
+    def edit(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+
+    with pytest.raises(ArtifactError, match=says):
+        Lora().load(edited(adapter, tmp_path / "edited", edit), base_handle(plain_model(models["mixtral"])).info)

@@ -10,27 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import toys
-from transformers import AutoModelForCausalLM
 
 from graftwork_plugins import Artifact, ArtifactError, BaseInfo, TrainingConfig
 from graftwork_plugins.builtin.strategies.prefix import PrefixStrategy, graftwork_identify_artifact
-from graftwork_plugins.testing import base_handle
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toys.make_model("llama", tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def info(model_dir: Path) -> BaseInfo:
-    return base_handle(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)).info
 
 
 @pytest.fixture
-def artifact(model_dir: Path, tmp_path: Path) -> Artifact:
+def artifact(llama: Path, tmp_path: Path) -> Artifact:
     config = toys.other_peft_configs("llama")["prefix tuning"]
-    return Artifact(toys.make_peft(model_dir, tmp_path, config))
+    return Artifact(toys.make_peft(llama, tmp_path, config))
 
 
 def test_keys_and_values_of_each_layer(artifact: Artifact, info: BaseInfo) -> None:

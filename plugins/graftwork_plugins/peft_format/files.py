@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from graftwork_plugins.derived import without_derived
-from graftwork_plugins.strategy import Artifact, ArtifactError, SavedArtifact
+from graftwork_plugins import Artifact, ArtifactError, SavedArtifact, all_finite, without_derived
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +15,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the base's modules."""
+BASE_LAYER = ".base_layer"
+"""What PEFT puts behind the name of a module that it has wrapped, for the base's own parameters and for what it wraps
+around them a second time."""
 
 
 def artifact_files(peft_types: str) -> str:
@@ -80,12 +81,16 @@ def check_dtype(name: str, tensor: torch.Tensor) -> None:
 
 def check_values(name: str, tensor: torch.Tensor) -> None:
     """Raises ArtifactError unless the values are floating point and finite."""
-    import torch
-
     check_dtype(name, tensor)
-    # A finite sum has finite terms, and costs a tenth of isfinite. One that is not finite may just have overflowed.
-    if not math.isfinite(tensor.sum().item()) and not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise ArtifactError(name, f"tensor {name} has values that are not finite")
+
+
+def unsupported(name: str, accepted: str) -> ArtifactError:
+    """The error for a tensor that no rule knows."""
+    is_parameter = name.endswith((".weight", ".bias")) and "lora_" not in name
+    why = "the base has no such parameter; " if is_parameter else ""
+    return ArtifactError(name, f"tensor {name} is not supported: {why}{accepted}")
 
 
 def _plain(value: Any) -> Any:

@@ -21,7 +21,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from graftwork_plugins.strategy import ArtifactError
+from graftwork_plugins import ArtifactError
+from graftwork_plugins.peft_format.values import require, shown
 
 DESCRIPTIVE = frozenset(
     """
@@ -81,15 +82,3 @@ def check_auto_mapping(document: Mapping[str, Any]) -> None:
         name.partition(".")[0] in sys.stdlib_module_names for name in names
     )
     require(document, "auto_mapping", fits, "null, or an object that describes the base's class, as PEFT writes it")
-
-
-def require(document: Mapping[str, Any], key: str, fits: bool, accepted: str) -> None:
-    """Raises ArtifactError for `key` unless its value fits."""
-    if not fits:
-        raise ArtifactError(key, f"adapter_config.json: {key} is {shown(document.get(key))}; accepted: {accepted}")
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it, cut to 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

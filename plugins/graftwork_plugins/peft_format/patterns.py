@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from graftwork_plugins import ArtifactError
+
 _PROCESS = Path(__file__).with_name("pattern_process.py")
 MAX_NAMES = 4096
 """Names or patterns in one list of a client: each is compared with each module of the base."""
@@ -28,12 +30,8 @@ _SECONDS = 20.0
 """For the answers to all questions of one matcher; the process itself has 2 seconds of processor time."""
 
 
-class PatternError(ValueError):
-    """A name pattern cannot be used."""
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(message)
-        self.key = key
+class PatternError(ArtifactError):
+    """A name pattern cannot be used; it is the key."""
 
 
 class PatternMatcher:

@@ -10,10 +10,10 @@ Needs torch, transformers and pytest. Every model is small, random and made here
 """
 
 from graftwork_plugins.testing.battery import StrategyBattery
-from graftwork_plugins.testing.deltas import apply_deltas
-from graftwork_plugins.testing.files import write_artifact
 from graftwork_plugins.testing.memory import PeakResidentMemory
-from graftwork_plugins.testing.models import base_handle, logits_of, make_model, make_rows, train_steps
+from graftwork_plugins.testing.models import base_handle, logits_of, make_model
+from graftwork_plugins.testing.serving import apply_deltas, write_artifact
+from graftwork_plugins.testing.training import make_rows, train_steps
 
 __all__ = [
     "PeakResidentMemory",

@@ -1,4 +1,4 @@
-"""The tests that every strategy passes."""
+"""StrategyBattery: the tests that every strategy must pass."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from graftwork_plugins import (
-    BaseModelHandle,
-    DatasetInfo,
-    DeviceInfo,
-    Strategy,
-    Trainable,
-    TrainingRow,
-)
-from graftwork_plugins.testing.deltas import apply_deltas
-from graftwork_plugins.testing.files import write_artifact
+from graftwork_plugins import BaseModelHandle, DatasetInfo, DeviceInfo, Strategy, Trainable, TrainingRow
 from graftwork_plugins.testing.memory import PeakResidentMemory
-from graftwork_plugins.testing.models import base_handle, logits_of, make_model, make_rows, train_steps
+from graftwork_plugins.testing.models import base_handle, logits_of, make_model
+from graftwork_plugins.testing.serving import apply_deltas, write_artifact
+from graftwork_plugins.testing.training import make_rows, train_steps
 
 _PICKLE_OR_ZIP = (b"\x80", b"PK", b"\x1f\x8b")
 
@@ -63,6 +56,7 @@ class StrategyBattery:
         return base, self.strategy.build(base, self.config(**settings))
 
     def test_config_survives_json(self) -> None:
+        """Settings go to JSON and back, and each has a description."""
         config = self.config()
         again = self.strategy.Config.model_validate(json.loads(config.model_dump_json()))
         assert again == config
@@ -70,23 +64,28 @@ class StrategyBattery:
             assert schema.get("description"), f"setting {name} has no description"
 
     def test_unknown_settings_are_refused(self) -> None:
+        """A misspelt key is an error."""
         with pytest.raises(ValidationError, match="no_such_setting"):
             self.config(no_such_setting=1)
 
     def test_own_settings_fit_the_base(self) -> None:
+        """`validate` accepts what the tests use."""
         self.strategy.validate(self.config(), base_handle(self.model(), self.quantization).info)
 
     def test_a_fresh_variant_equals_the_base(self) -> None:
+        """Before the first step, the logits are the base's."""
         expected = logits_of(self.model())
         _, trainable = self.built()
         assert torch.allclose(logits_of(trainable.model), expected, atol=self.tolerance, rtol=0)
 
     def test_the_same_seed_builds_the_same(self) -> None:
+        """`build` is a function of seed and settings."""
         first, second = self.built()[1].parameters, self.built()[1].parameters
         assert list(first) == list(second)
         assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_only_declared_parameters_train(self) -> None:
+        """What trains is what `parameters` says."""
         _, trainable = self.built()
         declared = {id(parameter) for parameter in trainable.parameters.values()}
         learning = {id(parameter) for parameter in trainable.model.parameters() if parameter.requires_grad}
@@ -102,7 +101,7 @@ class StrategyBattery:
         assert changed <= declared
 
     def test_the_base_weights_stay_untouched(self) -> None:
-        # In the tuner they are mapped from the server's memory.
+        """Nothing is written into the resident weights: in the tuner they are mapped from the server's memory."""
         model = self.model()
         originals = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
         torch.manual_seed(11)
@@ -111,11 +110,13 @@ class StrategyBattery:
         assert all(torch.equal(parameter, original) for parameter, original in originals)
 
     def test_the_loss_falls(self) -> None:
+        """Thirty steps learn something."""
         _, trainable = self.built()
         losses = train_steps(self.strategy, trainable, make_rows(), 30, self.learning_rate)
         assert losses[-1] < 0.7 * losses[0]
 
     def test_what_is_served_equals_what_was_trained(self, tmp_path: Path) -> None:
+        """`save`, then `load`, then the deltas give the trained logits."""
         base, trainable = self.built()
         train_steps(self.strategy, trainable, make_rows(), 5, self.learning_rate)
         trained = logits_of(trainable.model)
@@ -126,6 +127,7 @@ class StrategyBattery:
         assert torch.allclose(logits_of(served), trained, atol=self.tolerance, rtol=0)
 
     def test_nothing_is_pickled(self, tmp_path: Path) -> None:
+        """The files are safetensors and JSON."""
         _, trainable = self.built()
         artifact = write_artifact(self.strategy.save(trainable), tmp_path / "artifact")
         assert artifact.names()
@@ -135,6 +137,7 @@ class StrategyBattery:
 
     @pytest.mark.parametrize("tokens", [64, 1024])
     def test_the_estimate_bounds_the_measurement(self, tmp_path: Path, tokens: int) -> None:
+        """The number of parameters is exact; memory and artifact are not above the estimate."""
         vocabulary = 2048
         # Warm-up: what libraries allocate once is the host's to count.
         train_steps(self.strategy, self.built()[1], make_rows(), 1, 0.0)

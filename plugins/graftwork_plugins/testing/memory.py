@@ -1,4 +1,4 @@
-"""How much memory a block of code took at most."""
+"""How much memory a piece of training takes."""
 
 from __future__ import annotations
 

@@ -1,26 +1,17 @@
-"""A small base model, rows for it, and a few steps of training."""
+"""Small random models, and a model as a strategy gets it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from graftwork_plugins import (
-    IGNORED_LABEL,
-    BaseInfo,
-    BaseModelHandle,
-    Strategy,
-    Trainable,
-    TrainingRow,
-)
+from graftwork_plugins import BaseInfo, BaseModelHandle
 
 CPU = torch.device("cpu")
-PROBE = [[5, 9, 2, 40, 7, 1, 33], [8, 3, 3, 21]]
-"""Rows whose logits tell two models apart."""
+_PROBE = [[5, 9, 2, 40, 7, 1, 33], [8, 3, 3, 21]]
 
 
 def make_model(**sizes: Any) -> torch.nn.Module:
@@ -78,38 +69,12 @@ def base_handle(model: torch.nn.Module, quantization: str = "none") -> BaseModel
     return BaseModelHandle(info, model, CPU)
 
 
-def make_rows(count: int = 8, length: int = 12, vocabulary: int = 64) -> list[TrainingRow]:
-    """Rows with a regularity to learn; the first third of each carries no loss."""
-    rows = []
-    for index in range(count):
-        ids = [(3 * index + 5 * position) % vocabulary for position in range(length)]
-        prompt = length // 3
-        rows.append(TrainingRow(ids, [IGNORED_LABEL] * prompt + ids[prompt:]))
-    return rows
-
-
-def train_steps(
-    strategy: Strategy, trainable: Trainable, rows: Sequence[TrainingRow], steps: int, learning_rate: float
-) -> list[float]:
-    """A plain AdamW loop over one batch of `rows`; the mean loss per token of each step."""
-    optimizer = torch.optim.AdamW(list(trainable.parameters.values()), lr=learning_rate, weight_decay=0.0)
-    carrying = sum(label != IGNORED_LABEL for row in rows for label in row.labels[1:])
-    losses: list[float] = []
-    for _ in range(steps):
-        loss = strategy.loss(trainable, strategy.collate(rows, CPU)) / carrying
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-    return losses
-
-
 @torch.no_grad()
 def logits_of(model: torch.nn.Module) -> torch.Tensor:
     """Logits of two short prompts, one after another: [tokens, vocabulary]. Dropout is off."""
     training = [module for module in model.modules() if module.training]
     model.eval()
-    logits = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float() for ids in PROBE]
+    logits = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float() for ids in _PROBE]
     for module in training:
         module.training = True
     return torch.cat(logits)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from graftwork_plugins import BaseInfo, TrainingConfig
-from graftwork_plugins.automatic import Automatic, Choice
+from graftwork_plugins import Automatic, BaseInfo, Choice, TrainingConfig
 from graftwork_server.tuning.schedule import steps_per_epoch, total_steps
 from graftwork_server.types import SettingChoice
 

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
-from graftwork_plugins import BaseInfo, TrainingConfig
-from graftwork_plugins.automatic import Automatic, Choice
+from graftwork_plugins import Automatic, BaseInfo, Choice, TrainingConfig
 from graftwork_plugins.builtin.strategies.full import FullConfig
 from graftwork_plugins.builtin.strategies.ia3 import Ia3Config
 from graftwork_plugins.builtin.strategies.lora import LoraConfig

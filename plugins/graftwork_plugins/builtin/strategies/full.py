@@ -17,8 +17,10 @@ from pydantic import Field
 from graftwork_plugins import (
     Artifact,
     ArtifactError,
+    Automatic,
     BaseInfo,
     BaseModelHandle,
+    Choice,
     DatasetInfo,
     DeviceInfo,
     Estimate,
@@ -29,36 +31,21 @@ from graftwork_plugins import (
     Trainable,
     TrainingConfig,
     UnsupportedBase,
+    activation_bytes,
+    all_finite,
     hookimpl,
+    without_derived,
 )
-from graftwork_plugins.automatic import FULL_RATE, FULL_WIDTH, Automatic, Choice, full_rate, model_width
-from graftwork_plugins.derived import without_derived
-from graftwork_plugins.estimates import activation_bytes
+from graftwork_plugins.builtin.checkpoint_config import check_config
+from graftwork_plugins.builtin.learning_rates import FULL_RATE, FULL_WIDTH, full_rate, model_width
 
 if TYPE_CHECKING:
     import torch
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
-_DESCRIPTIVE = frozenset(
-    """
-    architectures transformers_version torch_dtype dtype use_cache return_dict output_attentions
-    output_hidden_states chunk_size_feed_forward is_encoder_decoder id2label label2id num_labels problem_type
-    bos_token_id eos_token_id pad_token_id cls_token_id sep_token_id decoder_start_token_id attention_dropout
-    attn_pdrop embd_pdrop resid_pdrop hidden_dropout dropout initializer_range tokenizer_class max_length
-    do_sample temperature top_p top_k num_beams pretraining_tp attn_implementation experts_implementation
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj n_ctx
-    task_specific_params gradient_checkpointing tie_word_embeddings
-    """.split()  # noqa: SIM905 - one name a line would fill a page
-)
-"""Keys of config.json that change nothing in the forward; what is tied is in the weights, see _resolve_tie."""
 
-_LIMITS = frozenset({"max_position_embeddings", "n_positions", "n_ctx"})
-"""How far positions go: a table of learned positions has its size in its tensor's shape, and rotary positions have no
-end. What a kind of rotary positions derives from the limit is another matter (_derives_from_limit)."""
-
-
-def _rate(config: FullConfig, base: BaseInfo) -> Choice:
+def _learning_rate(config: FullConfig, base: BaseInfo) -> Choice:
     rate = float(f"{full_rate(base):.2g}")
     return Choice(
         rate,
@@ -69,7 +56,7 @@ def _rate(config: FullConfig, base: BaseInfo) -> Choice:
 class FullConfig(TrainingConfig):
     """Settings of full tuning."""
 
-    learning_rate: Annotated[float, Automatic(_rate)] = Field(
+    learning_rate: Annotated[float, Automatic(_learning_rate)] = Field(
         5e-5, gt=0, le=10, description="Peak learning rate of AdamW; left open: by the model's width."
     )
 
@@ -163,7 +150,7 @@ class FullTuning(Strategy):
         """One FullWeights. The configuration must be the base's in everything that the forward depends on; names and
         shapes are compared with the base's by the engine."""
         config = artifact.json("config.json")
-        _check_config(config, base)
+        check_config(config, base)
         files = [name for name in artifact.names() if _WEIGHTS.fullmatch(name)]
         if not files:
             raise ArtifactError(
@@ -176,7 +163,8 @@ class FullTuning(Strategy):
             for name, tensor in without_derived(artifact.tensors(file)).items():
                 if name in tensors:
                     raise ArtifactError(name, f"{name} is in two files")
-                _check_values(name, tensor)
+                if tensor.is_floating_point() and not all_finite(tensor):
+                    raise ArtifactError(name, f"tensor {name} has values that are not finite")
                 tensors[name] = tensor
         _resolve_tie(tensors, config, base)
         return [FullWeights(tensors=tensors)]
@@ -202,104 +190,6 @@ def _resolve_tie(tensors: dict[str, torch.Tensor], config: Mapping[str, Any], ba
         )
     if base.output_module not in base.tied_modules:
         tensors[missing] = tensors[present]
-
-
-def _check_config(config: Mapping[str, Any], base: BaseInfo) -> None:
-    """Both configurations are read by transformers' own class, which fills in defaults and what older versions wrote
-    otherwise. What the forward depends on must be equal; what describes (_DESCRIPTIVE, names that begin with "_") and
-    what the class does not read may be anything. Raises ArtifactError."""
-    _check_class(config, base)
-    theirs, ours = _as_read(config, base)
-    free = frozenset() if _derives_from_limit(ours) else _LIMITS
-    for key, value in ours.items():
-        if key not in free:
-            _require_same(key, theirs.get(key), value)
-
-
-def _check_class(config: Mapping[str, Any], base: BaseInfo) -> None:
-    kind = config.get("model_type", base.config.get("model_type"))
-    if kind != base.config.get("model_type"):
-        raise ArtifactError(
-            "model_type", f"config.json: model_type is {_short(kind)}; the base has {_short(base.config['model_type'])}"
-        )
-    architectures = config.get("architectures") or [base.architecture]
-    # What wraps a model puts its own name before the class's: FSDPLlamaForCausalLM.
-    fits = isinstance(architectures, list) and all(str(name).endswith(base.architecture) for name in architectures)
-    if not fits:
-        raise ArtifactError(
-            "architectures", f"architectures is {_short(architectures)}; the base is {base.architecture}"
-        )
-
-
-def _as_read(config: Mapping[str, Any], base: BaseInfo) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The keys that matter of the checkpoint's configuration and of the base's."""
-    from transformers import CONFIG_MAPPING
-
-    kind = CONFIG_MAPPING[base.config["model_type"]]
-    given, ours = _that_matter(config), _that_matter(base.config)
-    names = kind.attribute_map
-    for key, value in given.items():
-        # Before any class makes a list with so many entries.
-        known = ours.get(names.get(key, key))
-        if key.startswith(("num_", "n_")) and key not in _LIMITS and type(known) is type(value) is int:
-            _require_same(key, value, known)
-    try:
-        # Both as the class reads them: it may leave out what another setting makes meaningless.
-        read = [_that_matter(kind.from_dict(dict(document)).to_dict()) for document in (given, ours)]
-    except Exception as error:  # the classes raise ValueError, TypeError and errors of their own
-        for key in given.keys() & ours.keys() - _LIMITS:
-            if given[key] is not None:
-                _require_same(key, given[key], ours[key])
-        text = " ".join(str(error).split())[:200]
-        raise ArtifactError("config.json", f"config.json is none of a {base.config['model_type']}: {text}") from None
-    return read[0], {key: value for key, value in read[1].items() if key in ours}
-
-
-def _require_same(key: str, value: Any, ours: Any) -> None:
-    if not _same(value, ours):
-        raise ArtifactError(key, f"config.json: {key} is {_short(value)}; the base has {_short(ours)}")
-
-
-def _that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
-    result = {key: value for key, value in config.items() if key not in _DESCRIPTIVE and not key.startswith("_")}
-    rope = result.get("rope_parameters")
-    if isinstance(rope, dict):
-        # "type" is the older name of rope_type, which the class adds.
-        result["rope_parameters"] = {key: value for key, value in rope.items() if key != "type"}
-    return result
-
-
-def _derives_from_limit(config: Mapping[str, Any]) -> bool:
-    """Whether the rotary frequencies depend on max_position_embeddings (transformers' modeling_rope_utils)."""
-    rope = config.get("rope_parameters") or {}
-    of_kinds_of_layers = [value for value in rope.values() if isinstance(value, dict)]
-    for one in of_kinds_of_layers or [rope]:
-        kind = one.get("rope_type", "default")
-        by_factor = kind in ("yarn", "longrope") and one.get("factor") is not None
-        if kind not in ("default", "linear", "llama3") and not by_factor:
-            return True
-    return False
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal as settings: a missing key and null are the same, and so are 1 and 1.0."""
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return all(_same(a.get(key), b.get(key)) for key in {*a, *b})
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
-
-
-def _check_values(name: str, tensor: torch.Tensor) -> None:
-    import torch
-
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise ArtifactError(name, f"tensor {name} has values that are not finite")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 @hookimpl

@@ -26,11 +26,12 @@ from graftwork_plugins import (
     Strategy,
     Trainable,
     TrainingConfig,
+    activation_bytes,
     hookimpl,
 )
-from graftwork_plugins.estimates import activation_bytes
-from graftwork_plugins.peft_format.adapter_config import AdapterConfig, read_ia3_config, targets_of_names
+from graftwork_plugins.peft_format.adapter_config import read_ia3_config
 from graftwork_plugins.peft_format.files import (
+    BASE_LAYER,
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
@@ -39,9 +40,16 @@ from graftwork_plugins.peft_format.files import (
     peft_type,
     read_tensors,
     saved_by_peft,
+    unsupported,
 )
-from graftwork_plugins.peft_format.patterns import MAX_NAMES, PatternError
-from graftwork_plugins.peft_format.tensors import no_such_module, not_supported, replacements
+from graftwork_plugins.peft_format.module_names import (
+    linear_layer_endings,
+    modules_named,
+    no_linear_layer,
+    no_such_module,
+)
+from graftwork_plugins.peft_format.patterns import MAX_NAMES
+from graftwork_plugins.peft_format.saved_modules import replacements
 
 if TYPE_CHECKING:
     import torch
@@ -81,20 +89,15 @@ class Ia3(Strategy):
 
     def validate(self, config: Ia3Config, base: BaseInfo) -> None:
         """Every name must match a linear layer of the base."""
-        targets, inputs = _chosen(config, base)
-        kinds = sorted({module.rpartition(".")[2] for module in base.linear_modules})
+        targets, inputs = _scaled_layers(config, base)
         if not targets:
             raise ConfigError(
-                "target_modules", f"name the layers to scale; its linear layers end in {', '.join(kinds)}"
+                "target_modules", f"name the layers to scale; its linear layers end in {linear_layer_endings(base)}"
             )
         for field, names in (("target_modules", targets), ("feedforward_modules", inputs)):
             for name in names:
-                if not targets_of_names([name], base.linear_modules):
-                    raise ConfigError(
-                        field,
-                        f"{field}: {name!r} matches no linear layer of the base; its linear layers end in "
-                        f"{', '.join(kinds)}",
-                    )
+                if not modules_named([name], base.linear_modules):
+                    raise no_linear_layer(field, name, base)
         for name in inputs:
             if name not in targets:
                 raise ConfigError("feedforward_modules", f"feedforward_modules: {name!r} must be in target_modules too")
@@ -102,17 +105,15 @@ class Ia3(Strategy):
     def estimate(self, config: Ia3Config, base: BaseInfo, dataset: DatasetInfo, device: DeviceInfo) -> Estimate:
         """float32 factors with gradients and AdamW's two moments; activations, and a copy of each scaled input or
         output."""
-        targets, inputs = _chosen(config, base)
+        targets, inputs = _scaled_layers(config, base)
         sizes = [
-            base.linear_modules[module][0 if _is_input_scaled(module, inputs) else 1]
-            for module in targets_of_names(targets, base.linear_modules)
+            base.linear_modules[module][0 if module.endswith(tuple(inputs)) else 1]
+            for module in modules_named(targets, base.linear_modules)
         ]
-        tokens, compute_bytes = config.micro_batch_tokens, 4 if base.dtype == "float32" else 2
+        tokens = config.micro_batch_tokens
         return Estimate(
             trained_parameters=sum(sizes),
-            memory_bytes=16 * sum(sizes)
-            + activation_bytes(base, tokens, compute_bytes=compute_bytes)
-            + 2 * 4 * tokens * sum(sizes),
+            memory_bytes=16 * sum(sizes) + activation_bytes(base, tokens) + 2 * 4 * tokens * sum(sizes),
             artifact_bytes=4 * sum(sizes) + 200 * len(sizes) + 65_536,
         )
 
@@ -120,7 +121,7 @@ class Ia3(Strategy):
         """The base wrapped by PEFT, factors in float32, all of them 1."""
         import peft
 
-        targets, inputs = _chosen(config, base.info)
+        targets, inputs = _scaled_layers(config, base.info)
         peft_config = peft.IA3Config(target_modules=targets, feedforward_modules=inputs, task_type="CAUSAL_LM")
         model = peft.get_peft_model(base.model, peft_config).eval()
         parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -132,42 +133,37 @@ class Ia3(Strategy):
 
     def load(self, artifact: Artifact, base: BaseInfo) -> Sequence[Delta]:
         """Scale for each named layer, Replace for modules_to_save and for copies of the base's embeddings."""
-        config, inputs = read_ia3_config(artifact.json(CONFIG_FILE))
-        deltas: list[Delta] = []
-        embeddings = (base.input_module, base.output_module, *base.tied_modules)
-        found: set[str] = set()
+        config = read_ia3_config(artifact.json(CONFIG_FILE))
+        targets = config.targets(base)
+        scales: dict[str, Scale] = {}
+        copies: list[Replace] = []
         replaced: dict[str, dict[str, torch.Tensor]] = {}
-        try:
-            targets = config.targets(base)
-            for full_name, tensor in read_tensors(artifact).items():
-                name = full_name.removeprefix(PREFIX)
-                check_values(full_name, tensor)
-                module, _, leaf = name.rpartition(".")
-                if name.endswith(_SUFFIX):
-                    module = name.removesuffix(_SUFFIX)
-                    of_input = _matches(config, module, inputs)
-                    deltas.append(_scale(full_name, module, tensor, of_input, targets, base))
-                    found.add(module)
-                elif name in base.parameters and config.is_saved_whole(module):
-                    replaced.setdefault(module, {})[leaf] = tensor
-                elif leaf == "weight" and (layer := module.removesuffix(".base_layer")) in embeddings:
-                    deltas.append(Replace(module=layer, tensors={leaf: tensor}, copy_of_base=True))
-                else:
-                    accepted = f"accepted are {PREFIX}<linear layer>{_SUFFIX} and the parameters of modules_to_save"
-                    raise ArtifactError(full_name, not_supported(full_name, accepted))
-            for module in targets:
-                if module in base.linear_modules and module not in found and not config.is_saved_whole(module):
-                    raise ArtifactError(module, f"target_modules names {module}, but {WEIGHTS_FILE} has no {_SUFFIX}")
-        except PatternError as error:
-            raise ArtifactError(error.key, str(error)) from None
-        return deltas + list(replacements(replaced, config, base))
+        for full_name, tensor in read_tensors(artifact).items():
+            name = full_name.removeprefix(PREFIX)
+            check_values(full_name, tensor)
+            module, _, leaf = name.rpartition(".")
+            layer = module.removesuffix(BASE_LAYER)
+            if name.endswith(_SUFFIX):
+                module = name.removesuffix(_SUFFIX)
+                scales[module] = _scale(full_name, module, tensor, config.scales_input(module), targets, base)
+            elif name in base.parameters and config.is_saved_whole(module):
+                replaced.setdefault(module, {})[leaf] = tensor
+            elif leaf == "weight" and layer in (base.input_module, base.output_module, *base.tied_modules):
+                copies.append(Replace(module=layer, tensors={leaf: tensor}, copy_of_base=True))
+            else:
+                accepted = f"accepted are {PREFIX}<linear layer>{_SUFFIX} and the parameters of modules_to_save"
+                raise unsupported(full_name, accepted)
+        for module in targets:
+            if module in base.linear_modules and module not in scales and not config.is_saved_whole(module):
+                raise ArtifactError(module, f"target_modules names {module}, but {WEIGHTS_FILE} has no {_SUFFIX}")
+        return [*scales.values(), *copies, *replacements(replaced, config, base)]
 
 
 def _scale(
     name: str, module: str, tensor: torch.Tensor, of_input: bool, targets: Sequence[str], base: BaseInfo
 ) -> Scale:
     if module not in base.linear_modules:
-        raise ArtifactError(name, no_such_module(name, module, base.linear_modules))
+        raise no_such_module(name, module, base.linear_modules)
     if module not in targets:
         raise ArtifactError(
             name, f"{WEIGHTS_FILE} has {name}, but target_modules in {CONFIG_FILE} does not name its module"
@@ -182,26 +178,13 @@ def _scale(
     return Scale(module=module, factors=tensor.flatten(), of="input" if of_input else "output")
 
 
-def _matches(config: AdapterConfig, module: str, inputs: str | Sequence[str]) -> bool:
-    """PEFT compares the ends of names as text."""
-    if isinstance(inputs, str):
-        return config.patterns.matcher.fullmatch(inputs, module)
-    return any(module.endswith(name) for name in inputs)
-
-
-def _chosen(config: Ia3Config, base: BaseInfo) -> tuple[list[str], list[str]]:
+def _scaled_layers(config: Ia3Config, base: BaseInfo) -> tuple[list[str], list[str]]:
     """target_modules and feedforward_modules with the defaults filled in."""
 
-    def there(names: Sequence[str]) -> list[str]:
-        return [name for name in names if targets_of_names([name], base.linear_modules)]
-
-    targets = config.target_modules or there([*_OUTPUT_SCALED, *_INPUT_SCALED])
+    usual = [name for name in (*_OUTPUT_SCALED, *_INPUT_SCALED) if modules_named([name], base.linear_modules)]
+    targets = config.target_modules or usual
     inputs = config.feedforward_modules or [name for name in targets if name.endswith(_INPUT_SCALED)]
     return targets, inputs
-
-
-def _is_input_scaled(module: str, inputs: Sequence[str]) -> bool:
-    return any(module.endswith(name) for name in inputs)
 
 
 @hookimpl

@@ -1,7 +1,7 @@
 """LoRA (arXiv:2106.09685) through PEFT: low-rank updates of linear layers, saved in PEFT's own format.
 
-Training builds on PEFT. Serving reads adapter_config.json with an allow-list of its own (peft_format/), makes deltas
-of the tensors (peft_format/tensors.py), and never runs PEFT on what a client sent.
+Training builds on PEFT. Serving reads adapter_config.json with an allow-list of its own, makes deltas of the tensors
+(both in peft_format/), and never runs PEFT on what a client sent.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pydantic import Field
 
 from graftwork_plugins import (
     Artifact,
-    ArtifactError,
+    Automatic,
     BaseInfo,
     BaseModelHandle,
+    Choice,
     ConfigError,
     DatasetInfo,
     Delta,
@@ -26,13 +27,14 @@ from graftwork_plugins import (
     Strategy,
     Trainable,
     TrainingConfig,
+    activation_bytes,
     hookimpl,
 )
-from graftwork_plugins.automatic import Automatic, Choice, full_rate, model_width
-from graftwork_plugins.estimates import activation_bytes
-from graftwork_plugins.peft_format.adapter_config import LoraPatterns, read_adapter_config, targets_of_names
+from graftwork_plugins.builtin.learning_rates import full_rate, model_width
+from graftwork_plugins.peft_format.adapter_config import LoraPatterns, read_lora_config
 from graftwork_plugins.peft_format.files import CONFIG_FILE, artifact_files, peft_type, saved_by_peft
-from graftwork_plugins.peft_format.heads import deltas_of_task
+from graftwork_plugins.peft_format.lora_tasks import task_deltas
+from graftwork_plugins.peft_format.module_names import modules_named, no_linear_layer
 from graftwork_plugins.peft_format.patterns import MAX_NAMES, PatternError, PatternMatcher
 
 
@@ -92,8 +94,8 @@ class Lora(Strategy):
         if not config.target_modules:
             raise ConfigError("target_modules", "target_modules is empty; name linear layers, or say all-linear")
         for target in config.target_modules if isinstance(config.target_modules, list) else []:
-            if not targets_of_names([target], base.linear_modules):
-                raise ConfigError("target_modules", _matches_nothing("target_modules", target, base))
+            if not modules_named([target], base.linear_modules):
+                raise no_linear_layer("target_modules", target, base)
         targets = _targets(config, base)
         matcher = PatternMatcher()
         patterns: list[tuple[str, Mapping[str, float]]] = [
@@ -106,7 +108,7 @@ class Lora(Strategy):
                     raise ConfigError(field, f"{field}: {key} is {value}; from 1 to 65536 is accepted")
                 try:
                     if not any(matcher.first_match([key], target) for target in targets):
-                        raise ConfigError(field, _matches_nothing(field, key, base))
+                        raise no_linear_layer(field, key, base)
                 except PatternError as error:
                     raise ConfigError(field, f"{field}: {error}") from None
 
@@ -119,14 +121,10 @@ class Lora(Strategy):
         trained = sum(ranks[target] * sum(base.linear_modules[target]) for target in targets)
         updates = sum(sum(base.linear_modules[target]) + 2 * ranks[target] for target in targets)
         tokens = config.micro_batch_tokens
-        compute_bytes = 4 if base.dtype == "float32" else 2
         largest = max((i * o for i, o in base.linear_modules.values()), default=0) if base.quantization != "none" else 0
         return Estimate(
             trained_parameters=trained,
-            memory_bytes=16 * trained
-            + activation_bytes(base, tokens, compute_bytes=compute_bytes)
-            + 4 * tokens * updates
-            + 2 * 4 * largest,
+            memory_bytes=16 * trained + activation_bytes(base, tokens) + 4 * tokens * updates + 2 * 4 * largest,
             artifact_bytes=4 * trained + 300 * len(targets) + 65_536,
         )
 
@@ -136,13 +134,13 @@ class Lora(Strategy):
 
         peft_config = peft.LoraConfig(
             r=config.r,
-            lora_alpha=_whole(config.lora_alpha),
+            lora_alpha=_as_peft_writes(config.lora_alpha),
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
             # By name: for a mixture of experts, PEFT takes "all-linear" to mean the experts' stacked parameters too.
-            target_modules=_targets(config, base.info) if _has_stacks(base.info) else config.target_modules,
+            target_modules=_targets(config, base.info) if _has_stacked_experts(base.info) else config.target_modules,
             rank_pattern=dict(config.rank_pattern),
-            alpha_pattern={name: _whole(alpha) for name, alpha in config.alpha_pattern.items()},
+            alpha_pattern={name: _as_peft_writes(alpha) for name, alpha in config.alpha_pattern.items()},
             task_type="CAUSAL_LM",
         )
         model = peft.get_peft_model(base.model, peft_config).eval()
@@ -156,31 +154,21 @@ class Lora(Strategy):
         return saved_by_peft(trainable.model)
 
     def load(self, artifact: Artifact, base: BaseInfo) -> Sequence[Delta]:
-        """LowRank for each adapted module, Replace for what is saved whole (peft_format/tensors.py), Head for a
-        classifier (peft_format/heads.py)."""
-        config = read_adapter_config(artifact.json(CONFIG_FILE))
-        try:
-            return deltas_of_task(artifact, config, base)
-        except PatternError as error:
-            raise ArtifactError(error.key, str(error)) from None
+        """LowRank for each adapted module, Replace for what is saved whole, Head for a classifier."""
+        return task_deltas(artifact, read_lora_config(artifact.json(CONFIG_FILE)), base)
 
 
 def _targets(config: LoraConfig, base: BaseInfo) -> list[str]:
     if isinstance(config.target_modules, list):
-        return targets_of_names(config.target_modules, base.linear_modules)
+        return modules_named(config.target_modules, base.linear_modules)
     return [name for name in base.linear_modules if name != base.output_module]
 
 
-def _has_stacks(base: BaseInfo) -> bool:
+def _has_stacked_experts(base: BaseInfo) -> bool:
     return any(len(shape) == 3 for shape in base.parameters.values())
 
 
-def _matches_nothing(field: str, name: str, base: BaseInfo) -> str:
-    kinds = sorted({module.rpartition(".")[2] for module in base.linear_modules})
-    return f"{field}: {name!r} matches no linear layer of the base; its linear layers end in {', '.join(kinds)}"
-
-
-def _whole(alpha: float) -> Any:
+def _as_peft_writes(alpha: float) -> Any:
     """PEFT declares alpha an int, computes with any number, and writes it down as it is given."""
     return int(alpha) if alpha == int(alpha) else alpha
 

@@ -10,8 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from graftwork_plugins import BaseInfo, Strategy, UnsupportedBase, hookimpl
-from graftwork_plugins.automatic import Automatic
+from graftwork_plugins import Automatic, BaseInfo, Strategy, UnsupportedBase, hookimpl
 from graftwork_plugins.builtin.strategies.lora import Lora, LoraConfig, lora_rate
 
 

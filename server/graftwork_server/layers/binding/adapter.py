@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from graftwork_plugins import Delta, FullWeights, Head, LowRank, Prefix, Replace, Scale
-from graftwork_plugins.derived import without_derived
+from graftwork_plugins import Delta, FullWeights, Head, LowRank, Prefix, Replace, Scale, without_derived
 from graftwork_server.layers.binding.checks import check_values, rejected
 from graftwork_server.layers.binding.head import bind_head
 from graftwork_server.layers.binding.modules import bind_changes

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from graftwork_plugins.heads import ENCODERS, head_of, layout_of
+from graftwork_plugins import ENCODERS, head_of, layout_of
 from graftwork_server.base.describe import fingerprint
 from graftwork_server.base.pretrained import encoder_model
 from graftwork_server.base.sentence_files import asked_pooling

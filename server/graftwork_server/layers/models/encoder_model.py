@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from graftwork_plugins.heads import HeadLayout
+from graftwork_plugins import HeadLayout
 from graftwork_server.kernels.attention import bidirectional, packed
 from graftwork_server.kernels.native import NativeKernels
 from graftwork_server.layers.changes import hook_changes

@@ -10,7 +10,7 @@ import msgspec
 import torch
 from transformers import AutoConfig
 
-from graftwork_plugins.heads import ENCODERS
+from graftwork_plugins import ENCODERS
 from graftwork_server.base.sentence_files import asked_pooling
 from graftwork_server.errors import FailedPrecondition
 from graftwork_server.layers.models.base_model import BaseModel

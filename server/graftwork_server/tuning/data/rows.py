@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from graftwork_plugins.batches import IGNORED_LABEL, TrainingRow
+from graftwork_plugins import IGNORED_LABEL, TrainingRow
 from graftwork_server.errors import InvalidArgument
 from graftwork_server.tuning.data.lines import (
     Chat,

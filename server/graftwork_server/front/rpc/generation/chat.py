@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from graftwork.v1 import generation_pb2 as pb
-from graftwork_plugins.documents import read_json
+from graftwork_plugins import read_json
 from graftwork_server.errors import InvalidArgument, Violation
 from graftwork_server.front.rpc.limits import check_messages, invalid
 from graftwork_server.text import TextProcessor

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from graftwork.v1 import generation_pb2 as pb
-from graftwork_plugins.documents import read_json
+from graftwork_plugins import read_json
 from graftwork_server.front.rpc.limits import Violations
 from graftwork_server.wire.engine import Grammar
 

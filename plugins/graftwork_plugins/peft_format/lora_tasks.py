@@ -1,4 +1,4 @@
-"""LoRA artifacts of other tasks than text generation: classifiers (SEQ_CLS) and embeddings (FEATURE_EXTRACTION).
+"""LoRA artifacts as deltas, whatever their task: text, classifiers (SEQ_CLS) or embeddings (FEATURE_EXTRACTION).
 
 PEFT wraps another class of transformers' for each task, and names the same modules as that class does:
 
@@ -16,12 +16,22 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from graftwork_plugins.deltas import Delta, FullWeights, Head, Prefix
-from graftwork_plugins.heads import HeadLayout, head_of, layout_of
-from graftwork_plugins.peft_format.adapter_config import LABEL_KEYS, AdapterConfig, is_within
+from graftwork_plugins import (
+    Artifact,
+    ArtifactError,
+    BaseInfo,
+    Delta,
+    FullWeights,
+    Head,
+    HeadLayout,
+    Prefix,
+    head_of,
+    layout_of,
+)
+from graftwork_plugins.peft_format.adapter_config import LABEL_KEYS, LoraAdapterConfig
 from graftwork_plugins.peft_format.files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_values, read_tensors
-from graftwork_plugins.peft_format.tensors import deltas_of
-from graftwork_plugins.strategy import Artifact, ArtifactError, BaseInfo
+from graftwork_plugins.peft_format.lora_tensors import lora_deltas
+from graftwork_plugins.peft_format.module_names import is_within
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +43,7 @@ _ALWAYS_SAVED = ("classifier", "score")
 T = TypeVar("T")
 
 
-def deltas_of_task(artifact: Artifact, config: AdapterConfig, base: BaseInfo) -> list[Delta]:
+def task_deltas(artifact: Artifact, config: LoraAdapterConfig, base: BaseInfo) -> list[Delta]:
     """The deltas of the artifact for the base as it is hosted. Raises ArtifactError, PatternError."""
     tensors = read_tensors(artifact)
     is_encoder = bool(base.trunk_name) and not base.trunk
@@ -44,19 +54,19 @@ def deltas_of_task(artifact: Artifact, config: AdapterConfig, base: BaseInfo) ->
             "are accepted",
         )
     if not is_encoder and config.task_type in (None, "CAUSAL_LM"):
-        return deltas_of(tensors, config, base)
+        return lora_deltas(tensors, config, base)
     seen, hosted = _as_named_by(config, tensors, base)
     heads: list[Delta] = []
     if config.task_type == "SEQ_CLS":
         layout = layout_of(base.config)
         heads = [_head(artifact, _take_head(tensors, layout), layout, base)]
         config = dataclasses.replace(config, modules_to_save=_of_trunk(config, layout, seen))
-    deltas = deltas_of(tensors, config, seen)
+    deltas = lora_deltas(tensors, config, seen)
     return [*(_renamed(delta, hosted) for delta in deltas), *heads]
 
 
 def _as_named_by(
-    config: AdapterConfig, tensors: Mapping[str, torch.Tensor], base: BaseInfo
+    config: LoraAdapterConfig, tensors: Mapping[str, torch.Tensor], base: BaseInfo
 ) -> tuple[BaseInfo, Mapping[str, str]]:
     """The base with the adapter's names, and from each of these the base's own."""
     rename = _renaming(config, tensors, base)
@@ -79,7 +89,7 @@ def _as_named_by(
 
 
 def _renaming(
-    config: AdapterConfig, tensors: Mapping[str, torch.Tensor], base: BaseInfo
+    config: LoraAdapterConfig, tensors: Mapping[str, torch.Tensor], base: BaseInfo
 ) -> Callable[[str], str | None]:
     """From the base's names to the adapter's; None for what the adapter's class of model does not have."""
     if not base.trunk:
@@ -140,7 +150,7 @@ def _head(artifact: Artifact, tensors: Mapping[str, torch.Tensor], layout: HeadL
         ) from None
 
 
-def _of_trunk(config: AdapterConfig, layout: HeadLayout, base: BaseInfo) -> list[str]:
+def _of_trunk(config: LoraAdapterConfig, layout: HeadLayout, base: BaseInfo) -> list[str]:
     """modules_to_save without the names that mean nothing but the head."""
     owners = {name.rpartition(".")[0] for name in base.parameters}
 

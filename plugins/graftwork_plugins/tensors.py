@@ -1,7 +1,8 @@
-"""Tensors that files hold and transformers computes anew: nothing is lost where they are left out."""
+"""What every reader of tensors asks: which of them transformers computes anew, and whether all values are finite."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -21,6 +22,14 @@ _MASKS = re.compile(r"(.+\.)?(attn|attention|self_attn|self|crossattention)\.(bi
 def without_derived(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`tensors` by name, less those that transformers derives itself (buffers that earlier versions saved)."""
     return {name: tensor for name, tensor in tensors.items() if not _is_derived(name, tensor)}
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value of a floating point tensor is NaN or infinite."""
+    import torch
+
+    # A finite sum has finite terms, and costs a tenth of isfinite. One that is not finite may just have overflowed.
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def _is_derived(name: str, tensor: torch.Tensor) -> bool:

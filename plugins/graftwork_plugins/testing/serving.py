@@ -1,20 +1,27 @@
-"""What deltas do to a plain model, without the engine: the reference that what is served is compared with."""
+"""A version as the host writes it and as the engine serves it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
-from graftwork_plugins import (
-    Delta,
-    FullWeights,
-    LowRank,
-    Replace,
-    Scale,
-)
+from graftwork_plugins import Artifact, Delta, FullWeights, LowRank, Replace, SavedArtifact, Scale
+
+
+def write_artifact(saved: SavedArtifact, folder: Path) -> Artifact:
+    """Writes what `save` returned as the host does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tensors in saved.tensors.items():
+        save_file(dict(tensors), folder / name, metadata=dict(saved.metadata))
+    for name, document in saved.documents.items():
+        (folder / name).write_text(json.dumps(document, allow_nan=False))
+    return Artifact(folder)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The tensors of a PEFT LoRA artifact, as deltas. The tensors decide what is bound; the configuration must agree.
+"""The tensors of a LoRA artifact, as deltas. The tensors decide what is bound; the configuration must agree.
 
 What PEFT writes for a module X of the base, after "base_model.model.":
 
@@ -8,24 +8,32 @@ What PEFT writes for a module X of the base, after "base_model.model.":
     X.base_layer.bias, X.bias                   the base's bias, trained too (bias "lora_only" and "all")
     X.weight, X.bias                            a module of modules_to_save
     X.token_adapter.trainable_tokens_delta      rows of trainable_token_indices
-    X.base_layer.lora_A.weight, ...             stacked experts (experts.py)
+    X.base_layer.lora_A.weight, ...             stacked experts (lora_experts.py)
     X.base_layer.weight, X.weight               a copy of the base's embedding or output layer (save_embedding_layers)
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from graftwork_plugins.deltas import Delta, LowRank, Replace
-from graftwork_plugins.peft_format.adapter_config import AdapterConfig, is_within
-from graftwork_plugins.peft_format.experts import expert_updates, target_parameters
-from graftwork_plugins.peft_format.files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_dtype, check_values
-from graftwork_plugins.strategy import ArtifactError, BaseInfo
+from graftwork_plugins import ArtifactError, BaseInfo, Delta, LowRank, Replace
+from graftwork_plugins.peft_format.adapter_config import LoraAdapterConfig
+from graftwork_plugins.peft_format.files import (
+    BASE_LAYER,
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    check_dtype,
+    check_values,
+    unsupported,
+)
+from graftwork_plugins.peft_format.lora_experts import expert_deltas, targeted_parameters
+from graftwork_plugins.peft_format.module_names import no_such_module
+from graftwork_plugins.peft_format.saved_modules import replacements
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +42,6 @@ _UPDATE = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector)"
 )
-_LEVEL = ".base_layer"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _ACCEPTED = (
     "accepted are base_model.model.<linear layer>.lora_A.weight and lora_B.weight, and what PEFT saves for "
@@ -53,23 +60,23 @@ class _Tensors:
     copies: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: defaultdict(dict))
 
 
-def deltas_of(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, base: BaseInfo) -> list[Delta]:
+def lora_deltas(tensors: Mapping[str, torch.Tensor], config: LoraAdapterConfig, base: BaseInfo) -> list[Delta]:
     """What the tensors change. Raises ArtifactError naming the tensor or key that cannot be served, PatternError."""
-    sorted_out = _sorted_out(tensors, config, base)
-    of_experts, taken = expert_updates(sorted_out.updates, config, base)
-    updates = {module: sorted_out.updates[module] for module in sorted(sorted_out.updates) if module not in taken}
+    by_use = _sort_tensors(tensors, config, base)
+    of_experts, taken = expert_deltas(by_use.updates, config, base)
+    updates = {module: by_use.updates[module] for module in sorted(by_use.updates) if module not in taken}
     _check_targets(updates, config, base)
     deltas: list[Delta] = [*of_experts]
     deltas += [_low_rank(module, parts, config, base) for module, parts in updates.items()]
-    deltas += replacements(sorted_out.replaced, config, base)
-    deltas += _token_rows(sorted_out.tokens, config, base)
-    deltas += [Replace(module=m, tensors=dict(copy), copy_of_base=True) for m, copy in sorted_out.copies.items()]
+    deltas += replacements(by_use.replaced, config, base)
+    deltas += _token_rows(by_use.tokens, config, base)
+    deltas += [Replace(module=m, tensors=dict(copy), copy_of_base=True) for m, copy in by_use.copies.items()]
     return deltas
 
 
-def _sorted_out(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, base: BaseInfo) -> _Tensors:
+def _sort_tensors(tensors: Mapping[str, torch.Tensor], config: LoraAdapterConfig, base: BaseInfo) -> _Tensors:
     result = _Tensors()
-    experts = target_parameters(config, base)
+    experts = targeted_parameters(config, base)
     for full_name, tensor in tensors.items():
         name = full_name.removeprefix(PREFIX)
         if match := _UPDATE.fullmatch(name):
@@ -77,8 +84,8 @@ def _sorted_out(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, base
             known = base.embedding_modules if "embedding" in match["part"] else base.linear_modules
             if "magnitude" in match["part"]:
                 known = {**base.linear_modules, **base.embedding_modules}
-            if module not in known and module.removesuffix(_LEVEL * module.count(_LEVEL)) not in experts:
-                raise ArtifactError(full_name, no_such_module(full_name, module, known))
+            if module not in known and module.removesuffix(BASE_LAYER * module.count(BASE_LAYER)) not in experts:
+                raise no_such_module(full_name, module, known)
             check_dtype(full_name, tensor)  # the engine checks the values of updates
             result.updates[module][match["part"]] = tensor
         elif name.endswith(_TOKENS):
@@ -92,15 +99,15 @@ def _sorted_out(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, base
 
 
 def _sort_parameter(
-    full_name: str, name: str, tensor: torch.Tensor, config: AdapterConfig, base: BaseInfo, result: _Tensors
+    full_name: str, name: str, tensor: torch.Tensor, config: LoraAdapterConfig, base: BaseInfo, result: _Tensors
 ) -> None:
     """A tensor that stands for one of the base's own parameters."""
     module, _, leaf = name.rpartition(".")
-    of_adapted = module.endswith(".base_layer")
+    of_adapted = module.endswith(BASE_LAYER)
     # ".token_adapter.base_layer": the embedding under trainable_token_indices.
-    module = module.removesuffix(".base_layer").removesuffix(".token_adapter")
+    module = module.removesuffix(BASE_LAYER).removesuffix(".token_adapter")
     if f"{module}.{leaf}" not in base.parameters or not name:
-        raise ArtifactError(full_name, not_supported(full_name, _ACCEPTED))
+        raise unsupported(full_name, _ACCEPTED)
     check_values(full_name, tensor)
     ties = config.ties_saved_modules() and module in base.tied_modules
     is_saved_whole = not of_adapted and (config.is_saved_whole(module) or (ties and leaf == "weight"))
@@ -117,7 +124,7 @@ def _sort_parameter(
 # ---------------------------------------------------------------------------------------------- updates
 
 
-def _check_targets(updates: Mapping[str, object], config: AdapterConfig, base: BaseInfo) -> None:
+def _check_targets(updates: Mapping[str, object], config: LoraAdapterConfig, base: BaseInfo) -> None:
     """What the configuration names and what the tensors are for must be the same modules."""
     targets = set(config.targets(base))
     for module in sorted(targets):
@@ -136,7 +143,7 @@ def _check_targets(updates: Mapping[str, object], config: AdapterConfig, base: B
             )
 
 
-def _low_rank(module: str, parts: Mapping[str, torch.Tensor], config: AdapterConfig, base: BaseInfo) -> LowRank:
+def _low_rank(module: str, parts: Mapping[str, torch.Tensor], config: LoraAdapterConfig, base: BaseInfo) -> LowRank:
     is_embedding = module in base.embedding_modules
     a_name, b_name = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
     for wanted, there in ((a_name, b_name), (b_name, a_name)):
@@ -203,38 +210,10 @@ def _check_shapes(
         )
 
 
-# ---------------------------------------------------------------------------------------------- whole modules and rows
+# ---------------------------------------------------------------------------------------------- rows of tokens
 
 
-def replacements(
-    replaced: Mapping[str, Mapping[str, torch.Tensor]], config: AdapterConfig, base: BaseInfo
-) -> list[Replace]:
-    """Modules that the adapter has whole. Each name in modules_to_save must have its tensors."""
-    modules = _modules(base)
-    for name in config.modules_to_save:
-        meant = {module for module in modules if is_within(module, name)}
-        if not meant:
-            close = difflib.get_close_matches(name, {module.rpartition(".")[2] for module in modules}, 1)
-            hint = f"; the closest is {close[0]}" if close else ""
-            raise ArtifactError(
-                "modules_to_save",
-                f"modules_to_save names {name}, which the base has not{hint}; linear layers, embeddings and norms of "
-                "the base are accepted",
-            )
-        wanted = [(module, leaf) for module in sorted(meant) for leaf in modules[module]]
-        if missing := [f"{module}.{leaf}" for module, leaf in wanted if leaf not in replaced.get(module, {})]:
-            raise ArtifactError(
-                "modules_to_save",
-                f"modules_to_save names {name}, but {WEIGHTS_FILE} has no {PREFIX}{missing[0]}",
-            )
-    result = {module: dict(tensors) for module, tensors in replaced.items()}
-    if config.ties_saved_modules() and base.input_module in result:
-        for tied in base.tied_modules:
-            result.setdefault(tied, {}).setdefault("weight", result[base.input_module]["weight"])
-    return [Replace(module=module, tensors=tensors) for module, tensors in sorted(result.items())]
-
-
-def _token_rows(tokens: Mapping[str, torch.Tensor], config: AdapterConfig, base: BaseInfo) -> list[Replace]:
+def _token_rows(tokens: Mapping[str, torch.Tensor], config: LoraAdapterConfig, base: BaseInfo) -> list[Replace]:
     """Rows of trainable_token_indices. Where the base ties its output layer to the input embedding, PEFT gives both
     the same rows unless the output layer has rows of its own."""
     indices = config.trainable_token_indices
@@ -278,28 +257,3 @@ def _token_rows(tokens: Mapping[str, torch.Tensor], config: AdapterConfig, base:
         Replace(module=module, tensors={"weight": tensor}, rows=indices)
         for module, (indices, tensor) in sorted(rows.items())
     ]
-
-
-def _modules(base: BaseInfo) -> dict[str, list[str]]:
-    """The base's modules that have parameters of their own, with the names of these."""
-    modules: dict[str, list[str]] = {}
-    for name in base.parameters:
-        module, _, leaf = name.rpartition(".")
-        modules.setdefault(module, []).append(leaf)
-    return modules
-
-
-# ---------------------------------------------------------------------------------------------- checks
-
-
-def no_such_module(full_name: str, module: str, known: Mapping[str, object]) -> str:
-    """What to say of a tensor for a module that is not there."""
-    close = difflib.get_close_matches(module, known, 1)
-    hint = f"; the closest is {close[0]}" if close else ""
-    return f"tensor {full_name} is for the module {module}, which the base has not{hint}"
-
-
-def not_supported(name: str, accepted: str) -> str:
-    """What to say of a tensor that no rule knows."""
-    is_parameter = name.endswith((".weight", ".bias")) and "lora_" not in name
-    return f"tensor {name} is not supported: {'the base has no such parameter; ' if is_parameter else ''}{accepted}"

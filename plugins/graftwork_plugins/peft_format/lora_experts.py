@@ -10,19 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from graftwork_plugins.deltas import LowRank
-from graftwork_plugins.peft_format.adapter_config import AdapterConfig
-from graftwork_plugins.peft_format.files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from graftwork_plugins.strategy import ArtifactError, BaseInfo
+from graftwork_plugins import ArtifactError, BaseInfo, LowRank
+from graftwork_plugins.peft_format.adapter_config import LoraAdapterConfig
+from graftwork_plugins.peft_format.files import BASE_LAYER, CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     import torch
 
-_LEVEL = ".base_layer"
 _PARTS = ("lora_A.weight", "lora_B.weight")
 
 
-def target_parameters(config: AdapterConfig, base: BaseInfo) -> dict[str, list[str]]:
+def targeted_parameters(config: LoraAdapterConfig, base: BaseInfo) -> dict[str, list[str]]:
     """The parameters that the configuration names, by module, in the base's order. Raises ArtifactError."""
     found: dict[str, list[str]] = {}
     for target in config.target_parameters:
@@ -50,15 +48,15 @@ def _is_of_mixture(name: str, shape: tuple[int, ...], base: BaseInfo) -> bool:
     )
 
 
-def expert_updates(
-    updates: Mapping[str, Mapping[str, torch.Tensor]], config: AdapterConfig, base: BaseInfo
+def expert_deltas(
+    updates: Mapping[str, Mapping[str, torch.Tensor]], config: LoraAdapterConfig, base: BaseInfo
 ) -> tuple[list[LowRank], set[str]]:
     """LowRank deltas of the targeted parameters, and which of `updates` (by module as in the file) they took."""
     deltas: list[LowRank] = []
     taken: set[str] = set()
-    for module, parameters in target_parameters(config, base).items():
+    for module, parameters in targeted_parameters(config, base).items():
         for depth, parameter in enumerate(reversed(parameters)):
-            level = module + depth * _LEVEL
+            level = module + depth * BASE_LAYER
             parts = updates.get(level, {})
             for part in _PARTS:
                 if part not in parts:
@@ -76,7 +74,12 @@ def expert_updates(
 
 
 def _delta(
-    module: str, parameter: str, level: str, parts: Mapping[str, torch.Tensor], config: AdapterConfig, base: BaseInfo
+    module: str,
+    parameter: str,
+    level: str,
+    parts: Mapping[str, torch.Tensor],
+    config: LoraAdapterConfig,
+    base: BaseInfo,
 ) -> LowRank:
     *stack, out_features, in_features = base.parameters[f"{module}.{parameter}"]
     experts = stack[0] if stack else 1
