@@ -5,15 +5,18 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer.main
+from tests.test_imports import FLOORS
 
 from graftwork.cli.app import app
 from graftwork_plugins import hookspecs
 from graftwork_plugins.testing import StrategyBattery
 from graftwork_server.config import ServerConfig
+from graftwork_server.wire.engine import EngineMessage, FrontMessage
+from graftwork_server.wire.tuning import StartTuning, TunerEvent
 
 ROOT = Path(__file__).resolve().parent.parent
 PRUNED = {".venv", ".git", "node_modules", "build", "dist"}
@@ -147,34 +150,82 @@ def test_python_blocks_compile(document: str) -> None:
         compile(block, document, "exec")
 
 
-NAMED = re.compile(r"`([a-z_0-9]+(?:/[a-z_0-9]+)*(?:/|\.(?:py|proto|h|c|md)))`")
-HOMES = ("", "server/graftwork_server", "plugins/graftwork_plugins", "server/graftwork_server/engine", "docs")
-OF_USERS = {
-    "my_strategy.py",
-    "staging/",
-    "artifacts/",
-    "jobs/",
-    "datasets/",
-    "cache/",
-    "cache/tokenizers/",
-    "data/",
-    "v1/",
-}
-"""Files of plugin authors, and folders of a data directory."""
+NAMED = re.compile(r"`([\w.-]+(?:/[\w.-]+)*/|[\w.-]+(?:/[\w.-]+)+|[\w.-]+\.(?:py|proto|c|h|md|toml|txt))`")
+"""Folders, paths, and files of the repository's kinds, in backticks."""
+HOMES = ("", "server/graftwork_server")
+"""What the paths of documents begin at."""
+OF_USERS = {"my_strategy.py", "staging/", "cache/", "cache/tokenizers/", "additional_chat_templates/NAME.jinja"}
+"""Files of plugin authors, of artifacts, and folders of a data directory."""
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "document", [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name
-)
+def lost_files(text: str) -> set[str]:
+    """Files and folders that a text names and that are not there."""
+    named = set(NAMED.findall(text)) - OF_USERS
+    return {name for name in named if not any((ROOT / home / name).exists() for home in HOMES)}
+
+
+def section(text: str, title: str) -> str:
+    """What stands under a heading of the second level."""
+    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("document", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
 def test_files_that_are_named_are_there(document: Path) -> None:
-    named = set(NAMED.findall(document.read_text())) - OF_USERS
-    lost = [name for name in named if not any((ROOT / home / name).exists() for home in HOMES)]
-    lost = [name for name in lost if not any((ROOT / "server/graftwork_server").rglob(name))]
-    assert not lost
+    assert not lost_files(document.read_text())
+
+
+def test_a_moved_file_is_found() -> None:
+    text = "`engine/engine.py` `engine/gone.py` `gone/` `tests/gone.json` `Engine.step` `config.json` `gone.md` `a b.h`"
+    assert lost_files(text) == {"engine/gone.py", "gone/", "tests/gone.json", "gone.md"}
+    assert lost_files("`record.py` alone, without its folder") == {"record.py"}
 
 
 def test_pages_are_short() -> None:
-    lines = {page.name: len(page.read_text().splitlines()) for page in (ROOT / "docs").glob("*.md")}
+    lines = {page.name: len(page.read_text().splitlines()) for page in PAGES}
     assert lines.pop("architecture.md") <= 120
     references = {"operations.md", "plugins.md"}  # tables of settings, reasons and hooks
     assert {name: count for name, count in lines.items() if count > 150 and name not in references} == {}
+
+
+def test_every_page_is_on_the_map() -> None:
+    assert {page.name for page in PAGES} - {"architecture.md"} <= set(_LINK.findall(ARCHITECTURE))
+
+
+def test_the_map_has_every_room_and_the_floors_are_in_order() -> None:
+    rooms = [room for floor in FLOORS["graftwork_server"] for room in floor]
+    server = ROOT / "server/graftwork_server"
+    names = {room + "/" if (server / room).is_dir() else room + ".py" for room in rooms}
+    assert names <= set(NAMED.findall(section(ARCHITECTURE, "The map")))
+    floors = [floor[0] for floor in FLOORS["graftwork_server"][1:-1]]  # between the ground and the top
+    told = re.findall(r"`(\w+)`", section(ARCHITECTURE, "Floors").partition(", the top.")[0])
+    assert told == floors
+
+
+@pytest.mark.parametrize("life", ["A request's life", "A tuning job's life"])
+def test_lives_have_eight_steps_with_files(life: str) -> None:
+    steps = re.split(r"^\d\. ", section(ARCHITECTURE, life), flags=re.MULTILINE)[1:]
+    assert len(steps) == 8
+    assert all(NAMED.findall(step) for step in steps)
+
+
+def test_to_change_x_open_y() -> None:
+    rows = [row for row in section(CONTRIBUTING, "To change X, open Y").splitlines() if row.startswith("| ")][1:]
+    assert len(rows) >= 20
+    assert not [row for row in rows if not NAMED.findall(row)]
+
+
+def test_every_state_of_an_adapter_is_drawn() -> None:
+    record = (ROOT / "server/graftwork_server/engine/adapters/record.py").read_text()  # which imports torch
+    states = re.findall(r'^    [A-Z]+ = "([a-z ]+)"$', record, re.MULTILINE)
+    drawn = section((ROOT / "docs/adapters.md").read_text(), "States").split("```")[1]
+    assert len(states) > 5
+    assert not [state for state in states if state not in drawn]
+
+
+def test_every_message_is_listed() -> None:
+    messages = {kind.__name__ for union in (FrontMessage, EngineMessage, TunerEvent) for kind in get_args(union)}
+    listed = set(re.findall(r"`(\w+)`", (ROOT / "docs/processes.md").read_text()))
+    assert messages | {StartTuning.__name__} <= listed

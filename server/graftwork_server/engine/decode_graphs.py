@@ -73,7 +73,7 @@ class StaticBatch:
         self._on_cpu = {name: on_cpu for name, (on_cpu, _) in pairs.items()}
         self._numpy = {name: on_cpu.numpy() for name, on_cpu in self._on_cpu.items()}
         self.on_device = {name: on_device for name, (_, on_device) in pairs.items()}
-        """[rows, ...] each; see DecodingRows and triton_kernels.Tiles"""
+        """[rows, ...] each; see DecodingRows and kernels.triton Tiles"""
 
     def fill(self, rows: int, chunks: Sequence[ScheduledChunk], tiles: Sequence[tuple[int, int, int]]) -> None:
         """Puts the chunks into the first of `rows` rows. tiles: first row, rows, address of the slot's table.

@@ -3,7 +3,7 @@
 Between two large products of a decode step stand norms, rotations, the adapters' small products and attention: tens
 of calls a layer, each with its own pass over memory. Here a layer is one call up to attention and one from there on;
 prompts attend in between, through torch. Layers are recognised by their parts, and a trial compares the whole model's
-answers (engine/models/causal.py).
+answers (layers/models/causal.py).
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class NativeSpans:
 
 
 class SpanProducts(Protocol):
-    """The low-rank products of all spans of a forward, where one launch serves them all (triton_kernels)."""
+    """The low-rank products of all spans of a forward, where one launch serves them all (kernels/triton)."""
 
     def add(self, group: int, x: torch.Tensor, y: torch.Tensor) -> None:
         """Adds the deltas of linear group `group` to y [rows, out of all members] in place; x [rows, in]."""

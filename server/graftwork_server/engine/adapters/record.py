@@ -7,7 +7,8 @@
       ├──gone── yielding (loads that wait need its place) <──────────────────────────-┘    │
       └──gone── unloading (asked for by name; until its last lease ends) <─────────────────┘
 
-A load may be under way while what an earlier one brought is still yielding or unloading: the load's stage is the state
+One that yields stays if no load needs its place any more, and is evicted at once where nobody leases it. A load may be
+under way while what an earlier one brought is still yielding or unloading: the load's stage is the state
 then. `stage`, `error` and what waits belong to the step thread and to the load's own thread; what is on the device
 changes under the pool's lock.
 """

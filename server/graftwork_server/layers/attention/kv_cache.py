@@ -1,4 +1,4 @@
-"""The KV cache: keys and values of all sequences in blocks of tokens, and the pool that hands blocks out."""
+"""The KV cache: keys and values of all sequences in blocks of tokens."""
 
 from __future__ import annotations
 
